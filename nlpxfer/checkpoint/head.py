@@ -1,0 +1,343 @@
+"""The classification head of any family: its final layer, what stands before it, and a start from a linear probe.
+
+A classifier is `logits = final(norm(act(dense(pooled))))`; some families lack `dense`, `act` and `norm`:
+
+| family                  | dense (`transforms`)    | act                   | norm      | final               |
+|-------------------------|-------------------------|-----------------------|-----------|---------------------|
+| BERT, ERNIE             | <base>.pooler.dense     | tanh                  | -         | classifier          |
+| ALBERT                  | albert.pooler           | tanh                  | -         | classifier          |
+| RoBERTa, XLM-R, MPNet   | classifier.dense        | tanh                  | -         | classifier.out_proj |
+| ELECTRA                 | classifier.dense        | gelu                  | -         | classifier.out_proj |
+| DistilBERT              | pre_classifier          | relu                  | -         | classifier          |
+| DeBERTa                 | pooler.dense            | pooler_hidden_act     | -         | classifier          |
+| ModernBERT              | head.dense (no bias)    | classifier_activation | head.norm | classifier          |
+| GPT-2, Llama, Qwen2, .. | -                       | -                     | -         | score (no bias)     |
+
+Shapes: B batch, L tokens, H hidden, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import nn
+
+from nlpxfer.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel
+
+_FINAL_NAMES: Final = (
+    "classifier.out_proj",
+    "classifier",
+    "score",
+    "classification_head.out_proj",
+    "logits_proj",
+    "sequence_summary.summary",
+)
+_TRANSFORM_NAMES: Final = (
+    "{base}.pooler.dense",
+    "{base}.pooler",
+    "pooler.dense",
+    "classifier.dense",
+    "classification_head.dense",
+    "pre_classifier",
+    "head.dense",
+)
+# gelu''(z) = pdf(z) * (2 - z^2) is zero here: around this point gelu is a straight line up to third order.
+_GELU_INFLECTION: Final = math.sqrt(2.0)
+_RELU_SIGMAS: Final = 6.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class HeadParts:
+    """Where a classifier's head lies.
+
+    Attributes:
+        final: The linear layer that gives the logits.
+        final_name: Its qualified name in the model.
+        transforms: Name -> trainable linear layer between the pooled token state and `final`, in order.
+        activation: What follows the last transform ("tanh", "gelu", ...); empty without transforms or if unknown.
+        norm: The LayerNorm between activation and `final` (ModernBERT), or None.
+    """
+
+    final: nn.Linear
+    final_name: str
+    transforms: dict[str, nn.Linear]
+    activation: str = ""
+    norm: nn.LayerNorm | None = None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether `final` has a bias (decoders' `score` has none)."""
+        return self.final.bias is not None
+
+
+def head_of(model: PreTrainedModel) -> HeadParts:
+    """Find the head of a `*ForSequenceClassification` model.
+
+    Raises:
+        CheckpointError: No linear layer with `config.num_labels` outputs stands at a known place.
+    """
+    modules = dict(model.named_modules())
+    labels = int(model.config.num_labels or 0)
+    final_name = next(
+        (name for name in _FINAL_NAMES if isinstance(modules.get(name), nn.Linear)), _only_outside_base(model, labels)
+    )
+    final = modules.get(final_name)
+    if not isinstance(final, nn.Linear) or final.out_features != labels:
+        raise CheckpointError(
+            f"{type(model).__name__} has no classification layer with {labels} outputs at a known place.",
+            why="It is no sequence classifier, or its labels were changed without replacing the layer.",
+            available=[name for name, module in modules.items() if isinstance(module, nn.Linear)][-8:],
+        )
+    transforms = {}
+    for pattern in _TRANSFORM_NAMES:
+        name = pattern.format(base=model.base_model_prefix)
+        module = modules.get(name)
+        if isinstance(module, nn.Linear) and name != final_name:
+            transforms[name] = module
+    norm = modules.get("head.norm")
+    return HeadParts(
+        final=final,
+        final_name=final_name,
+        transforms=transforms,
+        activation=_activation_of(model, transforms),
+        norm=norm if isinstance(norm, nn.LayerNorm) else None,
+    )
+
+
+def _only_outside_base(model: PreTrainedModel, labels: int) -> str:
+    """Name of the one linear layer with `labels` outputs outside of the base model, else an empty string."""
+    found = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and module.out_features == labels
+        and not name.startswith(model.base_model_prefix + ".")
+    ]
+    return found[0] if len(found) == 1 else ""
+
+
+def _activation_of(model: PreTrainedModel, transforms: Mapping[str, nn.Linear]) -> str:
+    if not transforms:
+        return ""
+    name, config = next(iter(transforms)), model.config
+    if name == "pre_classifier":
+        return "relu"
+    if name == "head.dense":
+        return str(config.classifier_activation)
+    if name == "pooler.dense":
+        return str(config.pooler_hidden_act)
+    if name == "classifier.dense" and config.model_type == "electra":
+        return "gelu"
+    return "tanh"
+
+
+def replace_final_(model: PreTrainedModel, count: int) -> None:
+    """Put a new final layer with `count` outputs in place: weights normal(0, initializer_range), bias 0."""
+    parts = head_of(model)
+    old = parts.final
+    new = nn.Linear(old.in_features, count, bias=parts.has_bias, device=old.weight.device, dtype=old.weight.dtype)
+    with torch.no_grad():
+        values = torch.randn(count, old.in_features) * getattr(model.config, "initializer_range", 0.02)
+        new.weight.copy_(values.to(new.weight))
+        if new.bias is not None:
+            new.bias.zero_()
+    parent, _, child = parts.final_name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)
+    setattr(model, "num_labels", count)  # noqa: B010 - read by the loss; nn.Module's types allow no int
+    model.config.num_labels = count
+
+
+def features(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the final layer reads for the token that decides: `head_of(model).final(features_BH)` is the logits.
+
+    Decoders apply their final layer to each token and use the last one that is not the pad id, wherever the padding
+    stands; the same token is picked here. Gradients and the model's mode are left as the caller set them.
+
+    Args:
+        model: A sequence classifier.
+        batch: Its inputs (B, L); labels are not needed and are left out.
+
+    Returns:
+        features_BH.
+    """
+    final = head_of(model).final
+    captured: list[torch.Tensor] = []
+    handle = final.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+    finally:
+        handle.remove()
+    states = captured[-1]
+    if states.dim() == 2:
+        return states
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows, _deciding_token(model, batch, states)]
+
+
+def _deciding_token(
+    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states_BLH: torch.Tensor
+) -> torch.Tensor:
+    """Index of the rightmost token that is not the pad id, as transformers' decoders pick it."""
+    pad = model.config.get_text_config().pad_token_id
+    if "input_ids" not in batch or pad is None:
+        return torch.full((states_BLH.shape[0],), states_BLH.shape[1] - 1, device=states_BLH.device)
+    real_BL = (batch["input_ids"] != pad).to(states_BLH.device, torch.int32)
+    positions_L = torch.arange(real_BL.shape[1], device=states_BLH.device, dtype=torch.int32)
+    last_B: torch.Tensor = (positions_L * real_BL).argmax(-1)
+    return last_B
+
+
+def pooled_rms(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
+    """Root mean square of the pooled states: the input of the first transform, or of `final` where there is none.
+
+    Runs without gradients and dropout; the model's mode is restored.
+
+    Raises:
+        ConfigError: `batches` is empty.
+    """
+    parts = head_of(model)
+    squares, count = 0.0, 0
+    captured: list[torch.Tensor] = []
+    with _evaluating(model), torch.no_grad():
+        for batch in batches:
+            if parts.transforms:
+                first = next(iter(parts.transforms.values()))
+                handle = first.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+                try:
+                    model(**{key: value for key, value in batch.items() if key != "labels"})
+                finally:
+                    handle.remove()
+                states_BH = captured.pop()
+            else:
+                states_BH = features(model, batch)
+            squares += float(states_BH.double().square().sum())
+            count += states_BH.numel()
+    if not count:
+        raise ConfigError("pooled_rms got no batches.")
+    return math.sqrt(squares / count)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def make_transparent_(model: PreTrainedModel, *, rms: float, target_rms: float = 0.1) -> float:
+    """Turn the layer before `final` into a near identity, so that a probe on the pooled state starts the classifier.
+
+    With x the pooled state, s = target_rms / rms and t = target_rms, the dense layer becomes z = s x + b, so z has
+    root mean square t around b. What `final` then reads, and how far from a straight line at one root mean square:
+
+    - tanh, b = 0: tanh z = z - z^3/3, relative error t^2/3 (0.3 % at t = 0.1).
+    - relu, b = 6 t: equal to z as long as no entry is below -6 t.
+    - gelu, b = sqrt(2), where gelu'' = 0: 1.303 + 1.129 (z - b) - 0.069 (z - b)^3, relative error 0.06 t^2 (0.06 %).
+    - gelu without a bias (ModernBERT): z/2 + 0.4 z^2, relative error 0.8 t (8 %).
+    - a LayerNorm after that (ModernBERT; set to weight 1, bias 0) rescales each row, which a probe takes part in.
+
+    The rest of the body is not touched, and nothing happens for decoders, which have no such layer. Fit the probe on
+    `features(model, batch)` afterwards, not on x: then the fold by `set_final_` is exact whatever the activation does.
+
+    Args:
+        model: A sequence classifier.
+        rms: Root mean square of the pooled states, see `pooled_rms`.
+        target_rms: t above; small is more linear, but makes the final layer's weights larger.
+
+    Returns:
+        The factor s; 1.0 for decoders.
+
+    Raises:
+        ConfigError: A size is not positive.
+        CheckpointError: The head has several transforms, one that is not square, or another activation.
+    """
+    if not (math.isfinite(rms) and rms > 0 and target_rms > 0):
+        raise ConfigError(f"make_transparent_ needs positive sizes, not rms={rms}, target_rms={target_rms}.")
+    parts = head_of(model)
+    if not parts.transforms:
+        return 1.0
+    dense = next(iter(parts.transforms.values()))
+    if len(parts.transforms) > 1 or dense.in_features != dense.out_features:
+        raise CheckpointError(
+            f"The head of {type(model).__name__} cannot be made transparent: {list(parts.transforms)}."
+        )
+    scale = target_rms / rms
+    offset = _offset_of(parts.activation, target_rms, type(model).__name__) if dense.bias is not None else 0.0
+    with torch.no_grad():
+        dense.weight.copy_(scale * torch.eye(dense.in_features))
+        if dense.bias is not None:
+            dense.bias.fill_(offset)
+        if parts.norm is not None:
+            parts.norm.weight.fill_(1.0)
+            if parts.norm.bias is not None:
+                parts.norm.bias.zero_()
+    return scale
+
+
+def _offset_of(activation: str, target_rms: float, name: str) -> float:
+    if activation == "tanh":
+        return 0.0
+    if activation == "relu":
+        return _RELU_SIGMAS * target_rms
+    if activation in ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
+        return _GELU_INFLECTION
+    raise CheckpointError(
+        f"The head of {name} uses the activation {activation!r}, for which no near identity is known.",
+        available=("tanh", "relu", "gelu"),
+    )
+
+
+def set_final_(model: PreTrainedModel, weight_CH: torch.Tensor, bias_C: torch.Tensor | None) -> None:
+    """Write a probe's solution into the final layer: afterwards logits = features weight^T + bias.
+
+    Args:
+        model: A sequence classifier.
+        weight_CH: The probe's weights.
+        bias_C: Its intercepts; None sets the bias to 0, and is required where the layer has no bias.
+
+    Raises:
+        CheckpointError: Shapes do not fit, or a bias is given and the layer has none.
+    """
+    final = head_of(model).final
+    wanted = tuple(final.weight.shape)
+    if tuple(weight_CH.shape) != wanted or (bias_C is not None and tuple(bias_C.shape) != wanted[:1]):
+        raise CheckpointError(
+            f"The probe's weights have the shape {tuple(weight_CH.shape)}, the final layer has {wanted}."
+        )
+    if bias_C is not None and final.bias is None:
+        raise CheckpointError(
+            f"The final layer of {type(model).__name__} has no bias, so the probe's intercepts cannot be kept.",
+            fix="fit the probe without intercepts and pass bias_C=None",
+        )
+    with torch.no_grad():
+        final.weight.copy_(weight_CH)
+        if final.bias is not None:
+            final.bias.zero_() if bias_C is None else final.bias.copy_(bias_C)
+
+
+def embedding_parameters(model: PreTrainedModel) -> list[tuple[str, nn.Parameter]]:
+    """Token, position and type embeddings by name, without LayerNorms and projections.
+
+    Tables inside the encoder (DeBERTa's `rel_embeddings`, read by every layer) do not count.
+    """
+    inside = (".encoder.", ".layers.", ".layer.", ".h.", ".block.")
+    found: list[tuple[str, nn.Parameter]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and not any(part in f".{name}." for part in inside):
+            weight: Any = module.weight
+            found.append((f"{name}.weight", weight))
+    return found

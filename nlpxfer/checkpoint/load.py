@@ -1,0 +1,329 @@
+"""Load a classifier or a teacher so that labels fit by name and nothing random goes unnoticed.
+
+The weights are always read in the checkpoint's own label space first; only then is the final layer permuted to the
+order of the schema (same names) or replaced (other names). This is chosen over `from_pretrained(num_labels=...)`
+because that call keeps a final layer by mere coincidence of its size, also one of a token classifier, and because
+`id2label=` there renames the columns without moving them.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from nlpxfer.checkpoint.head import head_of, replace_final_
+from nlpxfer.checkpoint.quiet import quiet_transformers
+from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
+from nlpxfer.checkpoint.safety import check_folder
+from nlpxfer.checkpoint.student import slice_layers
+from nlpxfer.checkpoint.tokenizer import align_pad_token_, load_tokenizer
+from nlpxfer.errors import CheckpointError, ConfigError, LabelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from nlpxfer.data.schema import LabelSchema
+
+logger = logging.getLogger(__name__)
+
+_PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Checkpoint:
+    """A model with its tokenizer, and what is known about its origin.
+
+    Attributes:
+        model: A plain transformers classifier; its columns are in the order of the schema it was loaded for.
+        tokenizer: Its tokenizer, with a pad token.
+        name: The name that was asked for (Hub id, folder or bundled name).
+        folder: The local folder that it was read from.
+        fresh: Names of the parameters that are newly initialised, in the order of the model.
+        head_kept: Whether the final layer comes from the checkpoint (matched by label names).
+        revision: The commit of a Hub checkpoint.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    folder: Path | None
+    fresh: tuple[str, ...]
+    head_kept: bool
+    revision: str | None = None
+
+    @property
+    def weights_sha256(self) -> str:
+        """sha256 over names, types, shapes and bytes of the model's present weights."""
+        return weights_fingerprint(self.model)
+
+    @property
+    def tokenizer_sha256(self) -> str:
+        """sha256 over what decides how the tokenizer maps a text to ids."""
+        return tokenizer_fingerprint(self.tokenizer)
+
+
+def load_classifier(
+    name: str,
+    *,
+    schema: LabelSchema,
+    dtype: torch.dtype = torch.float32,
+    head: Literal["auto", "new"] = "auto",
+    seed: int = 42,
+    revision: str | None = None,
+) -> Checkpoint:
+    """Load `name` as a classifier over the labels of `schema`, in eval mode, with trainable parameters.
+
+    A checkpoint that already classifies into the same label names keeps its final layer, with the rows permuted to
+    the order of the schema. Any other label set, and placeholder names (LABEL_0, ...), get a new final layer: columns
+    are never matched by position. The global random state is left as it was.
+
+    Args:
+        name: Hub id, local folder or bundled name.
+        schema: The label names, in the order of the logits that the model shall return.
+        dtype: Type of the weights; float32 for training, whatever the checkpoint stores.
+        head: "auto" as above, "new" always starts the final layer anew.
+        seed: Seed of every newly initialised parameter.
+        revision: Branch, tag or commit of a Hub checkpoint.
+
+    Raises:
+        CheckpointNotFoundError: The checkpoint does not exist or cannot be reached.
+        UnsafeCheckpointError: It asks for remote code, pickled weights, or files outside its folder.
+        CheckpointError: It is damaged, has no classifier class, or misses weights of its body.
+    """
+    if head not in ("auto", "new"):
+        raise ConfigError(f"head={head!r} is not known.", available=("auto", "new"))
+    resolved, config = _open(name, revision)
+    model, missing = _load_model(resolved, config, dtype=dtype, seed=seed)
+    tokenizer = load_tokenizer(resolved.folder, name=name)
+    align_pad_token_(model, tokenizer, name=name)
+    kept = head == "auto" and _keeps_head(config, schema.names, name=name)
+    final_name = head_of(model).final_name
+    if kept:
+        _refuse_missing_head(missing, name)
+        _permute_final_(model, [_label_names(config).index(label) for label in schema.names])
+    else:
+        with _seeded(seed):
+            replace_final_(model, len(schema.names))
+    _set_labels_(model, schema.names)
+    replaced = set() if kept else {f"{final_name}.{key}" for key, _ in head_of(model).final.named_parameters()}
+    fresh = tuple(key for key, _ in model.named_parameters() if key in missing or key in replaced)
+    logger.info("%s: %d newly initialised parameters: %s", name, len(fresh), ", ".join(fresh) or "none")
+    model.eval()  # type: ignore[no-untyped-call]
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        folder=resolved.folder,
+        fresh=fresh,
+        head_kept=kept,
+        revision=resolved.revision,
+    )
+
+
+def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) -> Checkpoint:
+    """A student that keeps some layers of `source`, with a new final layer; `source` is untouched.
+
+    The final layer of the source read other layers, so it is drawn anew (and usually set by a linear probe).
+
+    Args:
+        source: Classifier whose embeddings and layers are kept.
+        keep: Ascending indices of layers.
+        seed: Seed of the new final layer.
+
+    Raises:
+        ConfigError, CheckpointError: See `slice_layers`.
+    """
+    names = _label_names(source.model.config)
+    model = slice_layers(source.model, keep)
+    with _seeded(seed):
+        replace_final_(model, len(names))
+    _set_labels_(model, names)
+    model.requires_grad_(True)
+    final = head_of(model)
+    fresh = tuple(f"{final.final_name}.{key}" for key, _ in final.final.named_parameters())
+    return replace(source, model=model.eval(), fresh=fresh, head_kept=False)
+
+
+def load_teacher(
+    name: str, *, schema: LabelSchema, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> Checkpoint:
+    """Load a trained classifier whose label names are those of `schema`: columns in its order, frozen, in eval mode.
+
+    Raises:
+        LabelError: The label names differ as sets, or are mere placeholders (both sides are listed).
+        CheckpointError: It is no single-label classifier, or as for `load_classifier`.
+    """
+    _, config = _open(name, revision)
+    if not _is_classifier(config):
+        raise CheckpointError(
+            f"The teacher {name} is not a classifier (architectures: {config.architectures}).",
+            why="A teacher must be fine-tuned on the labels first.",
+            fix="train it on the same labels and pass its output folder as --teacher_name_or_path",
+        )
+    if config.problem_type not in (None, "single_label_classification"):
+        raise CheckpointError(
+            f"The teacher {name} was trained with problem_type={config.problem_type!r}.",
+            why="Its logits are no softmax over the classes, so they cannot be distilled as one.",
+            fix="use a teacher trained for single-label classification",
+        )
+    names = _label_names(config)
+    if sorted(names) != sorted(schema.names):
+        only_teacher = sorted(set(names) - set(schema.names))
+        only_data = sorted(set(schema.names) - set(names))
+        raise LabelError(
+            f"The labels of teacher {name} and data differ.\n"
+            f"  only in teacher ({len(only_teacher)}): {_shown(only_teacher)}\n"
+            f"  only in data ({len(only_data)}): {_shown(only_data)}",
+            why="The teacher was trained on other label names, or its config.json holds placeholders."
+            if not _are_placeholders(names)
+            else "The config.json of the teacher holds placeholder names; positions are never trusted.",
+            fix="rename the labels of the data, or write the true names to id2label and label2id of its config.json",
+        )
+    teacher = load_classifier(name, schema=schema, dtype=dtype, revision=revision)
+    teacher.model.requires_grad_(False)
+    return teacher
+
+
+def _shown(names: Sequence[str], limit: int = 40) -> str:
+    more = f", and {len(names) - limit} more" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "none") + more
+
+
+def _open(name: str, revision: str | None) -> tuple[ResolvedCheckpoint, PreTrainedConfig]:
+    """Resolve, check and read the config; refuses a family that has no classifier class."""
+    from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
+
+    resolved = resolve_checkpoint(name, revision=revision)
+    check_folder(resolved.folder)
+    try:
+        config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=False)
+    except (ValueError, KeyError, OSError, TypeError) as error:
+        raise CheckpointError(
+            f"The config.json of {name} cannot be read: {str(error).splitlines()[0]}",
+            why="It names a model family that this version of transformers does not know, or is damaged.",
+        ) from error
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        known = sorted(known.model_type for known in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING)
+        raise CheckpointError(
+            f"{name} is of the family {config.model_type!r}, which has no sequence classification class.",
+            fix="use a checkpoint of a family with one",
+            available=known,
+        )
+    return resolved, config
+
+
+def _load_model(
+    resolved: ResolvedCheckpoint, config: PreTrainedConfig, *, dtype: torch.dtype, seed: int
+) -> tuple[PreTrainedModel, frozenset[str]]:
+    """The model in the checkpoint's own label space, and the names of its missing parameters."""
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        with quiet_transformers(), _seeded(seed):
+            model, info = AutoModelForSequenceClassification.from_pretrained(
+                resolved.folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise CheckpointError(
+            f"The weights of {resolved.name} do not fit its config.json: {_last_line(error)}",
+            why="The folder mixes files of two models, or was not written completely.",
+        ) from error
+    missing = frozenset(info["missing_keys"])
+    _refuse_missing_body(model, missing, resolved.name)
+    if info["unexpected_keys"]:
+        logger.info("%s: weights that a classifier does not use: %s", resolved.name, sorted(info["unexpected_keys"]))
+    return model, missing
+
+
+def _last_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+def _refuse_missing_body(model: PreTrainedModel, missing: frozenset[str], name: str) -> None:
+    prefix = model.base_model_prefix + "."
+    body = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
+    if body:
+        raise CheckpointError(
+            f"{name} holds no weights for {len(body)} parameters of its body: {_shown(body, 5)}.",
+            why="config.json asks for more layers than the weights hold, or the weights are of another model.",
+            fix="repair num_hidden_layers in config.json, or use the intact checkpoint",
+        )
+
+
+def _refuse_missing_head(missing: frozenset[str], name: str) -> None:
+    if missing:
+        raise CheckpointError(
+            f"{name} calls itself a classifier but holds no weights for: {_shown(sorted(missing), 5)}.",
+            why="The head was not saved with it.",
+            fix='load_classifier(..., head="new") starts a new final layer on purpose',
+        )
+
+
+def _is_classifier(config: PreTrainedConfig) -> bool:
+    return any(item.endswith("ForSequenceClassification") for item in config.architectures or ())
+
+
+def _label_names(config: PreTrainedConfig) -> list[str]:
+    """Label names by id; ids are compared as numbers (as text, '10' would stand before '2')."""
+    by_id: dict[int, Any] = {int(key): value for key, value in (config.id2label or {}).items()}
+    return [str(by_id[key]) for key in sorted(by_id)]
+
+
+def _are_placeholders(names: Sequence[str]) -> bool:
+    return all(_PLACEHOLDER.fullmatch(name) for name in names)
+
+
+def _keeps_head(config: PreTrainedConfig, wanted: Sequence[str], *, name: str) -> bool:
+    """Whether the final layer may be kept; logs why, either way."""
+    names = _label_names(config)
+    if not _is_classifier(config):
+        logger.info("%s is no classifier: new final layer.", name)
+    elif sorted(names) == sorted(wanted):
+        logger.info("%s already has these %d labels: its final layer is kept, matched by name.", name, len(names))
+        if config.problem_type not in (None, "single_label_classification"):
+            logger.warning("%s was trained with problem_type=%s.", name, config.problem_type)
+        return True
+    elif _are_placeholders(names):
+        logger.info("%s names its labels LABEL_0, ...: positions are not trusted, new final layer.", name)
+    else:
+        logger.info("%s has other labels (%s): new final layer.", name, _shown(names, 10))
+    return False
+
+
+def _permute_final_(model: PreTrainedModel, order: Sequence[int]) -> None:
+    final = head_of(model).final
+    with torch.no_grad():
+        for parameter in final.parameters():
+            parameter.copy_(parameter[list(order)].clone())
+
+
+def _set_labels_(model: PreTrainedModel, names: Sequence[str]) -> None:
+    model.config.id2label = dict(enumerate(names))
+    model.config.label2id = {label: index for index, label in enumerate(names)}
+    model.config.problem_type = "single_label_classification"
+    setattr(model, "num_labels", len(names))  # noqa: B010 - read by the loss; nn.Module's types allow no int
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU generator for a while; weights are initialised on the CPU."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

@@ -1,0 +1,115 @@
+"""Mean pooling for classifiers whose plain class reads the first token.
+
+`BertForSequenceClassification` and its like read the state of the first token, while sentence encoders are trained to
+be read as a mean over all tokens. The mean is built into the weights here, so the folder still loads with
+`pipeline("text-classification")` and no code of ours: one more transformer layer, of the family's own class, that
+computes it.
+
+With states h_i of a text's tokens and m their mean, the layer holds: query = key = 0 (all scores are equal, so the
+attention weights are uniform over the tokens that are not padding), value = identity, attention output = s times
+identity. Its first LayerNorm then gives LayerNorm(s m + h_i) = LayerNorm(m + h_i / s), and its feed-forward output is
+0, so the second LayerNorm changes nothing. s = 2048 leaves 0.05 % of h_i and stays within float16 for |m| < 32.
+
+Shapes: H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from nlpxfer.checkpoint.student import check_reload, model_layers, renumber_
+from nlpxfer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+MEAN_SCALE: Final = 2048.0
+# Families whose layers apply LayerNorm after each residual sum, by the names of their parts.
+_BERT_NAMES: Final = {
+    "zero": ("attention.self.query", "attention.self.key", "output.dense"),
+    "identity": "attention.self.value",
+    "scaled": "attention.output.dense",
+    "norms": ("attention.output.LayerNorm", "output.LayerNorm"),
+}
+_DISTILBERT_NAMES: Final = {
+    "zero": ("attention.q_lin", "attention.k_lin", "ffn.lin2"),
+    "identity": "attention.v_lin",
+    "scaled": "attention.out_lin",
+    "norms": ("sa_layer_norm", "output_layer_norm"),
+}
+_POST_NORM: Final = {
+    "bert": _BERT_NAMES,
+    "roberta": _BERT_NAMES,
+    "xlm-roberta": _BERT_NAMES,
+    "camembert": _BERT_NAMES,
+    "electra": _BERT_NAMES,
+    "distilbert": _DISTILBERT_NAMES,
+}
+
+
+def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
+    """A new model of the same plain class whose head reads the mean over the tokens that are not padding.
+
+    ModernBERT: `config.classifier_pooling = "mean"`, no cost. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT:
+    one more layer, as the module says, which costs the memory and time of one layer; its head reads LayerNorm(mean).
+    The layer trains like any other, save that its queries and keys get no gradient at 0: it stays a mean. Cut layers
+    (`slice_layers`) before, not after. The original is untouched.
+
+    Raises:
+        CheckpointError: The family cannot express a mean; lists those that can.
+    """
+    family = model.config.model_type
+    if family == "modernbert":
+        pooled = copy.deepcopy(model)
+        pooled.config.classifier_pooling = "mean"
+        return pooled
+    if family not in _POST_NORM or getattr(model.config, "is_decoder", False):
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be read as a mean over its tokens.",
+            why="Its class reads one token, and its layers cannot compute a mean exactly.",
+            available=("modernbert", *_POST_NORM),
+        )
+    pooled = copy.deepcopy(model)
+    _, layers = model_layers(pooled)
+    count = len(layers)
+    extra = copy.deepcopy(layers[-1])
+    renumber_(extra, count - 1, count)
+    _compute_mean_(extra, _POST_NORM[family])
+    layers.append(extra)
+    pooled.config.num_hidden_layers = count + 1
+    check_reload(pooled, reason="adding a layer that computes the mean")
+    logger.info("Mean pooling: added layer %d, which computes the mean of the token states.", count)
+    return pooled
+
+
+def _compute_mean_(layer: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
+    with torch.no_grad():
+        for name in names["zero"]:
+            _set_(layer, name, scale=0.0)
+        _set_(layer, str(names["identity"]), scale=1.0)
+        _set_(layer, str(names["scaled"]), scale=MEAN_SCALE)
+        for name in names["norms"]:
+            norm = layer.get_submodule(name)
+            nn.init.ones_(norm.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(norm.bias)  # type: ignore[arg-type]
+
+
+def _set_(layer: nn.Module, name: str, *, scale: float) -> None:
+    """Weight = scale times identity (zero for scale 0, whatever its shape), bias = 0."""
+    dense = layer.get_submodule(name)
+    if not isinstance(dense, nn.Linear):
+        raise CheckpointError(
+            f"{name} is a {type(dense).__name__}, not a linear layer.", why="It was wrapped or quantised."
+        )
+    dense.weight.zero_()
+    if scale:
+        dense.weight.fill_diagonal_(scale)
+    dense.bias.zero_()

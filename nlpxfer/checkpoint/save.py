@@ -1,0 +1,207 @@
+"""Save a classifier so that `pipeline("text-classification", folder)` loads it, and never half of it.
+
+All files are written to a hidden folder inside the target and then renamed into place, `config.json` last: a folder
+without `config.json` does not load, so an interruption leaves nothing that looks complete. When an older model is
+replaced, its `config.json` goes first for the same reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import nn
+
+from nlpxfer.checkpoint.quiet import quiet_transformers
+from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nlpxfer.data.schema import LabelSchema
+
+logger = logging.getLogger(__name__)
+
+# What a run of nlpxfer writes; everything else in an output folder belongs to somebody else.
+OWN_FILES: Final = frozenset(
+    {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.txt",
+        "vocab.json",
+        "merges.txt",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "spm.model",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "labels.json",
+        "README.md",
+        "report.json",
+        "run.json",
+        "confusion.png",
+        "per_class.png",
+    }
+)
+OWN_FOLDERS: Final = frozenset({"checkpoints", "predictions", "teacher"})
+_STAGING_PREFIX: Final = ".nlpxfer-staging-"
+
+
+def save_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, schema: LabelSchema, folder: str | Path
+) -> Path:
+    """Write config, weights (safetensors), tokenizer and labels.json to `folder`, all of it or nothing.
+
+    The config gets `id2label`, `label2id` and `problem_type`. `folder` may exist and hold other files (checkpoints/,
+    reports); they stay.
+
+    Raises:
+        NotFiniteError: A weight is NaN or infinite.
+        LabelError: The model has another number of outputs than the schema has names.
+        CheckpointError: An adapter or a wrapped model is passed instead of a plain transformers model.
+    """
+    folder = Path(folder)
+    _check_savable(model, schema)
+    model.config.id2label = dict(enumerate(schema.names))
+    model.config.label2id = {label: index for index, label in enumerate(schema.names)}
+    model.config.problem_type = "single_label_classification"
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_old_staging(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
+    try:
+        with quiet_transformers():
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+        schema.save(staging)
+        _drop_origin(staging / "config.json")
+        _move_into(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    logger.info("Saved %s with %d labels.", type(model).__name__, len(schema.names))
+    return folder
+
+
+def _check_savable(model: PreTrainedModel, schema: LabelSchema) -> None:
+    from transformers import PreTrainedModel as PlainModel
+
+    if not isinstance(model, PlainModel):
+        raise CheckpointError(
+            f"{type(model).__name__} is no plain transformers model.",
+            why="It is wrapped (DDP, PEFT, torch.compile).",
+            fix="unwrap it, and merge adapters, before saving",
+        )
+    refuse_not_finite(model)
+    outputs = model.config.num_labels
+    if outputs != len(schema.names):
+        raise LabelError(
+            f"The model has {outputs} outputs, the schema {len(schema.names)} names.", available=schema.names
+        )
+
+
+def refuse_not_finite(model: nn.Module) -> None:
+    """Raise NotFiniteError, naming the weights, if any is NaN or infinite."""
+    bad = [
+        name
+        for name, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(torch.isfinite(value).all())
+    ]
+    if bad:
+        raise NotFiniteError(
+            f"{len(bad)} weights are NaN or infinite, so the model is not saved: {', '.join(bad[:5])}.",
+            why="The training diverged.",
+            fix="lower learning_rate, or train in float32",
+        )
+
+
+def _drop_origin(config_file: Path) -> None:
+    """Remove `_name_or_path`, which holds a path of this machine when the parent was a folder."""
+    content = json.loads(config_file.read_text(encoding="utf-8"))
+    if content.pop("_name_or_path", None) is not None:
+        config_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _move_into(staging: Path, folder: Path) -> None:
+    """Rename the staged files into `folder`: old config.json away first, new config.json last."""
+    config = folder / "config.json"
+    if config.exists():
+        config.unlink()
+    for stale in ("model.safetensors.index.json", *(path.name for path in folder.glob("model-*-of-*.safetensors"))):
+        if not (staging / stale).exists():
+            (folder / stale).unlink(missing_ok=True)
+    for path in sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        path.replace(folder / path.name)
+
+
+def _remove_old_staging(folder: Path) -> None:
+    for path in folder.glob(_STAGING_PREFIX + "*"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Make the output folder ready for a run.
+
+    An absent or empty folder is made and used. With `resume` a filled one is left as it is. With `overwrite` the files
+    and folders that nlpxfer writes are removed first; if anything else lies there, or the folder is reached through a
+    symbolic link, nothing at all is removed and the call is refused, since it may be a home folder given by mistake.
+
+    Raises:
+        OutputExistsError: The folder is not empty and neither option allows to use it, or it holds foreign files.
+    """
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(f"The output folder {folder} is a file.", fix="choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_old_staging(folder)
+    entries = sorted(folder.iterdir())
+    if not entries or resume:
+        return folder
+    if not overwrite:
+        raise OutputExistsError(
+            f"The output folder {folder} is not empty.",
+            why="An earlier run wrote to it.",
+            fix="choose another --output_dir, resume that run, or allow overwriting",
+            available=[entry.name for entry in entries],
+        )
+    foreign = [entry.name for entry in entries if not _is_own(entry)]
+    if foreign or folder.is_symlink():
+        raise OutputExistsError(
+            f"The output folder {folder} is not overwritten: "
+            + (f"it holds {', '.join(foreign[:10])}, which nlpxfer did not write." if foreign else "it is a link."),
+            fix="move these away, or choose another --output_dir",
+        )
+    for entry in entries:
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    return folder
+
+
+def _is_own(entry: Path) -> bool:
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return entry.name in OWN_FOLDERS
+    return entry.name in OWN_FILES or (entry.name.startswith("model-") and entry.suffix == ".safetensors")
+
+
+def check_free_space(folder: str | Path, needed_bytes: int) -> None:
+    """Raise NoSpaceError if the disk of `folder` (or of its nearest existing parent) has less than `needed_bytes`."""
+    existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise NoSpaceError(
+            f"The disk of {folder} has {free / 1e9:.2f} GB free; this run writes about {needed_bytes / 1e9:.2f} GB.",
+            fix="free some space, choose another --output_dir, or lower save_total_limit",
+        )

@@ -1,0 +1,157 @@
+"""The `nlpxfer` command, and how every entry point turns errors into messages and exit codes.
+
+    nlpxfer methods                               the transfer methods, as a table
+    nlpxfer run distill [config.yaml] [--key …]   a recipe, from the checkout or from the installed package
+    nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
+
+Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 75 interrupted (the run can be
+resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2 and 75 into 1: see docs/scaling.md.
+
+Nothing heavy is imported before a command needs it: `nlpxfer --version` must not wait for torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from nlpxfer import __version__
+from nlpxfer.errors import INTERRUPTED_EXIT_CODE, ConfigError, NlpxferError, nearest
+
+__all__ = ["main", "recipe_folder", "recipe_names", "run_main"]
+
+PACKAGE_FOLDER = Path(__file__).resolve().parent
+
+
+def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
+    """Call an entry point and leave the process with its exit code; the last line of each recipe.
+
+    Args:
+        main: Takes the words of the command line, or None for `sys.argv[1:]`. What it returns is dropped.
+        argv: Handed to `main`.
+
+    Raises:
+        SystemExit: Always. 0 when `main` returns; the error's exit code after a `NlpxferError`; 75 after Ctrl-C.
+    """
+    try:
+        main(argv)
+    except NlpxferError as error:
+        sys.stderr.write(f"{error}\n")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted.\n")
+        sys.exit(INTERRUPTED_EXIT_CODE)
+    sys.exit(0)
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are: `recipes/` of the checkout that this runs from, else those of the installed package.
+
+    Raises:
+        ConfigError: Neither is there; the package was installed in a way that dropped them.
+    """
+    checkout = PACKAGE_FOLDER.parent
+    candidates = [PACKAGE_FOLDER / "_recipes"]
+    if (checkout / "pyproject.toml").is_file():
+        candidates.insert(0, checkout / "recipes")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise ConfigError(
+        "This installation of nlpxfer has no recipes.",
+        why=f"none of {', '.join(str(folder) for folder in candidates)} exists",
+        fix="pip install --force-reinstall nlpxfer",
+    )
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """The `nlpxfer` command.
+
+    Args:
+        argv: Words of the command line without the program's name; default `sys.argv[1:]`.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    run_main(_dispatch, argv)
+
+
+def _dispatch(argv: Sequence[str] | None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    # Not argparse.REMAINDER, which drops a leading "--": what follows the method, --help included, is the recipe's.
+    runs = words[:1] == ["run"] and not "".join(words[1:2]).startswith("-")
+    split = 2 if runs else len(words)
+    asked = _parser().parse_args(words[:split])
+    if asked.command == "run":
+        _run(asked.method, words[split:])
+    elif asked.command == "push":
+        _push(asked)
+    else:
+        _methods()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nlpxfer", description="Measured knowledge transfer between language models."
+    )
+    parser.add_argument("--version", action="version", version=f"nlpxfer {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("methods", help="show the transfer methods")
+    run = commands.add_parser("run", help="run a recipe", usage="nlpxfer run METHOD [config.yaml] [--key value ...]")
+    run.add_argument("method", metavar="METHOD", help="one of those that `nlpxfer methods` shows")
+    push = commands.add_parser("push", help="push a finished output folder to the Hub")
+    push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
+    push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
+    push.add_argument("--public", action="store_true", help="make a new repository public; default: private")
+    return parser
+
+
+def _methods() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from nlpxfer.methods import available_methods
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("method", "family", "what it does", "source"):
+        table.add_column(heading, overflow="fold")
+    for row in available_methods():
+        table.add_row(row.key, row.family, row.summary, row.source)
+    Console().print(table)
+
+
+def _run(method: str, words: Sequence[str]) -> None:
+    folder, names = recipe_folder(), recipe_names()
+    if method not in names:
+        close = nearest(method, names)
+        raise ConfigError(
+            f"There is no recipe {method!r}." + (f" Did you mean {close!r}?" if close else ""), available=names
+        )
+    path = str(folder / f"{method}.py")
+    # As __main__, so that the recipe is the same program as `python recipes/<method>.py`: its dataclasses find their
+    # annotations and its worker processes find it. It ends in `run_main`, whose SystemExit carries the exit code out.
+    before, sys.argv = sys.argv, [path, *words]
+    try:
+        runpy.run_path(path, run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def _push(asked: argparse.Namespace) -> None:
+    from nlpxfer.hub import push_folder
+
+    pushed = push_folder(asked.folder, asked.hub_model_id, private=not asked.public)
+    sys.stdout.write(f"{pushed.url}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""What happens to checked rows between reading and training: schema, missing splits, leaks, sample.
+
+In this order: the schema is frozen from all training rows; missing splits are carved out; unlabelled texts that
+stand in validation or test go; leaks go, if asked for; the sample is drawn from what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from nlpxfer.data.formats import SHOWN_FAULTS
+from nlpxfer.data.leaks import find_leaks
+from nlpxfer.data.rows import Rows
+from nlpxfer.data.schema import LabelSchema, natural_order
+from nlpxfer.data.splits import stratified_sample, stratified_split
+from nlpxfer.errors import DataError, LabelError, nearest
+
+LOGGER = logging.getLogger(__name__)
+COMPARED: Final = (("train", "validation"), ("train", "test"), ("validation", "test"))
+
+
+def freeze_schema(train: Rows, *, carved: Sequence[str], warnings: list[str]) -> LabelSchema:
+    """The classes of the training rows, in the order that the file gives, or else in natural order.
+
+    Args:
+        train: All training rows.
+        carved: The splits that are yet to be carved out: each class needs one row more for each of them.
+        warnings: Gets a line for each thing that a reader should know.
+
+    Raises:
+        DataError: There is one class only, or a class has too few rows.
+    """
+    counts = Counter(train.labels or ())
+    if len(counts) < 2:
+        raise DataError(
+            f"{train.source}: all {len(train)} rows have one label, {next(iter(counts))!r}; nothing to tell apart.",
+            fix="--label_column names the column of labels",
+        )
+    _check_class_sizes(train, counts, carved, warnings)
+    if train.class_names is None:
+        names = natural_order(counts)
+    else:
+        names = tuple(name for name in train.class_names if name in counts)
+        if len(names) < len(train.class_names):
+            unused = [name for name in train.class_names if name not in counts]
+            warnings.append(f"{train.name}: classes without a training row are left out: {', '.join(unused)}")
+    if all(name.lstrip("-").isdigit() for name in names):
+        LOGGER.info("%s: the label names are numbers: %s", train.name, ", ".join(names[:SHOWN_FAULTS]))
+    variants = Counter(name.casefold() for name in names)
+    alike = [name for name in names if variants[name.casefold()] > 1]
+    if alike:
+        warnings.append(f"{train.name}: labels that differ by case only are kept apart: {', '.join(alike)}")
+    return LabelSchema(names)
+
+
+def _check_class_sizes(train: Rows, counts: Counter[str], carved: Sequence[str], warnings: list[str]) -> None:
+    labels = list(train.labels or ())
+    needed = 1 + len(carved)
+    small = [name for name in natural_order(counts) if counts[name] < max(needed, 2)]
+    if not small:
+        return
+    listed = [
+        f"{name!r} has {counts[name]}, {', '.join(train.place(i) for i, label in enumerate(labels) if label == name)}"
+        for name in small[:SHOWN_FAULTS]
+    ]
+    more = f"; and {len(small) - SHOWN_FAULTS} more" if len(small) > SHOWN_FAULTS else ""
+    message = f"{train.source}: classes with too few rows: {'; '.join(listed)}{more}"
+    if carved:
+        raise DataError(
+            f"{message}.",
+            why=f"{' and '.join(carved)} must be carved out of the training rows: each class needs {needed} rows",
+            fix="add rows, join or remove these classes, or give the validation and test files",
+        )
+    warnings.append(message.replace(train.source, train.name))
+
+
+def check_labels(splits: Mapping[str, Rows], schema: LabelSchema) -> None:
+    """Refuse labels that the training rows do not have.
+
+    Raises:
+        LabelError: Lists them with file and rows, for all splits at once.
+    """
+    faults: list[str] = []
+    unknown: list[str] = []
+    for rows in splits.values():
+        places: dict[str, list[str]] = {}
+        for index, name in enumerate(rows.labels or ()):
+            if name not in schema:
+                places.setdefault(name, []).append(rows.place(index))
+        for name, found in places.items():
+            more = f" and {len(found) - SHOWN_FAULTS} more" if len(found) > SHOWN_FAULTS else ""
+            faults.append(f"{rows.source}, {', '.join(found[:SHOWN_FAULTS])}{more}: {name!r}")
+            unknown.append(name)
+    if faults:
+        hints = [
+            f"{near!r} in place of {name!r}"
+            for name in unknown[:SHOWN_FAULTS]
+            if (near := nearest(name, schema.names))
+        ]
+        listed = "\n  - ".join(["Labels that no training row has:", *faults])
+        raise LabelError(listed, fix=", ".join(dict.fromkeys(hints)), available=schema.names)
+
+
+def carve(splits: dict[str, Rows], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+    """Carve the missing splits out of the training rows, in place.
+
+    Args:
+        splits: Has 'train'; gets the other two.
+        shares: Which part of all training rows a missing split becomes.
+        seed: Draws the rows.
+
+    Returns:
+        Split to where its rows come from.
+
+    Raises:
+        DataError: A class does not have enough different texts.
+    """
+    sources = {split: rows.name for split, rows in splits.items()}
+    left = 1.0
+    for split in ("test", "validation"):
+        if split in splits:
+            continue
+        train = splits["train"]
+        try:
+            kept, taken = stratified_split(train.labels or (), train.keys(), share=shares[split] / left, seed=seed)
+        except DataError as error:
+            raise DataError(
+                f"{train.source}: no {split} split can be carved out. {error.what}",
+                fix="add rows of this class, or give the validation and test files",
+            ) from error
+        left -= shares[split]
+        splits["train"], splits[split] = train.take(kept), train.take(taken)
+        sources[split] = f"carved from {train.name}"
+        LOGGER.info("%s: %d of %d rows of %s", split, len(taken), len(train), train.name)
+    return sources
+
+
+def keep_apart(unlabelled: Rows, splits: Mapping[str, Rows]) -> Rows:
+    """Take out the unlabelled texts that stand exactly in validation or test.
+
+    Raises:
+        DataError: None is left.
+    """
+    evaluated = {*splits["validation"].keys(), *splits["test"].keys()}
+    return _left(unlabelled, [index for index, key in enumerate(unlabelled.keys()) if key not in evaluated])
+
+
+def drop_leaks(rows: Rows, splits: Mapping[str, Rows]) -> Rows:
+    """Take out the rows that stand, exactly or nearly, in validation or test.
+
+    Raises:
+        DataError: None is left.
+    """
+    evaluated = [*splits["validation"].keys(), *splits["test"].keys()]
+    leaking = set(find_leaks(rows.keys(), evaluated).reference_rows)
+    return _left(rows, [index for index in range(len(rows)) if index not in leaking])
+
+
+def _left(rows: Rows, indices: Sequence[int]) -> Rows:
+    if not indices:
+        raise DataError(f"{rows.source}: all {len(rows)} rows also stand in validation or test; none is left.")
+    return rows.take(indices)
+
+
+def check_classes_left(train: Rows, schema: LabelSchema) -> None:
+    """Refuse training rows that lost a whole class to `drop_leaks`.
+
+    Raises:
+        DataError: Names the classes.
+    """
+    lost = [name for name in schema.names if name not in set(train.labels or ())]
+    if lost:
+        raise DataError(
+            f"{train.source}: every training row of {', '.join(map(repr, lost))} also stands in validation or test; "
+            "without them the class cannot be learnt.",
+            fix="--drop_leaks false, or other training rows",
+        )
+
+
+def sample(train: Rows, count: int, seed: int) -> Rows:
+    """Draw training rows so that each class keeps its share.
+
+    Raises:
+        DataError: Fewer rows than classes are asked for.
+    """
+    return train.take(stratified_sample(train.labels or (), train.keys(), count=count, seed=seed))
+
+
+def compare(splits: Mapping[str, Rows], unlabelled: Rows | None) -> dict[str, dict[str, Any]]:
+    """Per pair of splits, the rows of the second that stand in the first."""
+    keys = {split: rows.keys() for split, rows in splits.items()}
+    pairs = list(COMPARED)
+    if unlabelled is not None:
+        keys["unlabelled"] = unlabelled.keys()
+        pairs += [("unlabelled", "validation"), ("unlabelled", "test")]
+    leaks = {f"{first}_{second}": find_leaks(keys[first], keys[second]).as_dict() for first, second in pairs}
+    for pair, found in leaks.items():
+        if found["rows"]:
+            LOGGER.warning("leak %s: %d exact and %d near", pair, found["exact"], found["near"])
+    return leaks
+
+
+def count_contradictions(train: Rows) -> int:
+    """How many distinct texts stand in the training rows with more than one label."""
+    labels: dict[str, set[str]] = {}
+    for key, label in zip(train.keys(), train.labels or (), strict=True):
+        labels.setdefault(key, set()).add(label)
+    return sum(len(found) > 1 for found in labels.values())
+
+
+def absent_classes(splits: Mapping[str, Rows], schema: LabelSchema) -> list[str]:
+    """A line for each evaluation split in which a class has no row."""
+    lines = []
+    for split in ("validation", "test"):
+        absent = [name for name in schema.names if name not in set(splits[split].labels or ())]
+        if absent:
+            lines.append(f"{split} has no row of {len(absent)} classes: {', '.join(absent)}")
+    return lines

@@ -1,0 +1,253 @@
+"""From a request to checked splits: one label schema, no text on two sides unseen, and a record of what was done.
+
+data = load_data(DataRequest(train_file="train.csv", test_file="test.csv"))
+data.schema.names, data.train[0], data.leaks["train_test"]["exact"]
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from nlpxfer.data.arrange import (
+    absent_classes,
+    carve,
+    check_classes_left,
+    check_labels,
+    compare,
+    count_contradictions,
+    drop_leaks,
+    freeze_schema,
+    keep_apart,
+    sample,
+)
+from nlpxfer.data.files import Table, read_table
+from nlpxfer.data.pack import fingerprint, to_dataset
+from nlpxfer.data.rows import Rows, check_rows
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.sources import SPLITS, UNLABELLED_FILE, find_folder, read_folder, read_hub
+from nlpxfer.errors import ConfigError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LOGGER = logging.getLogger(__name__)
+AUTO: Final = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """Which data, and which columns and splits of it.
+
+    Args:
+        dataset_name: A local folder with train, validation and test files, a bundled set, or an id on the Hub.
+        dataset_config_name: The configuration of a Hub dataset.
+        train_file: Training rows, in place of `dataset_name`: csv, tsv, json, jsonl or parquet.
+        validation_file: Validation rows; carved out of the training rows if missing.
+        test_file: Test rows; carved out of the training rows if missing.
+        text_column: The column of texts.
+        text_pair_column: The column of second texts, for pairs.
+        label_column: The column of labels, one per row.
+        unlabelled_file: Texts without labels: .txt with one text per line, or another format with the text columns.
+            'auto' takes unlabelled.txt of the folder or bundled set that `dataset_name` names.
+        max_train_samples: Train on this many rows, drawn so that each class keeps its share.
+        validation_share: Part of the training rows that becomes the missing validation split.
+        test_share: Part of the training rows that becomes the missing test split.
+        seed: Draws the carved splits and the sample.
+        drop_leaks: Remove training and unlabelled rows that stand, exactly or nearly, in validation or test.
+    """
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_file: str | None = None
+    validation_file: str | None = None
+    test_file: str | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None
+    label_column: str = "label"
+    unlabelled_file: str | None = None
+    max_train_samples: int | None = None
+    validation_share: float = 0.1
+    test_share: float = 0.1
+    seed: int = 42
+    drop_leaks: bool = False
+
+    @property
+    def text_columns(self) -> list[str]:
+        """The columns that hold text."""
+        return [self.text_column] if self.text_pair_column is None else [self.text_column, self.text_pair_column]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextData:
+    """Checked rows in memory.
+
+    `train`, `validation` and `test` have the columns `text`, `text_pair` (only for pairs), `label` (index into
+    `schema`) and `row` (the row's number in its file, from 1; carved rows keep that of the training file).
+    `unlabelled` has no `label`.
+
+    Args:
+        schema: The classes, frozen from the training rows.
+        train: Training rows.
+        validation: Validation rows.
+        test: Test rows.
+        unlabelled: Texts without labels, if asked for.
+        leaks: Per pair of splits, such as `train_test`, what `Leaks.as_dict` gives for the second of the two, as the
+            splits now are: after `drop_leaks`, if that was asked for. `rows` are indices from 0.
+        fingerprint: sha256 over the schema and every row of every split, in order.
+        sources: Split to the name of its file, without the folder.
+        removed: How many rows were taken out: `train_leaks`, `unlabelled_exact`, `unlabelled_leaks`, `train_sample`.
+        contradictions: Distinct training texts that stand there with more than one label.
+        warnings: What a reader of the report should know.
+    """
+
+    schema: LabelSchema
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    unlabelled: Dataset | None
+    leaks: dict[str, dict[str, Any]]
+    fingerprint: str
+    sources: dict[str, str]
+    removed: dict[str, int]
+    contradictions: int
+    warnings: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says about the data; the leaks without their rows."""
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        counts = {split: Counter(rows["label"]) for split, rows in splits.items()}
+        return {
+            "rows": {split: len(rows) for split, rows in splits.items()}
+            | ({} if self.unlabelled is None else {"unlabelled": len(self.unlabelled)}),
+            "classes": len(self.schema),
+            "class_rows": {
+                split: {name: found[index] for index, name in enumerate(self.schema.names)}
+                for split, found in counts.items()
+            },
+            "leaks": {pair: {k: v for k, v in found.items() if k != "rows"} for pair, found in self.leaks.items()},
+            "contradictions": self.contradictions,
+            "removed": dict(self.removed),
+            "warnings": list(self.warnings),
+            "sources": dict(self.sources),
+            "fingerprint": self.fingerprint,
+        }
+
+
+def load_data(request: DataRequest) -> TextData:
+    """Read, check, split and compare the rows that a request names.
+
+    Raises:
+        ConfigError: Options that do not go together; all of them at once.
+        DataNotFoundError: A file, folder or dataset does not exist.
+        DataError: Rows that cannot be used; names file and rows.
+        LabelError: Labels in validation or test that training does not have; names file and rows.
+    """
+    _check_request(request)
+    tables, extra = _read(request)
+    text, pair, label = request.text_column, request.text_pair_column, request.label_column
+    splits = {split: check_rows(table, text=text, pair=pair, label=label) for split, table in tables.items()}
+    unlabelled = None if extra is None else check_rows(extra, text=text, pair=pair, label=None)
+    warnings: list[str] = []
+    carved = [split for split in ("validation", "test") if split not in splits]
+    schema = freeze_schema(splits["train"], carved=carved, warnings=warnings)
+    check_labels(splits, schema)
+    sources = carve(splits, {"validation": request.validation_share, "test": request.test_share}, request.seed)
+    if unlabelled is not None:
+        sources["unlabelled"] = unlabelled.name
+    splits["train"], unlabelled, removed = _reduce(splits, unlabelled, request, schema)
+    warnings += absent_classes(splits, schema)
+    for line in warnings:
+        LOGGER.warning(line)
+    return TextData(
+        schema=schema,
+        train=to_dataset(splits["train"], schema),
+        validation=to_dataset(splits["validation"], schema),
+        test=to_dataset(splits["test"], schema),
+        unlabelled=None if unlabelled is None else to_dataset(unlabelled, schema),
+        leaks=compare(splits, unlabelled),
+        fingerprint=fingerprint(schema, {**{split: splits[split] for split in SPLITS}, "unlabelled": unlabelled}),
+        sources=sources,
+        removed=removed,
+        contradictions=count_contradictions(splits["train"]),
+        warnings=tuple(warnings),
+    )
+
+
+def _reduce(
+    splits: dict[str, Rows], unlabelled: Rows | None, request: DataRequest, schema: LabelSchema
+) -> tuple[Rows, Rows | None, dict[str, int]]:
+    """Take out what may not be learnt from, then draw the sample; also how many rows each step took out."""
+    train, removed = splits["train"], {}
+    if unlabelled is not None:
+        rest = keep_apart(unlabelled, splits)
+        removed["unlabelled_exact"] = len(unlabelled) - len(rest)
+        unlabelled = rest
+    if request.drop_leaks:
+        clean = drop_leaks(train, splits)
+        check_classes_left(clean, schema)
+        removed["train_leaks"] = len(train) - len(clean)
+        train = clean
+        if unlabelled is not None:
+            rest = drop_leaks(unlabelled, splits)
+            removed["unlabelled_leaks"] = len(unlabelled) - len(rest)
+            unlabelled = rest
+    if request.max_train_samples is not None:
+        drawn = sample(train, request.max_train_samples, request.seed)
+        removed["train_sample"] = len(train) - len(drawn)
+        train = drawn
+    LOGGER.info("rows taken out: %s", removed or "none")
+    return train, unlabelled, removed
+
+
+def _check_request(request: DataRequest) -> None:
+    faults = []
+    files = [name for name in ("train_file", "validation_file", "test_file") if getattr(request, name) is not None]
+    if request.dataset_name is not None and files:
+        faults.append(f"dataset_name and {', '.join(files)} exclude each other: give one or the other")
+    if request.dataset_name is None and request.train_file is None:
+        faults.append("no training data: give dataset_name or train_file")
+    if request.dataset_name is None and request.dataset_config_name is not None:
+        faults.append("dataset_config_name needs dataset_name")
+    if request.dataset_name is None and request.unlabelled_file == AUTO:
+        faults.append("unlabelled_file 'auto' needs a dataset_name that is a folder or a bundled set")
+    columns = [*request.text_columns, request.label_column]
+    if len(set(columns)) < len(columns):
+        faults.append(f"text, text pair and label need a column each, not {', '.join(map(repr, columns))}")
+    for name in ("validation_share", "test_share"):
+        if not 0 < getattr(request, name) < 1:
+            faults.append(f"{name} must lie between 0 and 1, not {getattr(request, name)}")
+    if request.validation_share + request.test_share >= 1:
+        faults.append("validation_share and test_share together must be less than 1")
+    if request.max_train_samples is not None and request.max_train_samples < 1:
+        faults.append(f"max_train_samples must be at least 1, not {request.max_train_samples}")
+    if faults:
+        raise ConfigError.from_faults(faults)
+
+
+def _read(request: DataRequest) -> tuple[dict[str, Table], Table | None]:
+    """The tables of the splits that exist, and the unlabelled one."""
+    columns = [*request.text_columns, request.label_column]
+    unlabelled = request.unlabelled_file
+    if request.dataset_name is None:
+        named = {"train": request.train_file, "validation": request.validation_file, "test": request.test_file}
+        tables = {split: read_table(path, columns) for split, path in named.items() if path is not None}
+    elif (folder := find_folder(request.dataset_name)) is not None:
+        if request.dataset_config_name is not None:
+            raise ConfigError(
+                f"dataset_config_name is for the Hub, but {request.dataset_name} is a folder or bundled set."
+            )
+        tables = read_folder(folder, columns)
+        if unlabelled == AUTO:
+            unlabelled = str(folder / UNLABELLED_FILE)
+    else:
+        if unlabelled == AUTO:
+            raise ConfigError(
+                f"unlabelled_file 'auto' needs a folder or a bundled set; {request.dataset_name} is neither.",
+                fix="name the file",
+            )
+        tables = read_hub(request.dataset_name, request.dataset_config_name, columns, request.label_column)
+    extra = None if unlabelled is None else read_table(unlabelled, request.text_columns, texts_only=True)
+    return tables, extra

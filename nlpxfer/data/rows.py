@@ -1,0 +1,233 @@
+"""Checked rows: texts that hold something, and labels as names.
+
+A label is named by its value: `str(value)` for texts, whole numbers and booleans, with leading and trailing blanks of
+texts taken off, and the class's name where the column says so (`ClassLabel`). Texts stay as they are written.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from nlpxfer.data.files import Table
+from nlpxfer.data.formats import SHOWN_FAULTS, list_faults
+from nlpxfer.errors import DataError
+
+LOGGER = logging.getLogger(__name__)
+PAIR_MARK: Final = "\x1f"  # counts as white space, so that no normalised text holds it
+NO_LABEL: Final = -1  # the Hub's mark for rows whose label is kept secret
+
+
+def normalise_text(text: str, pair: str | None = None) -> str:
+    r"""The form in which two texts count as the same: lower case, runs of white space folded to one blank.
+
+    Characters that can be written in two ways are brought to the composed one (NFC).
+
+    >>> normalise_text(" Lost\tCARD ")
+    'lost card'
+    """
+    folded = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    return folded if pair is None else folded + PAIR_MARK + normalise_text(pair)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The checked rows of one split.
+
+    Args:
+        source: How errors name the file.
+        name: How reports name it.
+        texts: One text per row.
+        pairs: The second texts, if asked for.
+        labels: Label names; None for unlabelled rows.
+        numbers: Which row of its file each is, from 1.
+        lines: On which line of its file each starts, where known.
+        class_names: The order of the names, if the file gives one.
+    """
+
+    source: str
+    name: str
+    texts: Sequence[str]
+    pairs: Sequence[str] | None
+    labels: Sequence[str] | None
+    numbers: Sequence[int]
+    lines: Sequence[int] | None
+    class_names: tuple[str, ...] | None = None
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.texts)
+
+    def take(self, indices: Sequence[int]) -> Rows:
+        """The rows at these indices, in their order."""
+
+        def picked(values: Sequence[Any]) -> list[Any]:
+            return [values[index] for index in indices]
+
+        return replace(
+            self,
+            texts=picked(self.texts),
+            pairs=None if self.pairs is None else picked(self.pairs),
+            labels=None if self.labels is None else picked(self.labels),
+            numbers=picked(self.numbers),
+            lines=None if self.lines is None else picked(self.lines),
+        )
+
+    def keys(self) -> list[str]:
+        """Each row's text (and pair), normalised."""
+        if self.pairs is None:
+            return [normalise_text(text) for text in self.texts]
+        return [normalise_text(text, pair) for text, pair in zip(self.texts, self.pairs, strict=True)]
+
+    def place(self, index: int) -> str:
+        """Name a row as people count: 'row 3 (line 4)'."""
+        return f"row {self.numbers[index]}" + (f" (line {self.lines[index]})" if self.lines is not None else "")
+
+
+def check_rows(table: Table, *, text: str, pair: str | None, label: str | None) -> Rows:
+    """Check every row of a table and name its labels.
+
+    Args:
+        table: Holds the columns named next.
+        text: The column of texts.
+        pair: The column of second texts, or None.
+        label: The column of labels, or None for unlabelled rows.
+
+    Raises:
+        DataError: Texts or labels that are missing, blank or of a wrong kind: one error for all of them.
+    """
+    faults: list[tuple[int, str]] = []
+    for column in (text, pair):
+        if column is not None:
+            faults += _text_faults(table.columns[column], column)
+    labels = None
+    if label is not None:
+        labels, found = _name_labels(table, label)
+        faults += found
+    if faults:
+        raise _faulty(table, faults)
+    return Rows(
+        source=table.source,
+        name=table.name,
+        texts=table.columns[text],
+        pairs=None if pair is None else table.columns[pair],
+        labels=labels,
+        numbers=range(1, len(table.columns[text]) + 1),
+        lines=table.lines,
+        class_names=None if label is None else table.class_names.get(label),
+    )
+
+
+def _faulty(table: Table, faults: list[tuple[int, str]]) -> DataError:
+    """One error: per kind of fault its count and its first five rows."""
+    kinds: dict[str, list[int]] = {}
+    for index, kind in faults:
+        kinds.setdefault(kind, []).append(index)
+    messages = []
+    for kind, indices in kinds.items():
+        places = ", ".join(table.place(index) for index in indices[:SHOWN_FAULTS])
+        more = f" and {len(indices) - SHOWN_FAULTS} more" if len(indices) > SHOWN_FAULTS else ""
+        messages.append(f"{places}{more}: {kind}" + (f" ({len(indices)} rows)" if len(indices) > 1 else ""))
+    return DataError(list_faults(table.source, messages), fix="mend or remove these rows")
+
+
+def _text_faults(values: Sequence[Any], column: str) -> list[tuple[int, str]]:
+    faults = []
+    for index, value in enumerate(values):
+        if value is None:
+            faults.append((index, f"{column!r} is missing"))
+        elif not isinstance(value, str):
+            faults.append((index, f"{column!r} is of type {type(value).__name__}, a text is needed"))
+        elif not value.strip():
+            faults.append((index, f"{column!r} is empty or holds white space only"))
+        elif "\0" in value:
+            faults.append((index, f"{column!r} holds a NUL character"))
+        elif not _encodable(value):
+            faults.append((index, f"{column!r} holds half of a character (a lone surrogate)"))
+    return faults
+
+
+def _encodable(value: str) -> bool:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _name_labels(table: Table, column: str) -> tuple[list[str], list[tuple[int, str]]]:
+    values = table.columns[column]
+    _refuse_other_tasks(table, column)
+    names = table.class_names.get(column)
+    labels: list[str] = []
+    faults: list[tuple[int, str]] = []
+    for index, value in enumerate(values):
+        name, fault = _name_of(value, names)
+        labels.append(name)
+        if fault:
+            faults.append((index, f"{column!r} {fault}"))
+    return labels, faults
+
+
+def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
+    """The name of one label value, and what is wrong with it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "", "is missing"
+    if isinstance(value, str):
+        name = value.strip()
+        if not name:
+            return "", "is blank"
+        return name, "" if _encodable(name) else "holds half of a character (a lone surrogate)"
+    if isinstance(value, float):
+        value = int(value)  # whole: all others are refused before, and infinity with them
+    if isinstance(value, int) and names is not None:
+        if value == NO_LABEL:
+            return "", f"is {NO_LABEL}, the mark for 'no label'"
+        if not 0 <= value < len(names):
+            return "", f"is {value}, but there are only {len(names)} classes"
+        return names[value], ""
+    if isinstance(value, int):
+        return str(value), ""
+    return "", f"is of type {type(value).__name__}, a name or a whole number is needed"
+
+
+def _refuse_other_tasks(table: Table, column: str) -> None:
+    """Refuse lists of labels and regression targets, which need other losses and metrics."""
+    values = table.columns[column]
+    for index, value in enumerate(values):
+        if isinstance(value, list | tuple):
+            raise DataError(
+                f"{table.source}, {table.place(index)}: {column!r} holds a list of labels; "
+                "multi-label is not supported yet.",
+                fix="one label per row",
+            )
+    fraction = _first_fraction(values)
+    if fraction is not None:
+        raise DataError(
+            f"{table.source}, {table.place(fraction)}: {column!r} is the number {values[fraction]}; "
+            "regression is not supported yet.",
+            fix="name the classes with words, such as 'low' and 'high'",
+        )
+
+
+def _first_fraction(values: Sequence[Any]) -> int | None:
+    """Where the first number that is not whole stands; texts count when every one of them is a number."""
+    texts = [value for value in values if isinstance(value, str) and value.strip()]
+    numeric = bool(texts) and all(_as_number(value) is not None for value in texts)
+    for index, value in enumerate(values):
+        number = _as_number(value) if numeric and isinstance(value, str) else value
+        if isinstance(number, float) and not math.isnan(number) and not number.is_integer():
+            return index
+    return None
+
+
+def _as_number(value: str) -> float | None:
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None

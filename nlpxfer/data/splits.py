@@ -1,0 +1,142 @@
+"""Splits and samples that keep the shares of the classes and never part equal texts.
+
+Rows are drawn by a hash of the seed and the row's own text, not by a random generator: the same rows are drawn in any
+process, on any platform and with any version of numpy, and the order of the file does not matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+from nlpxfer.errors import DataError
+
+
+def draw_order(key: str, seed: int) -> bytes:
+    """A place in a random but fixed order: a hash of seed and key."""
+    return hashlib.blake2b(f"{seed}\x1f{key}".encode(), digest_size=16).digest()
+
+
+def stratified_split(
+    labels: Sequence[Hashable], keys: Sequence[str], *, share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split rows in two so that each class keeps its share and equal texts stay on one side.
+
+    Args:
+        labels: One label per row.
+        keys: One key per row (see `normalise_text`); rows with the same key stay together.
+        share: Part of each class that is held out, between 0 and 1; at least one row of each class is.
+        seed: Another seed draws other rows.
+
+    Returns:
+        (kept, held out): row indices in ascending order, together all of them.
+
+    Raises:
+        DataError: A class cannot have a row on both sides, because all of its rows have the same text.
+        ValueError: Lengths differ, or the share is not between 0 and 1.
+    """
+    if len(labels) != len(keys):
+        raise ValueError(f"{len(labels)} labels but {len(keys)} keys")
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, not {share}")
+    groups = _groups(keys, seed)
+    totals = Counter(labels)
+    wanted = {label: min(max(1, round(share * total)), total - 1) for label, total in totals.items()}
+    held: Counter[Hashable] = Counter()
+    chosen: set[int] = set()
+    for number, group in enumerate(groups):
+        counts = Counter(labels[index] for index in group)
+        if all(held[label] + count <= wanted[label] for label, count in counts.items()):
+            held.update(counts)
+            chosen.add(number)
+    _hold_out_rest(groups, labels, totals, held, chosen)
+    taken = sorted(index for number in chosen for index in groups[number])
+    out = set(taken)
+    return [index for index in range(len(labels)) if index not in out], taken
+
+
+def _groups(keys: Sequence[str], seed: int) -> list[list[int]]:
+    """Rows with equal keys, the groups in the drawn order."""
+    rows: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        rows.setdefault(key, []).append(index)
+    return [rows[key] for key in sorted(rows, key=lambda key: (draw_order(key, seed), key))]
+
+
+def _hold_out_rest(
+    groups: Sequence[Sequence[int]],
+    labels: Sequence[Hashable],
+    totals: Counter[Hashable],
+    held: Counter[Hashable],
+    chosen: set[int],
+) -> None:
+    """Give each class that has no row held out its smallest group that leaves rows of every class behind."""
+    missing = [label for label in totals if not held[label]]
+    if not missing:
+        return
+    counts = [Counter(labels[index] for index in group) for group in groups]
+    for label in missing:
+        if held[label]:  # came along with another class's text
+            continue
+        fits = [
+            number
+            for number, inside in enumerate(counts)
+            if inside[label] and all(held[name] + count < totals[name] for name, count in inside.items())
+        ]
+        if not fits:
+            raise DataError(
+                f"Class {str(label)!r} cannot be split: its {totals[label]} rows do not have two different texts "
+                "of which one could be held out.",
+                fix="add rows of this class, or give the validation and test files",
+            )
+        best = min(fits, key=lambda number: sum(counts[number].values()))
+        held.update(counts[best])
+        chosen.add(best)
+
+
+def stratified_sample(labels: Sequence[Hashable], keys: Sequence[str], *, count: int, seed: int) -> list[int]:
+    """Draw `count` rows so that each class keeps its share, and at least one row.
+
+    Args:
+        labels: One label per row.
+        keys: One key per row, from which the drawing order comes.
+        count: How many rows; all rows if there are no more than that.
+        seed: Another seed draws other rows.
+
+    Returns:
+        Row indices in ascending order.
+
+    Raises:
+        DataError: Fewer rows are asked for than there are classes.
+    """
+    totals = Counter(labels)
+    if count >= len(labels):
+        return list(range(len(labels)))
+    if count < len(totals):
+        raise DataError(
+            f"{count} training rows were asked for, but there are {len(totals)} classes, each of which needs one.",
+            fix=f"--max_train_samples {len(totals)} or more",
+        )
+    quota = _quotas(totals, count)
+    order = sorted(range(len(labels)), key=lambda index: (draw_order(keys[index], seed), index))
+    taken: list[int] = []
+    for index in order:
+        if quota[labels[index]]:
+            quota[labels[index]] -= 1
+            taken.append(index)
+    return sorted(taken)
+
+
+def _quotas(totals: Counter[Hashable], count: int) -> dict[Hashable, int]:
+    """Rows per class by largest remainder, each class at least one; ties go by name."""
+    everything = sum(totals.values())
+    by_name = sorted(totals.items(), key=lambda item: str(item[0]))
+    exact = {label: count * total / everything for label, total in by_name}
+    quota = {label: max(1, int(part)) for label, part in exact.items()}
+    while sum(quota.values()) < count:
+        quota[max(exact, key=lambda label: exact[label] - quota[label])] += 1
+    while sum(quota.values()) > count:
+        rich = [label for label in exact if quota[label] > 1]
+        quota[max(rich, key=lambda label: quota[label] - exact[label])] -= 1
+    return quota

@@ -1,0 +1,89 @@
+"""Scores, intervals, costs and control arms; names are loaded when first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nlpxfer.evaluate.baselines import TfidfArm, majority, tfidf_arm
+    from nlpxfer.evaluate.cost import (
+        AlternatingRates,
+        Cost,
+        Rate,
+        Ratio,
+        Stopwatch,
+        alternate_rates,
+        embedding_parameter_count,
+        gemm_peak_flops,
+        inference_run,
+        measure_rate,
+        model_bytes,
+        parameter_count,
+        peak_memory_bytes,
+        training_flops,
+    )
+    from nlpxfer.evaluate.interval import Gain, Interval, Spread, bootstrap_interval, mean_and_spread, paired_gain
+    from nlpxfer.evaluate.metrics import (
+        Accuracy,
+        ClassScores,
+        MacroF1,
+        PerClass,
+        classification_metrics,
+        cross_entropy,
+        per_class_table,
+    )
+
+__all__ = [
+    "Accuracy",
+    "AlternatingRates",
+    "ClassScores",
+    "Cost",
+    "Gain",
+    "Interval",
+    "MacroF1",
+    "PerClass",
+    "Rate",
+    "Ratio",
+    "Spread",
+    "Stopwatch",
+    "TfidfArm",
+    "alternate_rates",
+    "bootstrap_interval",
+    "classification_metrics",
+    "cross_entropy",
+    "embedding_parameter_count",
+    "gemm_peak_flops",
+    "inference_run",
+    "majority",
+    "mean_and_spread",
+    "measure_rate",
+    "model_bytes",
+    "paired_gain",
+    "parameter_count",
+    "peak_memory_bytes",
+    "per_class_table",
+    "tfidf_arm",
+    "training_flops",
+]
+
+_MODULE_NAMES = {
+    "baselines": ("TfidfArm", "majority", "tfidf_arm"),
+    "interval": ("Gain", "Interval", "Spread", "bootstrap_interval", "mean_and_spread", "paired_gain"),
+    "metrics": (
+        "Accuracy",
+        "ClassScores",
+        "MacroF1",
+        "PerClass",
+        "classification_metrics",
+        "cross_entropy",
+        "per_class_table",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _MODULE_NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public object
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF.get(name, 'cost')}"), name)

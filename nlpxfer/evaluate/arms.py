@@ -1,0 +1,279 @@
+"""One arm of a comparison: prepare a model, train it with a method, and score it.
+
+Treatment and control arms go through the same function with the same options, so that they differ in the method and in
+nothing else.
+
+Shapes: N rows, C classes.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nlpxfer.checkpoint.head import embedding_parameters
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier
+from nlpxfer.checkpoint.pooling import use_mean_pooling
+from nlpxfer.checkpoint.save import refuse_not_finite, save_classifier
+from nlpxfer.config import RunOptions
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.errors import CheckpointError
+from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.methods.base import Method
+from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal, write_json
+from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
+from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
+from nlpxfer.train.predict import predict
+from nlpxfer.train.trainer import TransferTrainer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+FINISHED = "finished"
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The rows of a task, as one tokenizer sees them; all with `labels`."""
+
+    train: TokenisedRows
+    validation: TokenisedRows
+    test: TokenisedRows
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedArm:
+    """A trained model with its predictions and its cost.
+
+    Attributes:
+        name: Name of the arm.
+        seed: Seed of its head, dropout and row order.
+        model: Plain transformers model in float32, in eval mode, all parameters trainable again.
+        tokenizer: Its tokenizer.
+        validation_logits: Shape (N, C), float32 arithmetic.
+        test_logits: Likewise.
+        train_seconds: Probe and training; validation during training included, final scoring not.
+        steps: Optimizer steps.
+        tokens: Training tokens without padding, over all processes.
+        trained_parameters: Parameters that were updated.
+        probe: The linear probe it started from, if any.
+        history: Loss and scores as logged.
+    """
+
+    name: str
+    seed: int
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    validation_logits: Array
+    test_logits: Array
+    train_seconds: float
+    steps: int
+    tokens: int
+    trained_parameters: int
+    probe: Probe | None
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def train_arm(
+    name: str,
+    *,
+    build: Callable[[], Checkpoint],
+    method: Method,
+    split: Callable[[PreTrainedTokenizerBase], Splits],
+    schema: LabelSchema,
+    options: RunOptions,
+    seed: int,
+    facts: Mapping[str, Any],
+) -> TrainedArm:
+    """Build, prepare, train and score one model.
+
+    All processes call this together. While it trains, checkpoints lie in `<output_dir>/checkpoints/<name>-<seed>/`; a
+    finished arm leaves its model and cost there, so that a resumed run does not train it again.
+
+    Args:
+        name: Name of the arm, used in folder names.
+        build: Makes the untrained model; called after seeding.
+        method: What is minimised.
+        split: Tokenises the rows with the model's tokenizer.
+        schema: Labels.
+        options: How to train.
+        seed: Seed of this repetition.
+        facts: Flat JSON values that a resumed run must share: options and fingerprints.
+
+    Raises:
+        Interrupted, NotFiniteError, ResumeError: See `TransferTrainer.fit`.
+    """
+    options = copy.copy(options)
+    folder = Path(str(options.output_dir)) / "checkpoints" / f"{name}-{seed}"
+    options.output_dir, options.seed = str(folder), seed
+    identity = RunIdentity({**facts, "arm": name, "seed": seed}, _topology(options))
+    finished = folder / FINISHED
+    if options.resume and finished.is_dir() and not damage(finished):
+        return _load_finished(finished, name, seed, split, schema, options, identity)
+    seed_everything(seed)
+    checkpoint = build()
+    model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
+    model.to(options.device)
+    splits = split(checkpoint.tokenizer)
+    collator = Collator.for_tokenizer(checkpoint.tokenizer, multiple_of=1 if options.use_cpu else 8)
+    start = time.perf_counter()
+    probe = _prepare_(model, checkpoint, splits, collator, options)
+    seed_everything(seed)
+    trainer = TransferTrainer(
+        model,
+        method,
+        options,
+        train_rows=splits.train,
+        validation_rows=splits.validation,
+        tokenizer=checkpoint.tokenizer,
+        metrics=classification_metrics,
+        identity=identity,
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainer.fit(resume=options.resume)
+    seconds = time.perf_counter() - start
+    record = {
+        "train_seconds": seconds,
+        "steps": trainer.state.global_step,
+        "tokens": _over_processes(trainer.tokens_seen, options.device),
+        "trained_parameters": trained,
+        "probe": vars(probe) if probe else None,
+        "history": [_numbers(line) for line in trainer.state.log_history],
+    }
+    _finish(trainer, finished, record, schema, identity)
+    model = _plain_model(trainer, finished, schema, options)
+    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)
+
+
+def _prepare_(
+    model: PreTrainedModel, checkpoint: Checkpoint, splits: Splits, collator: Collator, options: RunOptions
+) -> Probe | None:
+    """Start the head from a probe and freeze the embeddings, as asked for; nothing new may stay frozen."""
+    probe = None
+    if options.linear_probe and not checkpoint.head_kept:
+        quiet = bool(options.disable_tqdm)
+        bf16 = bool(options.bf16)
+        probe = start_from_linear_probe_(model, splits.train, splits.validation, collator, bf16=bf16, quiet=quiet)
+    model.requires_grad_(True)
+    if options.freeze_embeddings:
+        for _, parameter in embedding_parameters(model):
+            parameter.requires_grad_(False)
+    frozen = [name for name, p in model.named_parameters() if name in checkpoint.fresh and not p.requires_grad]
+    if frozen:
+        raise CheckpointError(
+            f"These parameters are newly initialised and would stay frozen: {', '.join(frozen)}.",
+            fix="--freeze_embeddings false",
+        )
+    return probe
+
+
+def _topology(options: RunOptions) -> dict[str, int]:
+    return {
+        "processes": world()[1],
+        "per_device_train_batch_size": options.per_device_train_batch_size,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+    }
+
+
+def _over_processes(count: int, device: torch.device) -> int:
+    if world()[1] == 1:
+        return count
+    total = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(total)
+    return int(total.item())
+
+
+def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
+    return {key: float(value) for key, value in line.items() if isinstance(value, (int, float)) and np.isfinite(value)}
+
+
+def _finish(
+    trainer: TransferTrainer, folder: Path, record: Mapping[str, Any], schema: LabelSchema, identity: RunIdentity
+) -> None:
+    """Keep the trained model and its cost; with a sharded model all processes take part in gathering it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
+    elif is_main_process():
+        refuse_not_finite(model)
+        save_classifier(model, trainer.processing_class, schema, folder)
+    wait_for_everyone()
+    if is_main_process():
+        write_json(folder / "arm.json", dict(record))
+        seal(folder, identity, int(record["steps"]))
+    wait_for_everyone()
+
+
+def _plain_model(
+    trainer: TransferTrainer, finished: Path, schema: LabelSchema, options: RunOptions
+) -> PreTrainedModel:
+    if trainer.is_fsdp_enabled:
+        model = load_classifier(str(finished), schema=schema).model.to(options.device)
+    else:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+    # a DDP wrapper that outlives the process group can hang at exit
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    model.requires_grad_(True)
+    model.eval()
+    return model
+
+
+def _load_finished(
+    folder: Path,
+    name: str,
+    seed: int,
+    split: Callable[[PreTrainedTokenizerBase], Splits],
+    schema: LabelSchema,
+    options: RunOptions,
+    identity: RunIdentity,
+) -> TrainedArm:
+    require_same_run(folder, identity, options.allow_topology_change)
+    logger.warning("%s, seed %d: already trained", name, seed)
+    checkpoint = load_classifier(str(folder), schema=schema)
+    record = json.loads((folder / "arm.json").read_text(encoding="utf-8"))
+    model = checkpoint.model.to(options.device)
+    splits = split(checkpoint.tokenizer)
+    collator = Collator.for_tokenizer(checkpoint.tokenizer)
+    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)
+
+
+def _scored(
+    name: str,
+    seed: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    collator: Collator,
+    options: RunOptions,
+    record: Mapping[str, Any],
+) -> TrainedArm:
+    """The arm with its float32 predictions."""
+    size, quiet = options.per_device_eval_batch_size, bool(options.disable_tqdm)
+    validation, test = (
+        predict(model, rows, collator, batch_size=size, description=f"{name}: scoring", quiet=quiet)
+        for rows in (splits.validation, splits.test)
+    )
+    probe = Probe(**record["probe"]) if record["probe"] else None
+    return TrainedArm(
+        name=name,
+        seed=seed,
+        model=model,
+        tokenizer=tokenizer,
+        validation_logits=validation,
+        test_logits=test,
+        **{**record, "probe": probe},
+    )

@@ -1,0 +1,69 @@
+"""Losses on class logits, one number per row, so that the caller alone decides what they are divided by.
+
+Shapes: B batch rows, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+IGNORED_LABEL = -100
+"""Label of a row without a label; its loss is 0 and it is not counted."""
+
+
+def label_loss(logits_BC: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+    """Cross-entropy with the gold label, in nats; shape B, 0 where the label is -100.
+
+    Args:
+        logits_BC: Class logits of any float type; computed in float32 or above.
+        labels_B: Class indices, or -100 for a row without a label.
+        label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+
+    Source: Szegedy et al. 2016, arXiv:1512.00567, section 7 (smoothing).
+
+    >>> label_loss(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.tensor([0, -100]))
+    tensor([0.6931, 0.0000])
+    """
+    return functional.cross_entropy(
+        _at_least_float32(logits_BC),
+        labels_B,
+        ignore_index=IGNORED_LABEL,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+
+
+def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of the distributions softened by T, in nats; shape B.
+
+    Summed over classes, never averaged over them. T^2 keeps the size of the gradient about constant over T.
+
+    Args:
+        student_BC: Student logits; receives the gradient.
+        teacher_BC: Teacher logits, columns in the student's label order.
+        temperature: T, above 0.
+
+    Raises:
+        ValueError: `temperature` is not positive, or the shapes differ.
+
+    Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
+
+    >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]), temperature=2.0)
+    tensor([1.8485])
+    >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=5.0)
+    tensor([0.])
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if student_BC.shape != teacher_BC.shape:
+        raise ValueError(f"student {tuple(student_BC.shape)} and teacher {tuple(teacher_BC.shape)} differ in shape")
+    student_log_BC = functional.log_softmax(_at_least_float32(student_BC) / temperature, dim=-1)
+    teacher_log_BC = functional.log_softmax(_at_least_float32(teacher_BC) / temperature, dim=-1)
+    divergence_BC = functional.kl_div(student_log_BC, teacher_log_BC, log_target=True, reduction="none")
+    return temperature**2 * divergence_BC.sum(dim=-1)
+
+
+def _at_least_float32(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,92 @@
+"""The transfer methods, one line each.
+
+A new method is one module, one line here, one recipe with its YAML, and one row of the README's table; the contract
+tests iterate over this registry. Other packages add methods through the entry-point group `nlpxfer.methods`: the name
+is the key, the value a `MethodRow`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+from nlpxfer.errors import ConfigError, nearest
+from nlpxfer.methods.base import LossTerm, Method
+
+__all__ = ["REGISTRY", "LossTerm", "Method", "MethodRow", "available_methods", "method_row"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodRow:
+    """One transfer method.
+
+    Attributes:
+        key: Its name: module, recipe, YAML file and README row share it.
+        target: `module:Class` of the `Method`.
+        family: Family of transfer methods it belongs to.
+        summary: What it does, in one line.
+        source: Paper it follows.
+    """
+
+    key: str
+    target: str
+    family: str
+    summary: str
+    source: str
+
+    def load(self) -> type[Method]:
+        """Import the method's class."""
+        module, _, name = self.target.partition(":")
+        loaded: type[Method] = getattr(importlib.import_module(module), name)
+        return loaded
+
+
+REGISTRY = (
+    MethodRow(
+        key="finetune",
+        target="nlpxfer.methods.finetune:FineTune",
+        family="Transfer of a pretrained model",
+        summary="linear probe on frozen features, then all weights",
+        source="Kumar et al. 2022, arXiv:2202.10054",
+    ),
+    MethodRow(
+        key="distill",
+        target="nlpxfer.methods.distill:Distill",
+        family="Distillation",
+        summary="a smaller student learns the teacher's softened predictions",
+        source="Hinton et al. 2015, arXiv:1503.02531",
+    ),
+)
+
+
+def available_methods() -> list[MethodRow]:
+    """The methods of nlpxfer and of installed packages that declare some, by family and key.
+
+    Raises:
+        ConfigError: Two packages declare the same key, or an entry point is no `MethodRow`.
+    """
+    rows = {row.key: row for row in REGISTRY}
+    for point in entry_points(group="nlpxfer.methods"):
+        row = point.load()
+        if not isinstance(row, MethodRow):
+            raise ConfigError(f"The entry point nlpxfer.methods:{point.name} is a {type(row).__name__}, not a MethodRow.")
+        if row.key in rows:
+            raise ConfigError(f"Two packages declare the method {row.key!r}.")
+        rows[row.key] = row
+    return list(rows.values())
+
+
+def method_row(key: str) -> MethodRow:
+    """The method of this name.
+
+    Raises:
+        ConfigError: There is none; names the nearest.
+    """
+    rows = {row.key: row for row in available_methods()}
+    if key not in rows:
+        close = nearest(key, rows)
+        raise ConfigError(
+            f"There is no method {key!r}." + (f" Did you mean {close!r}?" if close else ""), available=sorted(rows)
+        )
+    return rows[key]

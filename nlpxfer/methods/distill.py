@@ -1,0 +1,66 @@
+"""Knowledge distillation: a student learns the softened predictions of a teacher, and the labels where there are any.
+
+The teacher's logits come with the batch (`teacher_logits`, computed once and cached), so the teacher is no part of the
+student's module tree and is never trained, saved or put into train mode.
+
+Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from nlpxfer.errors import ConfigError
+from nlpxfer.losses.classification import IGNORED_LABEL, label_loss, soft_target_loss
+from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Distill(Method):
+    """(1 - kd_weight) * label loss + kd_weight * T^2 * KL(teacher || student).
+
+    The label loss is a mean over the labelled rows of a step, the distillation loss one over all its rows.
+
+    Args:
+        temperature: T, above 0.
+        kd_weight: Share of the distillation term, in [0, 1].
+        label_smoothing: Of the label loss, in [0, 1).
+
+    Raises:
+        ConfigError: A value is outside its range; all such values are listed.
+    """
+
+    temperature: float = 2.0
+    kd_weight: float = 0.9
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not self.temperature > 0:
+            faults.append(f"temperature: {self.temperature} is not above 0")
+        if not 0 <= self.kd_weight <= 1:
+            faults.append(f"kd_weight: {self.kd_weight} is not between 0 and 1; it is the share of the distillation loss")
+        if not 0 <= self.label_smoothing < 1:
+            faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
+        if faults:
+            raise ConfigError.from_faults(faults)
+
+    def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
+        """Label loss of the labelled rows and distillation loss of all rows."""
+        logits_BC = model(**model_inputs(batch)).logits
+        label_B = label_loss(logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
+        soft_B = soft_target_loss(logits_BC, batch["teacher_logits"], temperature=self.temperature)
+        return {"label": LossTerm(label_B, 1 - self.kd_weight), "soft_target": LossTerm(soft_B, self.kd_weight)}
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Labelled rows, and all rows."""
+        labels_B = batch["labels"]
+        return {
+            "label": labels_B.ne(IGNORED_LABEL).sum(),
+            "soft_target": torch.tensor(len(labels_B), device=labels_B.device),
+        }

@@ -1,0 +1,297 @@
+"""The model card: what the model is, how to use it, and what was measured, honestly.
+
+The metadata goes through huggingface_hub's `ModelCardData` and `EvalResult`, so that the Hub reads the same names and
+numbers as a person does; the YAML is never pasted together. Whatever a user or a data set named is escaped, so that a
+label with a pipe or a tag in it stays a label.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from nlpxfer.report.privacy import scrub, scrub_text
+from nlpxfer.report.report import Arm, Report
+from nlpxfer.report.strict_json import write_text_whole
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+CARD_FILE: Final = "README.md"
+_BUNDLED: Final = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
+_FOLDED_LABELS: Final = 20
+
+Kind = Literal["hub", "bundled", "folder"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CardFacts:
+    """What the card says beside the report.
+
+    Attributes:
+        model_name: Short name of the model, the title.
+        labels: Label names in schema order.
+        description: What the model is and how it was made, one or two sentences of plain text.
+        hub_model_id: Where the model will be on the Hub; the snippet loads it from there, or else from its folder.
+        base_model: Name of the checkpoint it was made from.
+        base_model_kind: Where `base_model` was found; only Hub ids get into the metadata.
+        dataset_name: Name of the data for a reader.
+        dataset_id: Its Hub id, if it has one.
+        language: ISO codes of the texts' languages.
+        license: Identifier of the model's licence.
+        tags: For searching on the Hub, beside those that nlpxfer sets.
+        text_pairs: Whether the model reads two texts at once.
+        options: Training options worth showing: name -> value.
+        limits: Further limits that the method or the data brings, one sentence each.
+    """
+
+    model_name: str
+    labels: Sequence[str]
+    description: str
+    hub_model_id: str | None = None
+    base_model: str | None = None
+    base_model_kind: Kind | None = None
+    dataset_name: str = "own data"
+    dataset_id: str | None = None
+    language: Sequence[str] = ()
+    license: str | None = None
+    tags: Sequence[str] = ()
+    text_pairs: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+
+
+def hub_model_id(name: str | None, kind: Kind | None) -> str | None:
+    """The Hub id of a checkpoint, or None if it has none (a local folder).
+
+    Args:
+        name: Hub id, bundled name, or folder.
+        kind: Where it was found.
+
+    >>> hub_model_id("all-MiniLM-L6-v2", "bundled")
+    'sentence-transformers/all-MiniLM-L6-v2'
+    >>> hub_model_id("runs/teacher", "folder")
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # public, but not in __all__
+
+    if name is None or kind not in ("hub", "bundled"):
+        return None
+    if kind == "bundled":
+        return _BUNDLED.get(name)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def escape_markdown(text: str) -> str:
+    r"""`text` on one line, so that Markdown, HTML and table cells show it as it is.
+
+    >>> escape_markdown("a|b <i> *c* snake_case")
+    'a\\|b &lt;i&gt; \\*c\\* snake_case'
+    """
+    text = "".join(character if character.isprintable() else " " for character in text)
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = re.sub(r"([\\`*\[\]|~#$!])", r"\\\1", text)
+    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
+    return " ".join(text.split())
+
+
+def build_card(report: Report, facts: CardFacts) -> ModelCard:
+    """The model card of a finished run.
+
+    Args:
+        report: As written to report.json.
+        facts: What the report does not know.
+
+    Returns:
+        The card; `str(card)` is the content of README.md.
+    """
+    from huggingface_hub import ModelCard
+
+    body = "\n\n".join(
+        [
+            f"# {escape_markdown(facts.model_name)}",
+            escape_markdown(scrub_text(facts.description)),
+            _usage(facts),
+            _results(report),
+            _labels(facts.labels),
+            _data(report, facts),
+            _training(report, facts),
+            _limits(report, facts),
+        ]
+    )
+    return ModelCard(f"---\n{_metadata(report, facts).to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
+
+
+def write_card(folder: str | Path, report: Report, facts: CardFacts) -> Path:
+    """Write the card as `README.md` into `folder`, whole or not at all."""
+    return write_text_whole(Path(folder) / CARD_FILE, str(build_card(report, facts)))
+
+
+def _metadata(report: Report, facts: CardFacts) -> ModelCardData:
+    from huggingface_hub import ModelCardData
+
+    return ModelCardData(
+        pipeline_tag="text-classification",
+        library_name="transformers",
+        base_model=hub_model_id(facts.base_model, facts.base_model_kind),
+        tags=list(dict.fromkeys(["nlpxfer", report.recipe.replace("_", "-"), *facts.tags])),
+        language=list(facts.language) or None,
+        license=facts.license,
+        datasets=[facts.dataset_id] if facts.dataset_id else None,
+        metrics=["accuracy", "f1"],
+        model_name=facts.model_name,
+        eval_results=_eval_results(report, facts),
+    )
+
+
+def _eval_results(report: Report, facts: CardFacts) -> list[EvalResult]:
+    from huggingface_hub import EvalResult
+
+    shared: dict[str, Any] = {
+        "task_type": "text-classification",
+        "task_name": "Text classification",
+        "dataset_type": facts.dataset_id or "custom",
+        "dataset_name": scrub_text(facts.dataset_name),
+        "dataset_split": "test",
+    }
+    test = report.metrics["test"]
+    return [
+        EvalResult(metric_type="accuracy", metric_name="Accuracy", metric_value=float(test["accuracy"]), **shared),
+        EvalResult(
+            metric_type="f1",
+            metric_name="Macro-F1",
+            metric_value=float(test["macro_f1"]),
+            metric_args={"average": "macro"},
+            **shared,
+        ),
+    ]
+
+
+def _usage(facts: CardFacts) -> str:
+    if facts.hub_model_id:
+        source, remark = repr(facts.hub_model_id), ""
+    else:
+        source, remark = '"."', "  # the folder of this file"
+    text = '{"text": "First text.", "text_pair": "Second text."}' if facts.text_pairs else '"A text to classify."'
+    return (
+        "## How to use\n\n```python\nfrom transformers import pipeline\n\n"
+        f'classify = pipeline("text-classification", model={source}){remark}\n'
+        f"print(classify({text}))\n```"
+    )
+
+
+def _results(report: Report) -> str:
+    header = "| arm | accuracy | macro-F1 | parameters | size | rows/s on CPU |\n|---|---:|---:|---:|---:|---:|"
+    rows = [f"| {escape_markdown(arm.name)} | {' | '.join(arm_cells(arm))} |" for arm in report.arms]
+    notes = [
+        f"- {escape_markdown(arm.name)}: {escape_markdown(scrub_text(arm.description))}"
+        for arm in report.arms
+        if arm.description
+    ]
+    parts = ["## Results on the test rows", "\n".join([header, *rows])]
+    if any(len(arm.per_seed) > 1 for arm in report.arms):
+        parts.append("Mean ± standard deviation over the training seeds.")
+    if notes:
+        parts.append("\n".join(notes))
+    parts.append(f"Did the transfer help? **{escape_markdown(report.verdict.sentence())}**")
+    return "\n\n".join(parts)
+
+
+def arm_cells(arm: Arm) -> list[str]:
+    """Accuracy, macro-F1, parameters, size, rows per second of an arm for a table; `-` where nothing is known.
+
+    Scores are shares from 0 to 1, with the standard deviation over training seeds if there are several.
+    """
+    scores = []
+    for metric in ("accuracy", "macro_f1"):
+        deviation = arm.deviation(metric)
+        score = f"{arm.metrics['test'][metric]:.4f}"
+        scores.append(score if deviation is None else f"{score} ± {deviation:.4f}")
+    return [
+        *scores,
+        "-" if arm.parameters is None else short_count(arm.parameters),
+        "-" if arm.bytes is None else f"{short_count(arm.bytes)}B",
+        "-" if arm.rows_per_second is None else f"{arm.rows_per_second:,.0f}",
+    ]
+
+
+def short_count(number: int) -> str:
+    """A count with three digits and a decimal unit.
+
+    >>> short_count(22_700_000), short_count(999), short_count(999_950)
+    ('22.7 M', '999 ', '1.00 M')
+    """
+    value = float(number)
+    for unit in ("", "k", "M", "G"):
+        if value < 999.5 or unit == "G":
+            break
+        value /= 1000
+    digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
+    return f"{value:.{digits}f} {unit}"
+
+
+def _labels(labels: Sequence[str]) -> str:
+    rows = "\n".join(f"| {index} | {escape_markdown(name)} |" for index, name in enumerate(labels))
+    table = f"| id | label |\n|---:|---|\n{rows}"
+    if len(labels) > _FOLDED_LABELS:
+        table = f"<details>\n<summary>All {len(labels)} labels</summary>\n\n{table}\n\n</details>"
+    return f"## Labels\n\n{table}"
+
+
+def _data(report: Report, facts: CardFacts) -> str:
+    data = report.to_dict()["data"]
+    lines = [f"Data: {escape_markdown(scrub_text(facts.dataset_name))}."]
+    lines += [f"- {_words(name)}: {_shown(data[name])}" for name in ("rows", "classes", "leaks")]
+    return "## Data\n\n" + lines[0] + "\n\n" + "\n".join(lines[1:])
+
+
+def _training(report: Report, facts: CardFacts) -> str:
+    cost = report.cost
+    text = (
+        f"## Training\n\nMethod: `{report.recipe}`. {cost.train_seconds:,.0f} s of training "
+        f"({cost.total_seconds:,.0f} s in all), {cost.tokens:,} tokens, "
+        f"memory peak {short_count(cost.peak_memory_bytes)}B."
+    )
+    if facts.options:
+        options = scrub(dict(facts.options))
+        rows = "\n".join(f"| {escape_markdown(name)} | {_shown(value)} |" for name, value in options.items())
+        text += f"\n\n| option | value |\n|---|---|\n{rows}"
+    return text
+
+
+def _limits(report: Report, facts: CardFacts) -> str:
+    limits = [
+        "The model knows the labels above and no others: any text gets one of them, also one that fits none.",
+        "The scores hold for texts like the test rows; measure again on your own before relying on it.",
+        "It may repeat biases of its training texts and of the checkpoint that it was made from.",
+    ]
+    if report.verdict.gain is None:
+        limits.append("No control arm was trained, so nothing is known about what the transfer itself brought.")
+    limits += [escape_markdown(scrub_text(limit)) for limit in facts.limits]
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")
+
+
+def _shown(value: object) -> str:
+    """A JSON value in one line of Markdown."""
+    if isinstance(value, Mapping):
+        items = []
+        for key, item in value.items():
+            shown = f"({_shown(item)})" if isinstance(item, Mapping) else _shown(item)
+            items.append(f"{escape_markdown(_words(str(key)))} {shown}")
+        return ", ".join(items) or "none"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    return escape_markdown(f"{value:,}" if isinstance(value, int) else str(value))

@@ -1,0 +1,89 @@
+"""JSON files that any parser reads: plain types only, no NaN, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nlpxfer.errors import ConfigError, NotFiniteError
+
+
+def plain(value: object, where: str = "report") -> Any:  # noqa: ANN401 - any JSON value
+    """`value` in JSON's own types: dataclasses become objects, tuples and arrays lists, NumPy scalars numbers.
+
+    Args:
+        value: What to convert.
+        where: Name of the place, for errors: `report.metrics.test.loss`.
+
+    Raises:
+        NotFiniteError: A number is NaN or infinite; JSON has no word for it.
+        ConfigError: A value has no counterpart in JSON.
+    """
+    if value is None or isinstance(value, (bool, str, int)):
+        return value
+    if isinstance(value, (np.generic, np.ndarray)):
+        return plain(value.tolist(), where)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise NotFiniteError(
+                f"{where} is {value}", why="the training diverged; such a score is no result and is not written"
+            )
+        return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {_key(key, where): plain(item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, f"{where}[{index}]") for index, item in enumerate(value)]
+    raise ConfigError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
+
+
+def write_text_whole(path: str | Path, text: str) -> Path:
+    """Write UTF-8 text so that a reader finds the old file or the whole new one, never a part.
+
+    Args:
+        path: The file; its folder is made if missing.
+        text: Its content, with plain newlines.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, with the same suffix, that takes its place when the block ends well.
+
+    If the block raises, the temporary file is removed and `path` stays as it was.
+    """
+    temporary = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json_whole(path: str | Path, value: object) -> Path:
+    """Write plain values as strict, indented JSON in UTF-8, whole or not at all."""
+    return write_text_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _key(key: object, where: str) -> str:
+    if isinstance(key, (str, int, float)):
+        return str(key)
+    raise ConfigError(f"{where} has the key {key!r}, which JSON cannot hold")

@@ -1,0 +1,541 @@
+"""A run of a recipe, from options to a finished folder: what every recipe does alike.
+
+    with start_run("finetune", data_options, options, model_options) as run:
+        arms = run.train("finetuned", build, method)
+        run.finish(arms, ...)
+
+`start_run` refuses what cannot work before anything is computed; `finish` writes the folder by the contract, with
+`report.json` last, so that its presence means a whole run.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.resolve import resolve_checkpoint
+from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
+from nlpxfer.config import DataOptions, RunOptions, resolved
+from nlpxfer.data.load import DataRequest, TextData, load_data
+from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
+from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
+from nlpxfer.evaluate.baselines import majority, tfidf_arm
+from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
+from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
+from nlpxfer.evaluate.metrics import classification_metrics, per_class_table
+from nlpxfer.hub import check_push_request, push_folder
+from nlpxfer.methods.base import Method, model_inputs
+from nlpxfer.report.card import CardFacts, write_card
+from nlpxfer.report.plots import confusion_plot, per_class_plot
+from nlpxfer.report.report import Arm, Report, SeedResult, Verdict, build_report, mean_metrics, write_report
+from nlpxfer.report.run import write_run
+from nlpxfer.report.table import arms_text
+from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
+from nlpxfer.train.precision import Precision, choose_precision
+from nlpxfer.train.predict import predict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+NOT_PART_OF_THE_RUN = frozenset(
+    "output_dir overwrite resume_from_checkpoint allow_topology_change disable_tqdm num_threads save_predictions "
+    "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
+    "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
+    "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache".split()
+)
+"""Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
+
+BUNDLED_DATA = "debian-sections"
+"""What a recipe trains on if no data is given."""
+
+SPEED_ROWS = 192
+"""Test rows that inference speed is measured on, in batches of 32 rows of like length."""
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        recipe: Name of the method.
+        folder: Output folder.
+        data: The rows.
+        data_options: Where they came from.
+        options: How to train; `bf16` is decided.
+        precision: How it was decided.
+        config: All options, flat.
+        started: Clock at the start, in seconds.
+        checks: What was verified, for the report.
+    """
+
+    recipe: str
+    folder: Path
+    data: TextData
+    data_options: DataOptions
+    options: RunOptions
+    precision: Precision
+    config: dict[str, Any]
+    started: float
+    checks: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Training seeds."""
+        return [self.options.seed + i for i in range(self.options.num_seeds)]
+
+    def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
+        """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it."""
+        texts, pairs = self.texts(split)
+        rows = getattr(self.data, split)
+        labels = rows["label"][:] if "label" in rows.column_names else None
+        return tokenise(tokenizer, texts, pairs, max_length=self.data_options.max_length, labels=labels)
+
+    def texts(self, split: str) -> tuple[list[str], list[str] | None]:
+        """Texts of a split, and their second texts where the task is on pairs."""
+        rows = getattr(self.data, split)
+        return rows["text"][:], rows["text_pair"][:] if "text_pair" in rows.column_names else None
+
+    def split(self, tokenizer: PreTrainedTokenizerBase) -> Splits:
+        """The labelled splits as a tokenizer sees them."""
+        return Splits(*(self.tokenise(tokenizer, name) for name in ("train", "validation", "test")))
+
+    def train(
+        self,
+        name: str,
+        build: Callable[[int], Checkpoint],
+        method: Method,
+        *,
+        split: Callable[[PreTrainedTokenizerBase], Splits] | None = None,
+        seeds: Sequence[int] | None = None,
+        max_steps: int | None = None,
+        facts: Mapping[str, Any] | None = None,
+        **changes: Any,  # noqa: ANN401 - values of RunOptions
+    ) -> list[TrainedArm]:
+        """Train an arm once per seed.
+
+        Args:
+            name: Name of the arm.
+            build: From a seed to an untrained model.
+            method: What is minimised.
+            split: Tokenised rows; default `self.split`.
+            seeds: Default all seeds of the run.
+            max_steps: Optimizer steps, instead of epochs.
+            facts: Further values that a resumed run must share.
+            changes: Options that differ in this arm.
+        """
+        options = copy.copy(self.options)
+        for key, value in (changes | ({} if max_steps is None else {"max_steps": max_steps})).items():
+            setattr(options, key, value)
+        shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
+        identity = {**shared, "data_fingerprint": self.data.fingerprint, **changes, **(facts or {})}
+        arms = []
+        for seed in self.seeds if seeds is None else seeds:
+            logger.info("%s, seed %d", name, seed)
+            build_one = _call_later(build, seed)
+            arm = train_arm(
+                name,
+                build=build_one,
+                method=method,
+                split=split or self.split,
+                schema=self.data.schema,
+                options=options,
+                seed=seed,
+                facts=identity,
+            )
+            logger.info("%s, seed %d: %s", name, seed, _scores(arm, self))
+            arms.append(arm)
+        return arms
+
+    def labels(self, split: str) -> Array:
+        """Gold class indices of a split."""
+        return np.asarray(getattr(self.data, split)["label"][:])
+
+    def metrics(self, validation_logits: Array, test_logits: Array) -> dict[str, dict[str, float]]:
+        """Scores of predictions on both evaluation splits."""
+        return {
+            "validation": classification_metrics(validation_logits, self.labels("validation")),
+            "test": classification_metrics(test_logits, self.labels("test")),
+        }
+
+    def majority_arm(self) -> Arm:
+        """The arm that always gives the most frequent training label."""
+        counts = {split: len(self.labels(split)) for split in ("validation", "test")}
+        shared = {"train_labels": self.labels("train"), "classes": len(self.data.schema)}
+        logits = {split: majority(rows=rows, **shared) for split, rows in counts.items()}
+        metrics = self.metrics(logits["validation"], logits["test"])
+        return Arm(name="majority class", metrics=metrics, seconds=0.0, description="the most frequent training label")
+
+    def arm(self, trained: Sequence[TrainedArm], description: str, *, name: str | None = None) -> Arm:
+        """A report's arm from the repetitions of a trained one."""
+        first = trained[0]
+        per_seed = [
+            SeedResult(seed=arm.seed, metrics=self.metrics(arm.validation_logits, arm.test_logits)) for arm in trained
+        ]
+        return Arm(
+            name=name or first.name,
+            metrics=mean_metrics(per_seed),
+            seconds=sum(arm.train_seconds for arm in trained),
+            parameters=parameter_count(first.model),
+            bytes=_stored_bytes(first.model),
+            description=description,
+            per_seed=per_seed if len(per_seed) > 1 else (),
+            details={
+                "steps": first.steps,
+                "tokens": sum(arm.tokens for arm in trained),
+                "trained_parameters": first.trained_parameters,
+                "linear_probe": vars(first.probe) if first.probe else None,
+                "history": first.history,
+            },
+        )
+
+    def no_transfer_arm(self) -> tuple[Arm, Array]:
+        """Control arm without any pretrained model, TF-IDF and logistic regression, and its test log-probabilities."""
+        texts = {split: _joined(*self.texts(split)) for split in ("train", "validation", "test")}
+        found = tfidf_arm(
+            texts.pop("train"),
+            self.labels("train"),
+            texts,
+            validation_labels=self.labels("validation"),
+            classes=len(self.data.schema),
+        )
+        logits = found.log_probabilities
+        arm = Arm(
+            name="no transfer (TF-IDF)",
+            metrics=self.metrics(logits["validation"], logits["test"]),
+            seconds=found.seconds,
+            parameters=found.parameters,
+            description="TF-IDF of words and characters with logistic regression: the labels without a pretrained model",
+            details={"strength": found.strength, "converged": found.converged},
+        )
+        return arm, logits["test"]
+
+    def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str) -> Array:
+        """float32 logits of a model for a split."""
+        collator = Collator.for_tokenizer(tokenizer)
+        size, quiet = self.options.per_device_eval_batch_size, bool(self.options.disable_tqdm)
+        return predict(model, self.tokenise(tokenizer, split), collator, batch_size=size, quiet=quiet)
+
+    def gain(self, treated: Sequence[TrainedArm], control: Sequence[Array], *, versus: str) -> Verdict:
+        """Verdict on the accuracy gained on the test rows over a control arm's logits, one array per seed."""
+        labels = self.labels("test")
+        ours = [np.argmax(arm.test_logits, axis=1) == labels for arm in treated]
+        theirs = [np.argmax(logits, axis=1) == labels for logits in control]
+        return Verdict.of(paired_gain(ours, theirs), treated=treated[0].name, versus=versus)
+
+    def with_speed(self, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:
+        """The arms with their rows per second on the CPU in float32, measured in turns on the same test rows."""
+        if not is_main_process() or not models:
+            return list(arms)
+        runs = {}
+        sample = np.linspace(0, len(self.data.test) - 1, min(SPEED_ROWS, len(self.data.test))).astype(int)
+        for name, arm in models.items():
+            rows = self.tokenise(arm.tokenizer, "test").select(sample)
+            collator = Collator.for_tokenizer(arm.tokenizer)
+            ordered = np.argsort(rows.lengths, kind="stable")
+            parts = [ordered[start : start + 32] for start in range(0, len(ordered), 32)]
+            batches = [model_inputs(collator([rows[int(i)] for i in part])) for part in parts]
+            runs[name] = inference_run(copy.deepcopy(arm.model).cpu(), batches)
+        measured = alternate_rates(runs, len(sample), repeats=3)
+        self.checks["speed_ratio"] = {name: vars(ratio) for name, ratio in measured.ratios.items()}
+        speeds = {name: rate.rows_per_second for name, rate in measured.rates.items()}
+        return [replace(arm, rows_per_second=speeds.get(arm.name, arm.rows_per_second)) for arm in arms]
+
+    def check_space(self, model: PreTrainedModel, *, arms: int) -> None:
+        """Refuse a disk that cannot hold the checkpoints of a model: its weights, and twice as much for Adam's moments.
+
+        Raises:
+            NoSpaceError: Says how much is free and how much is needed.
+        """
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        kept = (self.options.save_total_limit or 10) + 1
+        check_free_space(self.folder, weights * (3 * kept + arms * len(self.seeds)))
+
+    def parent_facts(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """What run.json says about a parent of the model."""
+        return {
+            "name": checkpoint.name,
+            "revision": checkpoint.revision,
+            "weights": checkpoint.weights_sha256,
+            "tokenizer": checkpoint.tokenizer_sha256,
+        }
+
+    def reference_arm(self, name: str, checkpoint: Checkpoint, description: str) -> Arm:
+        """The arm of a model that is used as it is."""
+        start = time.perf_counter()
+        logits = [self.predict(checkpoint.model, checkpoint.tokenizer, split) for split in ("validation", "test")]
+        return Arm(
+            name=name,
+            metrics=self.metrics(*logits),
+            seconds=time.perf_counter() - start,
+            parameters=parameter_count(checkpoint.model),
+            bytes=_stored_bytes(checkpoint.model),
+            description=description,
+        )
+
+    def keep_beside(self, name: str, arm: TrainedArm, *, as_name: str) -> Checkpoint:
+        """Save a trained model in a folder of its own in the output folder, and freeze it."""
+        if is_main_process():
+            save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder / name)
+        wait_for_everyone()
+        arm.model.requires_grad_(False)
+        return Checkpoint(
+            model=arm.model, tokenizer=arm.tokenizer, name=as_name, folder=self.folder / name, fresh=(), head_kept=True
+        )
+
+    def finish(
+        self,
+        treated: Sequence[TrainedArm],
+        arms: Sequence[Arm],
+        verdict: Verdict,
+        *,
+        description: str,
+        base_model: str,
+        parents: Mapping[str, Mapping[str, Any]],
+        tags: Sequence[str] = (),
+    ) -> Report:
+        """Write the output folder, push it if asked to, and print the table of arms.
+
+        The model of the first seed is saved, never the best of several. `report.json` is written last.
+
+        Args:
+            treated: Repetitions of the arm that is the result; its name names its `Arm`.
+            arms: Rows of the table.
+            verdict: On the transfer.
+            description: One sentence for the model card.
+            base_model: Checkpoint that the weights come from.
+            parents: Role -> name and fingerprint of what went in.
+            tags: Further tags of the model card.
+        """
+        report = build_report(
+            self.recipe,
+            arms,
+            verdict=verdict,
+            cost=self._cost(treated, arms),
+            data=self.data.facts() | {"leaking_rows": _leaking_rows(self.data)},
+            checks=self._all_checks(treated),
+            treated=treated[0].name,
+        )
+        if is_main_process():
+            self._write(treated[0], report, description, base_model, parents, tags)
+            if self.options.push_to_hub:
+                pushed = push_folder(self.folder, str(self.options.hub_model_id), private=_private(self.options))
+                logger.warning("pushed to %s", pushed.url)
+            table = arms_text(arms, verdict)
+            sys.stdout.write(f"\n{table}model:  {self.folder}\nreport: {self.folder / 'report.json'}\n")
+            sys.stdout.flush()
+        wait_for_everyone()
+        return report
+
+    def _cost(self, treated: Sequence[TrainedArm], arms: Sequence[Arm]) -> Cost:
+        seconds = sum(arm.train_seconds for arm in treated)
+        tokens = sum(arm.tokens for arm in treated)
+        return Cost(
+            train_seconds=seconds,
+            total_seconds=time.perf_counter() - self.started,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds if seconds else 0.0,
+            peak_memory_bytes=peak_memory_bytes(self.options.device),
+        )
+
+    def _all_checks(self, treated: Sequence[TrainedArm]) -> dict[str, Any]:
+        """What was verified or decided, and how sure the test score is."""
+        labels = self.labels("test")
+        interval = bootstrap_interval((np.argmax(treated[0].test_logits, axis=1), labels))
+        clean = np.setdiff1d(np.arange(len(labels)), sorted(_leaking_test_rows(self.data)))
+        without = classification_metrics(treated[0].test_logits[clean], labels[clean]) if len(clean) else None
+        return {
+            "precision": vars(self.precision),
+            "processes": world()[1],
+            "threads": torch.get_num_threads(),
+            "test_accuracy_interval": vars(interval),
+            "test_without_leaks": without,
+            **self.checks,
+        }
+
+    def _write(
+        self,
+        arm: TrainedArm,
+        report: Report,
+        description: str,
+        base_model: str,
+        parents: Mapping[str, Mapping[str, Any]],
+        tags: Sequence[str],
+    ) -> None:
+        names, labels = self.data.schema.names, self.labels("test")
+        save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
+        confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
+        per_class_plot(per_class_table(arm.test_logits, labels, names), self.folder / "per_class.png")
+        if self.options.save_predictions:
+            for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
+                self._write_predictions(split, logits)
+        write_run(
+            self.folder,
+            recipe=self.recipe,
+            config=self.config,
+            seeds=self.seeds,
+            data_fingerprint=self.data.fingerprint,
+            parents=parents,
+            facts={"processes": world()[1], "device": self.options.device.type},
+        )
+        resolved_base = resolve_checkpoint(base_model)
+        facts = CardFacts(
+            model_name=self.options.hub_model_id or self.folder.name,
+            labels=names,
+            description=description,
+            hub_model_id=self.options.hub_model_id if self.options.push_to_hub else None,
+            base_model=resolved_base.name,
+            base_model_kind=resolved_base.kind,
+            dataset_name=self.data_options.dataset_name or str(self.data_options.train_file),
+            text_pairs=self.data_options.text_pair_column is not None,
+            tags=tags,
+            options={key: value for key, value in self.config.items() if value is not None},
+        )
+        write_card(self.folder, report, facts)
+        write_report(self.folder, report)
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _write_predictions(self, split: str, logits: Array) -> None:
+        """One JSON object per row: its number in the file, gold label, predicted label and probability."""
+        folder = self.folder / "predictions"
+        folder.mkdir(exist_ok=True)
+        shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+        probabilities = shifted / shifted.sum(axis=1, keepdims=True)
+        names, numbers = self.data.schema.names, getattr(self.data, split)["row"][:]
+        temporary = folder / f".{split}.jsonl.tmp"
+        with temporary.open("w", encoding="utf-8") as file:
+            for number, gold, row in zip(numbers, self.labels(split), probabilities, strict=True):
+                best = int(row.argmax())
+                line = {"row": number, "label": names[gold], "predicted": names[best], "probability": round(float(row[best]), 6)}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        temporary.replace(folder / f"{split}.jsonl")
+
+
+@contextmanager
+def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *others: Any) -> Iterator[Run]:  # noqa: ANN401
+    """Check everything that can be checked before the work starts, then load the data.
+
+    Args:
+        recipe: Name of the method; the default output folder is `runs/<recipe>`.
+        data_options: Where the rows come from.
+        options: How to train.
+        others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
+
+    Raises:
+        LaunchError: Fewer processes run than were asked for.
+        OutputExistsError: The output folder is in use.
+        PushError: A later push could not work.
+        DataError, LabelError: The data cannot be used.
+    """
+    started = time.perf_counter()
+    _show_progress(options)
+    device = options.device  # starts the process group
+    check_process_count()
+    threads = use_threads(options.num_threads)
+    folder = Path(options.output_dir if _was_given(options, recipe) else f"runs/{recipe}")
+    options.output_dir = str(folder)
+    config = resolved(data_options, options, *others)
+    if is_main_process():
+        if options.push_to_hub:
+            check_push_request(str(options.hub_model_id), private=_private(options))
+        ensure_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    wait_for_everyone()
+    precision = _precision_for_all(options, device)
+    options.bf16 = precision.bf16
+    if options.mixed_precision != "fp16":
+        options.mixed_precision = "bf16" if precision.bf16 else "no"
+    unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
+    data = load_data(_request(data_options, unlabelled))
+    logger.info("%s: %s rows, %d classes", recipe, data.facts()["rows"], len(data.schema))
+    run = Run(recipe, folder, data, data_options, options, precision, config, started)
+    run.checks["threads"] = threads
+    # the hub is asked once, by `finish`; the Trainer must not push by itself
+    try:
+        yield run
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _was_given(options: RunOptions, recipe: str) -> bool:
+    return options.output_dir not in (None, "", "trainer_output")
+
+
+def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:
+    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file"}
+    shared = {name: getattr(options, name) for name in known}
+    return DataRequest(**shared, seed=options.data_split_seed, unlabelled_file=unlabelled_file)
+
+
+def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:
+    """One choice for all processes: that of the first."""
+    if options.fp16:
+        return Precision(False, None, "user: fp16")
+    wanted = True if options.mixed_precision == "bf16" else options.wanted_bf16
+    choice = [choose_precision(wanted, device)]
+    if world()[1] > 1:
+        torch.distributed.broadcast_object_list(choice, src=0)
+    return choice[0]
+
+
+def _private(options: RunOptions) -> bool:
+    return True if options.hub_private_repo is None else bool(options.hub_private_repo)
+
+
+def _show_progress(options: RunOptions) -> None:
+    """Show what nlpxfer reports, on the first process only, unless the program already set up logging."""
+    package = logging.getLogger("nlpxfer")
+    if not package.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO if options.process_index == 0 else logging.ERROR)
+
+
+def _call_later(build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
+    return lambda: build(seed)
+
+
+def _scores(arm: TrainedArm, run: Run) -> str:
+    accuracy = classification_metrics(arm.validation_logits, run.labels("validation"))["accuracy"]
+    return f"validation accuracy {accuracy:.4f}, {arm.steps} steps, {arm.train_seconds:.0f} s"
+
+
+def _stored_bytes(model: PreTrainedModel) -> int:
+    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+
+
+def _joined(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
+    return list(texts) if pairs is None else [f"{text} {pair}" for text, pair in zip(texts, pairs, strict=True)]
+
+
+def _leaking_test_rows(data: TextData) -> set[int]:
+    return set(data.leaks.get("train_test", {}).get("rows", []))
+
+
+def _leaking_rows(data: TextData) -> int:
+    return len(_leaking_test_rows(data))
+
+
+def with_bundled_data(options: DataOptions) -> DataOptions:
+    """The options, with the bundled data set if they name no data."""
+    if options.dataset_name or options.train_file:
+        return options
+    logger.info("no data given: using the bundled set %s", BUNDLED_DATA)
+    return replace(options, dataset_name=BUNDLED_DATA)

@@ -1,0 +1,79 @@
+"""Whether bfloat16 is fast here: measured, not guessed.
+
+A CPU without bfloat16 instructions emulates them, several times slower than float32; one with them is two to three
+times faster. GPUs before Ampere are of the first kind too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+WORTH_IT = 1.2
+"""Speed-up from which bfloat16 is taken: below it the rounding is not worth the gain."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Result of the measurement.
+
+    Attributes:
+        bf16: Whether to compute in bfloat16.
+        speed_up: float32 seconds over bfloat16 seconds of a layer-sized product; None if not measured.
+        chosen_by: "user" or "measured".
+    """
+
+    bf16: bool
+    speed_up: float | None
+    chosen_by: str
+
+
+def choose_precision(wanted: bool | None, device: torch.device) -> Precision:
+    """The user's wish, or the outcome of a measurement of about 50 ms on `device`."""
+    if wanted is not None:
+        return Precision(wanted, None, "user")
+    speed_up = bf16_speed_up(device)
+    logger.info("bfloat16 matrix products run %.2f times as fast as float32 on %s", speed_up, device.type)
+    return Precision(speed_up >= WORTH_IT, round(speed_up, 2), "measured")
+
+
+def bf16_speed_up(device: torch.device, *, rows: int = 1024, width: int = 768, repeats: int = 3) -> float:
+    """float32 seconds over bfloat16 seconds of a (rows x width) by (width x 4 width) product; the best of repeats."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        left = torch.randn(rows, width, device=device).to(dtype)
+        right = torch.randn(width, 4 * width, device=device).to(dtype)
+        try:
+            left @ right
+        except RuntimeError:
+            return 0.0
+        seconds[dtype] = min(_seconds_of(left, right, device) for _ in range(repeats))
+    return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _seconds_of(left: torch.Tensor, right: torch.Tensor, device: torch.device) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(2):
+        left @ right
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@contextlib.contextmanager
+def computing_in(bf16: bool, device: torch.device) -> Iterator[None]:
+    """Inference without gradients, in bfloat16 where asked for."""
+    with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+        yield

@@ -1,0 +1,102 @@
+"""Model outputs for many rows: sorted by length, no padding computed, spread over the processes, in the given order.
+
+The one way that rows go through a model without training: validation during training, final scores, features for the
+linear probe and teacher logits all come from here.
+
+Shapes: N rows, B batch rows, D outputs per row (classes or features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.methods.base import model_inputs
+from nlpxfer.train.launch import world
+from nlpxfer.train.precision import computing_in
+
+Array = np.ndarray[Any, Any]
+Output = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+def class_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The class logits of a batch; shape (B, classes)."""
+    logits: Tensor = model(**inputs).logits
+    return logits
+
+
+def predict(
+    model: nn.Module,
+    rows: TokenisedRows,
+    collator: Collator,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+    output: Output = class_logits,
+    description: str = "",
+    quiet: bool = True,
+) -> Array:
+    """Outputs of a model for N rows, float32, shape (N, D), in the order of `rows`.
+
+    The model runs in eval mode and is put back into the mode it was in. With several processes each computes its
+    share and all get the whole.
+
+    Args:
+        model: Model on its device.
+        rows: N tokenised rows.
+        collator: Pads a batch.
+        batch_size: Rows of the longest length per batch; shorter rows come in batches of up to twice as many.
+        bf16: Compute in bfloat16.
+        output: What of the model to keep.
+        description: Shown beside the progress bar.
+        quiet: No progress bar.
+    """
+    rank, processes = world()
+    batches = batches_by_length(rows.lengths, batch_size)
+    rounds = -(-len(batches) // processes)
+    mine = [batches[i * processes + rank] if i * processes + rank < len(batches) else None for i in range(rounds)]
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    found: list[tuple[Array, Array]] = []
+    try:
+        for indices in tqdm(mine, desc=description, disable=quiet or rank > 0, leave=False):
+            # every process makes the same number of forward passes: a sharded model needs all of them
+            asked = batches[0] if indices is None else indices
+            batch = model_inputs(collator([rows[int(i)] for i in asked]))
+            with computing_in(bf16, device):
+                values = output(model, {name: tensor.to(device) for name, tensor in batch.items()})
+            if indices is not None:
+                found.append((indices, values.float().cpu().numpy()))
+    finally:
+        model.train(was_training)
+    parts = gather_object(found) if processes > 1 else found
+    if not parts:
+        raise ValueError("there are no rows to predict")
+    result = np.empty((len(rows), *parts[0][1].shape[1:]), dtype=np.float32)
+    for indices, values in parts:
+        result[indices] = values
+    return result
+
+
+def batches_by_length(lengths: Array, batch_size: int) -> list[Array]:
+    """Row indices, longest first, in batches of `batch_size` to twice that many rows and about as many tokens.
+
+    >>> [b.tolist() for b in batches_by_length(np.array([4, 1, 2, 4, 1]), 1)]
+    [[0], [3], [2, 1], [4]]
+    """
+    order = np.argsort(-np.asarray(lengths), kind="stable")
+    budget = batch_size * int(lengths.max(initial=1))
+    batches, start = [], 0
+    while start < len(order):
+        size = max(1, min(budget // max(1, int(lengths[order[start]])), 2 * batch_size))
+        batches.append(order[start : start + size])
+        start += size
+    return batches

@@ -1,0 +1,304 @@
+"""The one training loop: transformers' Trainer with gradients that do not depend on how the rows are split.
+
+What differs from the stock Trainer, and why:
+
+- The loss is a sum over rows divided by the rows of the whole optimizer step, over all micro-batches and processes.
+  The stock Trainer is off by the accumulation steps times the number of processes for classification heads
+  (transformers issue 47688), and batch means are off wherever micro-batches hold unlike numbers of labelled rows.
+- Batches hold rows of like length, in an order that only depends on seed and epoch.
+- Validation goes through `predict`, and its loss is the mean over rows.
+- A loss that is not finite stops the run before anything is saved.
+- Checkpoints are sealed with a manifest; SIGTERM and SIGINT save one and end the run with `Interrupted`.
+- No `training_args.bin` is written: it would hold the Hub token.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import types
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
+from transformers.trainer_utils import EvalLoopOutput
+
+from nlpxfer.checkpoint.quiet import quiet_transformers
+from nlpxfer.checkpoint.save import refuse_not_finite
+from nlpxfer.config import RunOptions
+from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.errors import Interrupted, NotFiniteError
+from nlpxfer.methods.base import Batch, Method
+from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal
+from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.predict import predict
+from nlpxfer.train.sampler import LengthGroupedSampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+Metrics = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], dict[str, float]]
+
+
+class TransferTrainer(Trainer):
+    """Trains a model with a transfer method.
+
+    Args:
+        model: Model to train.
+        method: What is minimised.
+        options: How to train; `output_dir` receives the checkpoints.
+        train_rows: Training rows with the columns that the method reads.
+        validation_rows: Rows with `labels`.
+        tokenizer: Saved beside the weights; its padding token and side pad the batches.
+        metrics: From logits (N, C) and labels (N) to scores by name, without prefix; must hold `loss`.
+        identity: What a resumed run must have in common with the interrupted one.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method,
+        options: RunOptions,
+        *,
+        train_rows: TokenisedRows,
+        validation_rows: TokenisedRows,
+        tokenizer: PreTrainedTokenizerBase,
+        metrics: Metrics,
+        identity: RunIdentity,
+    ) -> None:
+        self.method = method
+        self.identity = identity
+        self.score = metrics
+        self.tokens_seen = 0
+        collator = Collator.for_tokenizer(tokenizer, multiple_of=1 if options.use_cpu else 8)
+        super().__init__(
+            model=model,
+            args=options,
+            train_dataset=train_rows,
+            eval_dataset=validation_rows,
+            data_collator=collator,
+            processing_class=tokenizer,
+        )
+        self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.remove_callback(PrinterCallback)
+        if not options.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(ProgressBar)
+        self.add_callback(EpochOrder(self))
+        self.stop = StopOnSignal()
+        self.add_callback(self.stop)
+        if options.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(options.early_stopping_patience))
+
+    def fit(self, *, resume: bool = False) -> None:
+        """Train, from the newest verified checkpoint if resuming and there is one.
+
+        Raises:
+            Interrupted: A signal asked to stop; a checkpoint was saved.
+            NotFiniteError: The loss became NaN or infinite.
+            ResumeError: No checkpoint can be trusted, or it belongs to another run.
+        """
+        folder = Path(str(self.args.output_dir))
+        checkpoint = None
+        if resume and folder.is_dir():
+            allowed = self.args.allow_topology_change
+            checkpoint = newest_verified(folder, self.identity, allow_topology_change=allowed)
+            if checkpoint is not None:
+                logger.warning("resuming from %s", checkpoint.name)
+        with self.stop.listening():
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.stop.asked:
+            raise Interrupted(
+                f"The run was asked to stop at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is saved.",
+                fix="the same command with --resume_from_checkpoint true",
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,  # noqa: ANN401 - the counts by term of `get_batch_samples`
+    ) -> Tensor:
+        """The step's share of the loss: row losses over the rows of the whole step."""
+        terms = self.method.loss_terms(model, inputs)
+        total = torch.zeros((), device=next(iter(terms.values())).rows_B.device)
+        for name, term in terms.items():
+            total = total + term.weight * term.rows_B.sum() / num_items_in_batch[name].clamp(min=1)
+        # gradients are averaged over processes, and the counts are of all processes together
+        return total * self.accelerator.num_processes
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], dict[str, Tensor] | None]:
+        """The micro-batches of one optimizer step, and how many rows each loss term counts in all of them."""
+        batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
+        if not batches:
+            return batches, None
+        self.tokens_seen += sum(int(batch["attention_mask"].sum()) for batch in batches)
+        counts = [self.method.counts(batch) for batch in batches]
+        names = sorted(counts[0])
+        summed = torch.stack([torch.stack([c[name].to(device) for c in counts]).sum() for name in names])
+        if world()[1] > 1:
+            torch.distributed.all_reduce(summed)
+        return batches, dict(zip(names, summed, strict=True))
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Any = None,  # noqa: ANN401
+    ) -> Tensor:
+        """One forward and backward pass.
+
+        Raises:
+            NotFiniteError: The loss is NaN or infinite.
+        """
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if not torch.isfinite(loss):
+            raise NotFiniteError(
+                f"The loss became {loss.item()} after step {self.state.global_step}; nothing of it was saved.",
+                why="the learning rate is too high for this model",
+                fix=f"--learning_rate {self.args.learning_rate / 10:g}",
+            )
+        return loss
+
+    def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
+        """6 x trained parameters x tokens; counted once instead of at every step."""
+        return int(self.step_flops * inputs["input_ids"].numel())
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:  # noqa: ANN401
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * world()[1]
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        grouped = self.args.train_sampling_strategy == "group_by_length"
+        self.sampler = LengthGroupedSampler(rows.lengths, together, seed=seed, grouped=grouped)
+        return self.sampler
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,  # noqa: ANN401
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Scores of all rows of the data loader's data set, from whole predictions."""
+        rows: TokenisedRows = dataloader.dataset
+        logits = predict(
+            self.model,
+            rows,
+            self.data_collator,
+            batch_size=self.args.per_device_eval_batch_size,
+            bf16=self.args.bf16,
+            description="validation",
+            quiet=bool(self.args.disable_tqdm),
+        )
+        labels = rows.columns["labels"]
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in self.score(logits, labels).items()}
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        logger.info("  epoch %.2f, step %d: %s", self.state.epoch or 0, self.state.global_step, shown)
+        return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=scores, num_samples=len(rows))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
+        refuse_not_finite(self.model)
+        with quiet_transformers():
+            super()._save_checkpoint(model, trial)
+        wait_for_everyone()
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if is_main_process() and folder.is_dir():
+            seal(folder, self.identity, self.state.global_step)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / "training_args.bin").unlink(missing_ok=True)
+
+
+class ProgressBar(ProgressCallback):
+    """The stock bar with its estimate of the time left, without the log lines in between."""
+
+    def on_log(
+        self, args: RunOptions, state: TrainerState, control: TrainerControl, logs: object = None, **kwargs: object
+    ) -> None:
+        """Print nothing: scores are logged by `evaluation_loop`, losses go to `report_to`."""
+
+
+class EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch is next, also in a resumed run."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(
+        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Set the sampler's epoch."""
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGTERM or SIGINT: finish the step, save a checkpoint, stop. A second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listening(self) -> _Listening:
+        """A context in which signals are caught; does nothing outside the main thread."""
+        return _Listening(self)
+
+    def on_step_end(
+        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Ask the Trainer to save and stop, in all processes at the same step."""
+        if self._asked_anywhere(args):
+            self.asked = True
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+        return control
+
+    def _asked_anywhere(self, args: RunOptions) -> bool:
+        if world()[1] == 1:
+            return self.asked
+        flag = torch.tensor(int(self.asked), device=args.device)
+        torch.distributed.all_reduce(flag)
+        return bool(flag.item())
+
+
+class _Listening:
+    def __init__(self, stop: StopOnSignal) -> None:
+        self.stop = stop
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.stop.asked:
+            raise KeyboardInterrupt
+        self.stop.asked = True
+        logger.warning("stopping after this step; once more to stop at once, without a checkpoint")
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,180 @@
+"""Distil a teacher into a smaller student, and measure what the teacher was worth.
+
+    accelerate launch recipes/distill.py
+    accelerate launch recipes/distill.py recipes/configs/distill.yaml --teacher_name_or_path runs/finetune
+
+Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a slice of the teacher's layers, or any
+checkpoint. The control arm is the same student with the same number of steps and no teacher: a slice starts from the
+pretrained checkpoint that the teacher came from, where that is known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
+from nlpxfer.checkpoint.student import parse_layers
+from nlpxfer.cli import run_main
+from nlpxfer.config import DataOptions, RunOptions, option, parse
+from nlpxfer.data.tokenise import TokenisedRows
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import Splits
+from nlpxfer.methods.distill import Distill
+from nlpxfer.methods.finetune import FineTune
+from nlpxfer.report.report import Arm, Report, Verdict
+from nlpxfer.run import Run, start_run, with_bundled_data
+from nlpxfer.train.teacher_cache import teacher_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions:
+    """Teacher, student and how the one learns from the other."""
+
+    model_name_or_path: str = option("all-MiniLM-L6-v2", "Checkpoint to fine-tune the teacher from, if none is given.")
+    teacher_name_or_path: str | None = option(None, "A classifier fine-tuned on the same labels: folder or Hub id.")
+    teacher_num_train_epochs: float = option(3.0, "Passes over the training rows for a teacher made on the spot.")
+    teacher_learning_rate: float | None = option(None, "Its learning rate. Default: learning_rate.")
+    teacher_cache: str | None = option(None, "Folder for the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>.")
+    student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
+    student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half of them.")
+    student_layers: str = option("bottom", "Which: bottom, even, or numbers such as 0,2,5.")
+    temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
+    kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
+    unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.student_name_or_path and (self.student_num_layers or self.student_layers != "bottom"):
+            faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
+        if self.teacher_num_train_epochs <= 0:
+            faults.append(f"teacher_num_train_epochs: {self.teacher_num_train_epochs} is not positive")
+        if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
+            faults.append(f"teacher_learning_rate: {self.teacher_learning_rate} is not positive")
+        try:
+            Distill(temperature=self.temperature, kd_weight=self.kd_weight)
+        except ConfigError as error:
+            faults += error.faults
+        if faults:
+            raise ConfigError.from_faults(faults)
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the recipe; see `--help` for its options."""
+    data_options, plan, options = parse((DataOptions, DistillOptions, RunOptions), argv)
+    smoothing = options.label_smoothing_factor
+    method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing)
+
+    with start_run("distill", with_bundled_data(data_options), options, plan) as run:
+        teacher, teacher_arm = get_teacher(run, plan, smoothing)
+        rows = TransferRows(run, plan, teacher)
+        facts = {"teacher": teacher.weights_sha256}
+
+        student = run.train("distilled", student_of(run, plan, teacher), method, split=rows.with_teacher, facts=facts)
+        arms = [run.arm(student, f"the student, taught by {teacher.name}"), run.majority_arm()]
+        models = {teacher_arm.name: teacher, "distilled": student[0]}
+        verdict = Verdict.unmeasured("the control arm was switched off")
+        if options.control_arm:
+            untaught = student_of(run, plan, base_of(run, plan, teacher))
+            control = run.train("control", untaught, FineTune(label_smoothing=smoothing), max_steps=student[0].steps)
+            arms.insert(0, run.arm(control, "the same student and number of steps, without a teacher"))
+            models["control"] = control[0]
+            verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
+        arms = run.with_speed([teacher_arm, *arms], models)
+        run.checks["teacher"] = rows.cache | retention(teacher_arm, arms)
+        return run.finish(
+            student,
+            arms,
+            verdict,
+            description=f"A student of {student[0].model.config.num_hidden_layers} layers, distilled from {teacher.name}.",
+            base_model=plan.student_name_or_path or plan.teacher_name_or_path or plan.model_name_or_path,
+            parents={"teacher": run.parent_facts(teacher)},
+            tags=["knowledge-distillation"],
+        )
+
+
+def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Checkpoint, Arm]:
+    """The teacher that was given, or one fine-tuned on the spot and saved in `teacher/` of the output folder."""
+    if plan.teacher_name_or_path:
+        teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
+        run.check_space(teacher.model, arms=2)
+        teacher.model.to(run.options.device)
+        return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given")
+
+    def build(seed: int) -> Checkpoint:
+        return load_classifier(plan.model_name_or_path, schema=run.data.schema, seed=seed)
+
+    run.check_space(build(run.seeds[0]).model, arms=3)
+    trained = run.train(
+        "teacher",
+        build,
+        FineTune(label_smoothing=smoothing),
+        seeds=run.seeds[:1],
+        num_train_epochs=plan.teacher_num_train_epochs,
+        learning_rate=plan.teacher_learning_rate or run.options.learning_rate,
+    )
+    name = f"{plan.model_name_or_path} fine-tuned"
+    teacher = run.keep_beside("teacher", trained[0], as_name=name)
+    return teacher, run.arm(trained, f"{name}, all layers")
+
+
+class TransferRows:
+    """Training rows with the teacher's logits, and with unlabelled rows if there are any."""
+
+    def __init__(self, run: Run, plan: DistillOptions, teacher: Checkpoint) -> None:
+        self.run = run
+        self.splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
+        parts = [run.texts(split) for split in self.splits]
+        texts = [text for part, _ in parts for text in part]
+        pairs = None if parts[0][1] is None else [pair for _, part in parts for pair in part or []]
+        self.logits, self.cache = teacher_logits(
+            teacher,
+            texts,
+            pairs,
+            labels=run.data.schema.names,
+            max_length=run.data_options.max_length,
+            batch_size=run.options.per_device_eval_batch_size,
+            bf16=bool(run.options.bf16),
+            folder=plan.teacher_cache,
+            quiet=bool(run.options.disable_tqdm),
+        )
+
+    def with_teacher(self, tokenizer: object) -> Splits:
+        """The splits as the student's tokenizer sees them; `train` has the column `teacher_logits`."""
+        splits = self.run.split(tokenizer)
+        train: TokenisedRows = splits.train
+        if "unlabelled" in self.splits:
+            train = TokenisedRows.join(train, self.run.tokenise(tokenizer, "unlabelled"))
+        return Splits(train.with_columns(teacher_logits=self.logits), splits.validation, splits.test)
+
+
+def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN201 - from a seed to a Checkpoint
+    """How to make an untrained student: a slice of `source`, or the checkpoint that was asked for."""
+
+    def build(seed: int) -> Checkpoint:
+        if plan.student_name_or_path:
+            return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
+        total = int(source.model.config.num_hidden_layers)
+        count = plan.student_num_layers or (max(1, total // 2) if plan.student_layers in ("bottom", "even") else None)
+        return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
+
+    return build
+
+
+def base_of(run: Run, plan: DistillOptions, teacher: Checkpoint) -> Checkpoint:
+    """Where the control student's layers come from: the teacher's pretrained checkpoint, if that is known."""
+    if plan.teacher_name_or_path:
+        return teacher
+    return load_classifier(plan.model_name_or_path, schema=run.data.schema)
+
+
+def retention(teacher: Arm, arms: Sequence[Arm]) -> dict[str, float]:
+    """Share of the teacher's test accuracy that the distilled student keeps."""
+    distilled = next(arm for arm in arms if arm.name == "distilled")
+    return {"retention": float(np.divide(distilled.metrics["test"]["accuracy"], teacher.metrics["test"]["accuracy"]))}
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,108 @@
+"""Mean pooling built into plain classes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import LABELS
+from transformers import AutoModelForSequenceClassification
+
+from nlpxfer.checkpoint import load_classifier, model_layers, save_classifier, use_mean_pooling
+from nlpxfer.checkpoint.head import head_of
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.errors import CheckpointError
+
+SCHEMA = LabelSchema(LABELS)
+POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
+TEXTS = ["the goal of the match in the new stadium before the concert", "bread and cheese", "a train"]
+
+
+@pytest.fixture
+def load(tiny_checkpoint):
+    return lambda family: load_classifier(str(tiny_checkpoint(family, "classifier")), schema=SCHEMA)
+
+
+def pooled_input(model, batch):
+    """What the first transform of the head reads."""
+    captured = []
+    first = next(iter(head_of(model).transforms.values()))
+    handle = first.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    model(**batch)
+    handle.remove()
+    return captured[0]
+
+
+def masked_mean(model, batch):
+    hidden = getattr(model, model.base_model_prefix)(**batch)[0]
+    mask = batch["attention_mask"].unsqueeze(-1)
+    return (hidden * mask).sum(1) / mask.sum(1)
+
+
+@pytest.mark.parametrize("family", [*POST_NORM, "modernbert"])
+def test_head_reads_the_mean_over_real_tokens(load, family):
+    checkpoint = load(family)
+    batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    pooled = use_mean_pooling(checkpoint.model)
+    assert type(pooled) is type(checkpoint.model)
+    expected = masked_mean(checkpoint.model, batch)
+    first = pooled_input(checkpoint.model, batch)
+    assert (expected - first).abs().max() > 0.1  # the first token is another state
+    if family == "modernbert":
+        torch.testing.assert_close(pooled_input(pooled, batch), expected, rtol=1e-5, atol=1e-6)
+    else:
+        normed = torch.nn.functional.layer_norm(expected, expected.shape[-1:], eps=1e-12)
+        found = pooled_input(pooled, batch)
+        # h_i / 2048 is left of the first token's own state
+        assert (found - normed).abs().max() < 5e-3
+        assert (found - normed).square().mean().sqrt() < 1e-3
+
+
+@pytest.mark.parametrize("family", [*POST_NORM, "modernbert"])
+def test_padding_does_not_count(load, family):
+    checkpoint = load(family)
+    pooled = use_mean_pooling(checkpoint.model)
+    together = pooled(**checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")).logits
+    for row, text in enumerate(TEXTS):
+        alone = pooled(**checkpoint.tokenizer([text], return_tensors="pt")).logits[0]
+        torch.testing.assert_close(together[row], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", [*POST_NORM, "modernbert"])
+def test_reload_without_our_code_gives_the_same(load, family, tmp_path):
+    checkpoint = load(family)
+    before = checkpoint.weights_sha256
+    pooled = use_mean_pooling(checkpoint.model)
+    assert checkpoint.weights_sha256 == before
+    extra = 0 if family == "modernbert" else 1
+    assert pooled.config.num_hidden_layers == checkpoint.model.config.num_hidden_layers + extra
+    assert len(model_layers(pooled)[1]) == pooled.config.num_hidden_layers
+    batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    save_classifier(pooled, checkpoint.tokenizer, SCHEMA, tmp_path / "pooled")
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pooled").eval()
+    assert torch.equal(reloaded(**batch).logits, pooled(**batch).logits)
+
+
+@pytest.mark.parametrize("family", POST_NORM)
+def test_the_layer_trains_and_stays_a_mean(load, family):
+    checkpoint = load(family)
+    pooled = use_mean_pooling(checkpoint.model).train()
+    batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    optimizer = torch.optim.AdamW(pooled.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = pooled(**batch, labels=torch.tensor([0, 1, 2])).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+    last = model_layers(pooled)[1][-1]
+    weights = {name: value for name, value in last.named_parameters() if "query" in name or "q_lin" in name}
+    assert len(weights) == 2
+    assert not any(value.any() for value in weights.values())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2", "deberta-v2", "albert"])
+def test_other_families_are_refused(load, family):
+    with pytest.raises(CheckpointError, match=r"(?s)cannot be read as a mean.*modernbert, bert"):
+        use_mean_pooling(load(family).model)

@@ -1,0 +1,195 @@
+"""Saving: complete or not at all, without paths of this machine, and never over foreign files."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import FAMILIES, LABELS
+from transformers import pipeline
+
+from nlpxfer.checkpoint import (
+    ensure_output_folder,
+    load_classifier,
+    load_teacher,
+    save_classifier,
+    tokenizer_fingerprint,
+)
+from nlpxfer.checkpoint.save import check_free_space
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
+
+SCHEMA = LabelSchema(LABELS)
+TEXTS = ["the goal of the match", "bread and cheese", "we took the train to the airport"]
+
+
+@pytest.fixture
+def load(tiny_checkpoint):
+    return lambda family="bert": load_classifier(str(tiny_checkpoint(family)), schema=SCHEMA)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipeline_loads_what_was_saved(load, family, tmp_path):
+    checkpoint = load(family)
+    folder = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    classify = pipeline("text-classification", model=str(folder), top_k=None)
+    found = classify(TEXTS, batch_size=3)
+    batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        shares = checkpoint.model(**batch).logits.softmax(-1)
+    for row, scores in enumerate(found):
+        assert {score["label"] for score in scores} == set(LABELS)
+        for score in scores:
+            expected = shares[row, SCHEMA.encode(score["label"])].item()
+            assert score["score"] == pytest.approx(expected, abs=1e-5)
+    again = load_teacher(str(folder), schema=SCHEMA)
+    assert again.weights_sha256 == checkpoint.weights_sha256
+    assert again.tokenizer_sha256 == tokenizer_fingerprint(checkpoint.tokenizer)
+
+
+def test_folder_holds_the_promised_files_and_no_paths(load, tmp_path):
+    checkpoint = load()
+    folder = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "labels.json"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["id2label"] == {str(index): name for index, name in enumerate(LABELS)}
+    assert config["label2id"] == {name: index for index, name in enumerate(LABELS)}
+    assert config["problem_type"] == "single_label_classification"
+    assert LabelSchema.load(folder) == SCHEMA
+    for path in folder.glob("*.json"):
+        assert str(checkpoint.folder.parent) not in path.read_text()
+        assert "/tmp" not in path.read_text()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_weights_are_not_saved(load, tmp_path, value):
+    checkpoint = load()
+    with torch.no_grad():
+        checkpoint.model.bert.pooler.dense.bias[3] = value
+    with pytest.raises(NotFiniteError, match=r"bert.pooler.dense.bias"):
+        save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_size_and_wrapped_models_are_refused(load, tmp_path):
+    checkpoint = load()
+    with pytest.raises(LabelError, match="4 outputs, the schema 2 names"):
+        save_classifier(checkpoint.model, checkpoint.tokenizer, LabelSchema(("a", "b")), tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no plain transformers model"):
+        save_classifier(torch.nn.DataParallel(checkpoint.model), checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+
+
+def test_other_files_stay_and_stale_shards_go(load, tmp_path):
+    checkpoint = load()
+    folder = tmp_path / "out"
+    (folder / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    (folder / "report.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text("{}")
+    (folder / "model-00001-of-00002.safetensors").write_text("old")
+    save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, folder)
+    assert (folder / "checkpoints" / "checkpoint-1").is_dir()
+    assert (folder / "report.json").exists()
+    assert not (folder / "model.safetensors.index.json").exists()
+    assert not (folder / "model-00001-of-00002.safetensors").exists()
+
+
+@pytest.mark.parametrize("step", range(6))
+def test_interruption_leaves_nothing_that_looks_complete(load, tmp_path, monkeypatch, step):
+    """Stop before the n-th rename: the folder either has no config.json, or is complete."""
+    checkpoint = load()
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"old": true}')
+    real, done = Path.replace, []
+
+    def replace(path, target):
+        if Path(target).parent == folder:
+            if len(done) == step:
+                raise KeyboardInterrupt
+            done.append(Path(target).name)
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    if step < 5:
+        with pytest.raises(KeyboardInterrupt):
+            save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, folder)
+        assert not (folder / "config.json").exists()
+    else:
+        save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, folder)
+        assert done[-1] == "config.json"
+        load_teacher(str(folder), schema=SCHEMA)
+    assert not list(folder.glob(".*"))
+
+
+def test_fault_while_writing_keeps_the_old_model(load, tmp_path, monkeypatch):
+    checkpoint = load()
+    folder = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(type(checkpoint.tokenizer), "save_pretrained", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_saving_is_quiet(load, tmp_path, capfd, caplog):
+    checkpoint = load()
+    with caplog.at_level(logging.INFO):
+        save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    assert "model shards" not in "".join(capfd.readouterr())
+    assert "Saved BertForSequenceClassification with 4 labels." in caplog.text
+
+
+def test_output_folder_is_made_or_refused(tmp_path):
+    folder = tmp_path / "a" / "out"
+    assert ensure_output_folder(folder) == folder
+    assert folder.is_dir()
+    ensure_output_folder(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(OutputExistsError, match="is not empty"):
+        ensure_output_folder(folder)
+    ensure_output_folder(folder, resume=True)
+    assert (folder / "config.json").exists()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        ensure_output_folder(folder / "config.json", overwrite=True)
+
+
+def test_overwrite_clears_own_files_only(tmp_path):
+    folder = tmp_path / "out"
+    (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "report.json"):
+        (folder / name).write_text("x")
+    (folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=r"holds thesis.tex, which nlpxfer did not write"):
+        ensure_output_folder(folder, overwrite=True)
+    assert len(list(folder.iterdir())) == 6
+    (folder / "thesis.tex").unlink()
+    ensure_output_folder(folder, overwrite=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_overwrite_does_not_follow_links(tmp_path):
+    target = tmp_path / "real"
+    (target / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(target)
+    with pytest.raises(OutputExistsError, match="it is a link"):
+        ensure_output_folder(tmp_path / "out", overwrite=True)
+    folder = tmp_path / "other"
+    folder.mkdir()
+    (folder / "checkpoints").symlink_to(target)
+    with pytest.raises(OutputExistsError, match="holds checkpoints"):
+        ensure_output_folder(folder, overwrite=True)
+    assert (target / "checkpoints").is_dir()
+
+
+def test_free_space(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 9 * 10**8, 10**8) if path.exists() else 1 / 0)
+    check_free_space(tmp_path / "not" / "yet", 10**8)
+    with pytest.raises(NoSpaceError, match=r"0.10 GB free; this run writes about 0.50 GB"):
+        check_free_space(tmp_path / "not" / "yet", 5 * 10**8)

@@ -1,0 +1,142 @@
+"""The `nlpxfer` command, and the exit codes of every entry point."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import nlpxfer
+from nlpxfer import cli
+from nlpxfer.errors import ConfigError, Interrupted
+
+RECIPE = """
+import sys
+from dataclasses import dataclass
+from nlpxfer.cli import run_main
+from nlpxfer.errors import ConfigError
+
+@dataclass
+class Options:
+    name: str
+
+def main(argv):
+    words = sys.argv[1:]
+    if "bad" in words:
+        raise ConfigError("bad: unknown option")
+    sys.stdout.write(repr((Options("x"), sys.modules[Options.__module__].__file__ == __file__, words)))
+
+if __name__ == "__main__":
+    run_main(main)
+"""
+
+
+@pytest.fixture
+def recipes(tmp_path, monkeypatch):
+    (tmp_path / "distill.py").write_text(RECIPE)
+    (tmp_path / "finetune.py").write_text(RECIPE)
+    monkeypatch.setattr(cli, "recipe_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def exit_code(call, *args):
+    with pytest.raises(SystemExit) as left:
+        call(*args)
+    return left.value.code
+
+
+def raises(error):
+    def main(argv):
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("main", "code", "said"),
+    [
+        (lambda argv: "dropped", 0, ""),
+        (raises(ConfigError("no such file", fix="make demo")), 2, "no such file\n  Try: make demo\n"),
+        (raises(Interrupted("stopped at step 7")), 75, "stopped at step 7\n"),
+        (raises(KeyboardInterrupt()), 75, "Interrupted.\n"),
+    ],
+)
+def test_exit_codes(main, code, said, capsys):
+    assert exit_code(cli.run_main, main, []) == code
+    assert capsys.readouterr().err == said
+
+
+def test_a_fault_of_nlpxfer_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run_main(lambda argv: 1 / 0, [])
+
+
+def test_version(capsys):
+    assert exit_code(cli.main, ["--version"]) == 0
+    assert capsys.readouterr().out == f"nlpxfer {nlpxfer.__version__}\n"
+
+
+def test_methods_shows_every_method(capsys, monkeypatch):
+    from nlpxfer.methods import available_methods
+
+    monkeypatch.setenv("COLUMNS", "200")
+    assert exit_code(cli.main, ["methods"]) == 0
+    shown = capsys.readouterr().out
+    for row in available_methods():
+        line = next(line for line in shown.splitlines() if line.startswith(row.key))
+        assert row.summary in line
+        assert row.source in line
+
+
+@pytest.mark.parametrize(("words", "private"), [([], True), (["--public"], False)])
+def test_push_shows_where_the_model_is(words, private, capsys, monkeypatch):
+    asked = []
+
+    def push_folder(folder, repo_id, *, private):
+        asked.append((str(folder), repo_id, private))
+        return SimpleNamespace(url="https://hub/me/it")
+
+    monkeypatch.setattr("nlpxfer.hub.push_folder", push_folder)
+    assert exit_code(cli.main, ["push", "runs/it", "--hub_model_id", "me/it", *words]) == 0
+    assert asked == [("runs/it", "me/it", private)]
+    assert capsys.readouterr().out == "https://hub/me/it\n"
+
+
+def test_run_is_the_recipe_as_a_program(recipes, capsys):
+    before = list(sys.argv)
+    words = ["config.yaml", "--help", "--", "--x", "1"]
+    assert exit_code(cli.main, ["run", "distill", *words]) == 0
+    assert capsys.readouterr().out == f"(Options(name='x'), True, {words})"
+    assert sys.argv == before
+
+
+def test_run_keeps_the_exit_code_of_the_recipe(recipes, capsys):
+    assert exit_code(cli.main, ["run", "distill", "bad"]) == 2
+    assert capsys.readouterr().err == "bad: unknown option\n"
+
+
+def test_run_names_the_nearest_recipe(recipes, capsys):
+    assert exit_code(cli.main, ["run", "distil"]) == 2
+    said = capsys.readouterr().err
+    assert said == "There is no recipe 'distil'. Did you mean 'distill'?\n  Available: distill, finetune\n"
+
+
+def test_run_without_a_method_is_refused(recipes, capsys):
+    assert exit_code(cli.main, ["run"]) == 2
+    assert "METHOD" in capsys.readouterr().err
+
+
+def test_recipes_come_from_the_checkout_before_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "nlpxfer"
+    (package / "_recipes").mkdir(parents=True)
+    monkeypatch.setattr(cli, "PACKAGE_FOLDER", package)
+    assert cli.recipe_folder() == package / "_recipes"
+    (tmp_path / "recipes").mkdir()
+    assert cli.recipe_folder() == package / "_recipes"  # some other folder beside site-packages/nlpxfer
+    (tmp_path / "pyproject.toml").touch()
+    assert cli.recipe_folder() == tmp_path / "recipes"
+
+
+def test_an_installation_without_recipes_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "PACKAGE_FOLDER", tmp_path / "nlpxfer")
+    with pytest.raises(ConfigError, match="has no recipes"):
+        cli.recipe_folder()
