@@ -64,6 +64,7 @@ def test_columns_follow_the_schema_where_training_lacks_a_class():
     texts = ["red apple", "blue sea"] * 4
     arm = tfidf_arm(texts, [0, 2] * 4, {"validation": texts, "new": ["?!"]}, validation_labels=[0, 2] * 4, classes=3)
     assert arm.log_probabilities["validation"].argmax(axis=1).tolist() == [0, 2] * 4
+    assert arm.strength == 100.0  # all strengths are right on every row: the loss decides
     assert np.exp(arm.log_probabilities["new"][:, 1]) == pytest.approx([1e-12], rel=1e-6)
 
 

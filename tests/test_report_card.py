@@ -66,7 +66,11 @@ def make_report(**changes):
         "cost": Cost(
             train_seconds=5, total_seconds=9, tokens=1000, tokens_per_second=200, peak_memory_bytes=5 * 10**8
         ),
-        "data": {"rows": {"train": 1500, "test": 80}, "classes": 4, "leaks": {"test_in_train": {"exact": 3, "near": 0}}},
+        "data": {
+            "rows": {"train": 1500, "test": 80},
+            "classes": 4,
+            "leaks": {"test_in_train": {"exact": 3, "near": 0}},
+        },
         "checks": {},
     }
     return build_report("distill", arms, **{**parts, **changes})

@@ -85,7 +85,7 @@ def test_the_diagonal_is_dark_where_all_is_right(tmp_path: Path):
 
 
 def test_signs_in_labels_are_drawn_not_parsed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    names = ["$x^", "\\frac{a}{b}", "new\nline", "<b>&amp;", "%d {x}"]
+    names = ["$x^$", "\\frac{a}{b}", "new\nline", "<b>&amp;", "%d {x}"]
     confusion_plot([0, 1, 2, 3, 4], [0, 1, 2, 3, 4], names, tmp_path / "a.png")
     per_class_plot(_table(names), tmp_path / "b.png")
     assert caplog.records == []

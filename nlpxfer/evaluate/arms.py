@@ -204,7 +204,7 @@ def _finish(
     trainer: TransferTrainer, folder: Path, record: Mapping[str, Any], schema: LabelSchema, identity: RunIdentity
 ) -> None:
     """Keep the trained model and its cost; with a sharded model all processes take part in gathering it."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = unwrapped(trainer)
     if trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
     elif is_main_process():
@@ -217,13 +217,22 @@ def _finish(
     wait_for_everyone()
 
 
+def unwrapped(trainer: TransferTrainer) -> PreTrainedModel:
+    """The model without DDP and without the autocast that accelerate wraps around its `forward`.
+
+    With that wrapper left on, a model would go on computing in bfloat16 where float32 is meant.
+    """
+    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    return model
+
+
 def _plain_model(
     trainer: TransferTrainer, finished: Path, schema: LabelSchema, options: RunOptions
 ) -> PreTrainedModel:
     if trainer.is_fsdp_enabled:
         model = load_classifier(str(finished), schema=schema).model.to(options.device)
     else:
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = unwrapped(trainer)
     # a DDP wrapper that outlives the process group can hang at exit
     trainer.model_wrapped = trainer.model
     trainer.accelerator.free_memory()
