@@ -4,13 +4,14 @@
         arms = run.train("finetuned", build, method)
         run.finish(arms, ...)
 
-`start_run` refuses what cannot work before anything is computed; `finish` writes the folder by the contract, with
-`report.json` last, so that its presence means a whole run.
+`start_run` and `begin` refuse what cannot work before anything is computed or removed; `finish` writes the folder by
+the contract, with `report.json` last, so that its presence means a whole run.
 """
 
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import logging
 import shutil
@@ -26,11 +27,13 @@ import numpy as np
 import torch
 
 from nlpxfer.checkpoint.load import Checkpoint
-from nlpxfer.checkpoint.resolve import resolve_checkpoint
-from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
+from nlpxfer.checkpoint.save import check_free_space, check_output_folder, ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions, resolved
 from nlpxfer.data.load import DataRequest, TextData, load_data
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
+from nlpxfer.errors import ConfigError, ResumeError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
@@ -40,12 +43,22 @@ from nlpxfer.hub import check_push_request, push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.report.card import CardFacts, write_card
 from nlpxfer.report.plots import confusion_plot, per_class_plot
-from nlpxfer.report.report import Arm, Report, SeedResult, Verdict, build_report, mean_metrics, write_report
+from nlpxfer.report.report import (
+    REPORT_FILE,
+    Arm,
+    Report,
+    SeedResult,
+    Verdict,
+    build_report,
+    mean_metrics,
+    write_report,
+)
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
 from nlpxfer.train.precision import Precision, choose_precision
 from nlpxfer.train.predict import predict
+from nlpxfer.train.reporters import check_reporters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,11 +157,12 @@ class Run:
         for key, value in (changes | ({} if max_steps is None else {"max_steps": max_steps})).items():
             setattr(options, key, value)
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
-        identity = {**shared, "data_fingerprint": self.data.fingerprint, **changes, **(facts or {})}
+        measured = {"bf16": options.bf16, "data_fingerprint": self.data.fingerprint}
+        identity = {**shared, **measured, **changes, **(facts or {})}
         arms = []
         for seed in self.seeds if seeds is None else seeds:
             logger.info("%s, seed %d", name, seed)
-            build_one = _call_later(build, seed)
+            build_one = self._checked(build, seed)
             arm = train_arm(
                 name,
                 build=build_one,
@@ -221,7 +235,7 @@ class Run:
             metrics=self.metrics(logits["validation"], logits["test"]),
             seconds=found.seconds,
             parameters=found.parameters,
-            description="TF-IDF of words and characters with logistic regression: the labels without a pretrained model",
+            description="TF-IDF of words and characters with logistic regression: no pretrained model",
             details={"strength": found.strength, "converged": found.converged},
         )
         return arm, logits["test"]
@@ -257,15 +271,45 @@ class Run:
         speeds = {name: rate.rows_per_second for name, rate in measured.rates.items()}
         return [replace(arm, rows_per_second=speeds.get(arm.name, arm.rows_per_second)) for arm in arms]
 
-    def check_space(self, model: PreTrainedModel, *, arms: int) -> None:
-        """Refuse a disk that cannot hold the checkpoints of a model: its weights, and twice as much for Adam's moments.
+    def check_length(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The checkpoint, if it can read texts of `max_length` tokens.
 
         Raises:
+            ConfigError: Says how many tokens it can read.
+        """
+        limit, asked = max_positions(checkpoint.model, checkpoint.tokenizer), self.data_options.max_length
+        if asked > limit:
+            raise ConfigError(
+                f"max_length: {asked} is longer than the {limit} tokens that {checkpoint.name} can read.",
+                fix=f"--max_length {limit}",
+            )
+        return checkpoint
+
+    def _checked(self, build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
+        return lambda: self.check_length(build(seed))
+
+    def begin(self, *models: Checkpoint, arms: int) -> None:
+        """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
+
+        Args:
+            models: Those that will be trained or asked; the largest decides about the space needed: its weights, and
+                twice as much for Adam's moments, in each checkpoint.
+            arms: Models that will be kept per seed.
+
+        Raises:
+            ConfigError: `max_length` is more than a model can read.
             NoSpaceError: Says how much is free and how much is needed.
         """
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        for model in models:
+            self.check_length(model)
+        weights = max(_stored_bytes(checkpoint.model) for checkpoint in models)
         kept = (self.options.save_total_limit or 10) + 1
         check_free_space(self.folder, weights * (3 * kept + arms * len(self.seeds)))
+        if self.options.resume and not (self.folder / "checkpoints").is_dir():
+            logger.warning("there is nothing to resume in %s: training from the start", self.folder)
+        if is_main_process():
+            ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
+        wait_for_everyone()
 
     def parent_facts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What run.json says about a parent of the model."""
@@ -306,7 +350,7 @@ class Run:
         verdict: Verdict,
         *,
         description: str,
-        base_model: str,
+        base_model: ResolvedCheckpoint,
         parents: Mapping[str, Mapping[str, Any]],
         tags: Sequence[str] = (),
     ) -> Report:
@@ -374,7 +418,7 @@ class Run:
         arm: TrainedArm,
         report: Report,
         description: str,
-        base_model: str,
+        base_model: ResolvedCheckpoint,
         parents: Mapping[str, Mapping[str, Any]],
         tags: Sequence[str],
     ) -> None:
@@ -394,14 +438,13 @@ class Run:
             parents=parents,
             facts={"processes": world()[1], "device": self.options.device.type},
         )
-        resolved_base = resolve_checkpoint(base_model)
         facts = CardFacts(
             model_name=self.options.hub_model_id or self.folder.name,
             labels=names,
             description=description,
             hub_model_id=self.options.hub_model_id if self.options.push_to_hub else None,
-            base_model=resolved_base.name,
-            base_model_kind=resolved_base.kind,
+            base_model=base_model.name,
+            base_model_kind=base_model.kind,
             dataset_name=self.data_options.dataset_name or str(self.data_options.train_file),
             text_pairs=self.data_options.text_pair_column is not None,
             tags=tags,
@@ -422,7 +465,12 @@ class Run:
         with temporary.open("w", encoding="utf-8") as file:
             for number, gold, row in zip(numbers, self.labels(split), probabilities, strict=True):
                 best = int(row.argmax())
-                line = {"row": number, "label": names[gold], "predicted": names[best], "probability": round(float(row[best]), 6)}
+                line = {
+                    "row": number,
+                    "label": names[gold],
+                    "predicted": names[best],
+                    "probability": round(float(row[best]), 6),
+                }
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         temporary.replace(folder / f"{split}.jsonl")
 
@@ -440,21 +488,30 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
     Raises:
         LaunchError: Fewer processes run than were asked for.
         OutputExistsError: The output folder is in use.
+        ResumeError: The run to resume is finished.
+        ConfigError: `report_to` names what is not installed.
         PushError: A later push could not work.
         DataError, LabelError: The data cannot be used.
     """
     started = time.perf_counter()
+    gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
     _show_progress(options)
     device = options.device  # starts the process group
     check_process_count()
     threads = use_threads(options.num_threads)
     folder = Path(options.output_dir if _was_given(options, recipe) else f"runs/{recipe}")
     options.output_dir = str(folder)
+    data_options = _with_bundled_data(data_options)
     config = resolved(data_options, options, *others)
     if is_main_process():
         if options.push_to_hub:
             check_push_request(str(options.hub_model_id), private=_private(options))
-        ensure_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+        check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    if options.resume and (folder / REPORT_FILE).is_file():
+        raise ResumeError(
+            f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
+        )
+    check_reporters(options.report_to)
     wait_for_everyone()
     precision = _precision_for_all(options, device)
     options.bf16 = precision.bf16
@@ -508,10 +565,6 @@ def _show_progress(options: RunOptions) -> None:
         package.setLevel(logging.INFO if options.process_index == 0 else logging.ERROR)
 
 
-def _call_later(build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
-    return lambda: build(seed)
-
-
 def _scores(arm: TrainedArm, run: Run) -> str:
     accuracy = classification_metrics(arm.validation_logits, run.labels("validation"))["accuracy"]
     return f"validation accuracy {accuracy:.4f}, {arm.steps} steps, {arm.train_seconds:.0f} s"
@@ -533,7 +586,7 @@ def _leaking_rows(data: TextData) -> int:
     return len(_leaking_test_rows(data))
 
 
-def with_bundled_data(options: DataOptions) -> DataOptions:
+def _with_bundled_data(options: DataOptions) -> DataOptions:
     """The options, with the bundled data set if they name no data."""
     if options.dataset_name or options.train_file:
         return options

@@ -13,9 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
+from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
@@ -25,7 +24,7 @@ from nlpxfer.evaluate.arms import Splits
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.report.report import Arm, Report, Verdict
-from nlpxfer.run import Run, start_run, with_bundled_data
+from nlpxfer.run import Run, start_run
 from nlpxfer.train.teacher_cache import teacher_logits
 
 
@@ -37,9 +36,11 @@ class DistillOptions:
     teacher_name_or_path: str | None = option(None, "A classifier fine-tuned on the same labels: folder or Hub id.")
     teacher_num_train_epochs: float = option(3.0, "Passes over the training rows for a teacher made on the spot.")
     teacher_learning_rate: float | None = option(None, "Its learning rate. Default: learning_rate.")
-    teacher_cache: str | None = option(None, "Folder for the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>.")
+    teacher_cache: str | None = option(
+        None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
+    )
     student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
-    student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half of them.")
+    student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half.")
     student_layers: str = option("bottom", "Which: bottom, even, or numbers such as 0,2,5.")
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
@@ -47,8 +48,10 @@ class DistillOptions:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.student_name_or_path and (self.student_num_layers or self.student_layers != "bottom"):
+        if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "bottom"):
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
+        if self.student_num_layers is not None and self.student_num_layers < 1:
+            faults.append(f"student_num_layers: {self.student_num_layers} is below 1")
         if self.teacher_num_train_epochs <= 0:
             faults.append(f"teacher_num_train_epochs: {self.teacher_num_train_epochs} is not positive")
         if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
@@ -67,13 +70,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
     smoothing = options.label_smoothing_factor
     method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing)
 
-    with start_run("distill", with_bundled_data(data_options), options, plan) as run:
+    with start_run("distill", data_options, options, plan) as run:
+        base = resolve_checkpoint(plan.student_name_or_path or plan.teacher_name_or_path or plan.model_name_or_path)
         teacher, teacher_arm = get_teacher(run, plan, smoothing)
         rows = TransferRows(run, plan, teacher)
         facts = {"teacher": teacher.weights_sha256}
 
         student = run.train("distilled", student_of(run, plan, teacher), method, split=rows.with_teacher, facts=facts)
-        arms = [run.arm(student, f"the student, taught by {teacher.name}"), run.majority_arm()]
+        distilled = run.arm(student, f"the student, taught by {teacher.name}")
+        arms = [distilled, run.majority_arm()]
         models = {teacher_arm.name: teacher, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
@@ -83,13 +88,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([teacher_arm, *arms], models)
-        run.checks["teacher"] = rows.cache | retention(teacher_arm, arms)
+        run.checks["teacher"] = rows.cache | retention(teacher_arm, distilled)
+        layers = student[0].model.config.num_hidden_layers
         return run.finish(
             student,
             arms,
             verdict,
-            description=f"A student of {student[0].model.config.num_hidden_layers} layers, distilled from {teacher.name}.",
-            base_model=plan.student_name_or_path or plan.teacher_name_or_path or plan.model_name_or_path,
+            description=f"A student of {layers} layers, distilled from {teacher.name}.",
+            base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
         )
@@ -99,14 +105,15 @@ def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Check
     """The teacher that was given, or one fine-tuned on the spot and saved in `teacher/` of the output folder."""
     if plan.teacher_name_or_path:
         teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
-        run.check_space(teacher.model, arms=2)
+        run.begin(teacher, student_of(run, plan, teacher)(run.seeds[0]), arms=2)
         teacher.model.to(run.options.device)
         return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given")
 
     def build(seed: int) -> Checkpoint:
         return load_classifier(plan.model_name_or_path, schema=run.data.schema, seed=seed)
 
-    run.check_space(build(run.seeds[0]).model, arms=3)
+    start = build(run.seeds[0])
+    run.begin(start, student_of(run, plan, start)(run.seeds[0]), arms=3)
     trained = run.train(
         "teacher",
         build,
@@ -157,7 +164,9 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
         if plan.student_name_or_path:
             return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
         total = int(source.model.config.num_hidden_layers)
-        count = plan.student_num_layers or (max(1, total // 2) if plan.student_layers in ("bottom", "even") else None)
+        count = plan.student_num_layers
+        if count is None and plan.student_layers in ("bottom", "even"):
+            count = max(1, total // 2)
         return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
 
     return build
@@ -170,10 +179,10 @@ def base_of(run: Run, plan: DistillOptions, teacher: Checkpoint) -> Checkpoint:
     return load_classifier(plan.model_name_or_path, schema=run.data.schema)
 
 
-def retention(teacher: Arm, arms: Sequence[Arm]) -> dict[str, float]:
-    """Share of the teacher's test accuracy that the distilled student keeps."""
-    distilled = next(arm for arm in arms if arm.name == "distilled")
-    return {"retention": float(np.divide(distilled.metrics["test"]["accuracy"], teacher.metrics["test"]["accuracy"]))}
+def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:
+    """Share of the teacher's test accuracy that the student keeps; None if the teacher gets nothing right."""
+    kept, of = (arm.metrics["test"]["accuracy"] for arm in (distilled, teacher))
+    return {"retention": kept / of if of else None}
 
 
 if __name__ == "__main__":

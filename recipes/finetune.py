@@ -2,6 +2,9 @@
 
     accelerate launch recipes/finetune.py
     accelerate launch recipes/finetune.py recipes/configs/finetune.yaml --train_file train.csv --output_dir runs/mine
+
+A new head starts from a linear probe on frozen features. The control arm is TF-IDF with logistic regression: what the
+labels are worth without a pretrained model.
 """
 
 from __future__ import annotations
@@ -10,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
+from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.report.report import Report, Verdict
-from nlpxfer.run import start_run, with_bundled_data
+from nlpxfer.run import start_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
     method = FineTune(label_smoothing=options.label_smoothing_factor)
     name = model_options.model_name_or_path
 
-    with start_run("finetune", with_bundled_data(data_options), options, model_options) as run:
+    with start_run("finetune", data_options, options, model_options) as run:
 
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)
 
+        base = resolve_checkpoint(name, revision=model_options.model_revision)
         start = build(options.seed)
-        run.check_space(start.model, arms=1)
+        run.begin(start, arms=1)
         parent = run.parent_facts(start)
         trained = run.train("fine-tuned", build, method, facts={"model": parent["weights"]})
         arms = [run.arm(trained, f"{name}, fine-tuned"), run.majority_arm()]
@@ -52,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             arms,
             verdict,
             description=f"{name}, fine-tuned on labelled texts.",
-            base_model=name,
+            base_model=base,
             parents={"model": parent},
         )
 

@@ -14,6 +14,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import gc
 import random
 import shutil
 from collections.abc import Callable
@@ -36,6 +37,13 @@ class TinyData:
     test: Path
     unlabelled: Path
     labels: tuple[str, ...] = LABELS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quick_collection() -> None:
+    """The Trainer collects garbage several times a run: leave out the million objects of the imports (0.4 s each)."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import DECODERS, ENCODERS, FAMILIES, HIDDEN, LABELS
 
 from nlpxfer.checkpoint import load_classifier
 from nlpxfer.checkpoint.head import (
+    PooledMoments,
     embedding_parameters,
     features,
     head_of,
     make_transparent_,
-    pooled_rms,
+    pooled_moments,
     replace_final_,
     set_final_,
 )
@@ -105,78 +107,156 @@ def test_set_final_makes_the_probe_the_classifier(load, family):
 
 
 def pooled_states(model, batch):
-    """Independent of the code under test: the first token's state, or the last real token's."""
-    hidden = getattr(model, model.base_model_prefix)(**batch)[0]
-    return hidden[:, 0]
+    """Independent of the code under test: what the base model says about the first token."""
+    return getattr(model, model.base_model_prefix)(**batch)[0][:, 0].detach()
+
+
+def state_of(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("family", ENCODERS)
-def test_transparent_head_passes_the_pooled_state_on(load, family):
+def test_moments_of_the_pooled_state(load, family):
     model, tokenizer = load(family)
     batch = batch_of(tokenizer)
-    pooled = pooled_states(model, batch).detach()
-    rms = pooled_rms(model, [batch])
-    assert rms == pytest.approx(pooled.square().mean().sqrt().item(), rel=1e-4)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    scale = make_transparent_(model, rms=rms, target_rms=0.1)
-    assert scale == pytest.approx(0.1 / rms)
-    read, scaled = features(model, batch).detach(), pooled * scale
-    if family == "modernbert":  # no bias: gelu(z) is about z/2, then a LayerNorm over each row
-        expected = torch.nn.functional.layer_norm(scaled, (HIDDEN,), eps=1e-5)
-        cosine = torch.cosine_similarity(read, expected, dim=-1)
-        assert cosine.min() > 0.98
-    else:
-        # Value, slope, and the factor of the Taylor bound |error| <= factor |z|^3 around the chosen bias.
-        offset, slope, cubic = {
-            "tanh": (0.0, 1.0, 1 / 3),
-            "relu": (0.6, 1.0, 0.0),
-            "gelu": (math.sqrt(2) * 0.9213504, 0.9213504 + math.sqrt(2) * 0.1467627, 0.0692),  # Phi, phi at sqrt 2
-        }[EXPECTED[family][2]]
-        error = (read - offset - slope * scaled).abs()
-        assert (error <= cubic * scaled.abs() ** 3 * 1.2 + 1e-6).all()
-    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    states = pooled_states(model, batch).double().numpy()
+    halves = [{key: value[rows] for key, value in batch.items()} for rows in (slice(0, 2), slice(2, 4))]
+    moments = pooled_moments(model, halves)
+    np.testing.assert_allclose(moments.mean_H, states.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(moments.deviation_H, states.std(axis=0, ddof=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_moments_of_decoders_are_those_of_the_features(load, family):
+    model, tokenizer = load(family)
+    batch = batch_of(tokenizer, "left")
+    states = features(model, batch).detach().double().numpy()
+    moments = pooled_moments(model, [batch, batch])
+    np.testing.assert_allclose(moments.mean_H, states.mean(axis=0), atol=1e-5)
+    np.testing.assert_allclose(moments.deviation_H, np.tile(states, (2, 1)).std(axis=0, ddof=1), atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [0.5, 0.1])
+@pytest.mark.parametrize("family", ENCODERS)
+def test_transparent_head_standardises_the_pooled_state(load, family, size):
+    """z = size (x - m) / s + b has the mean b and the deviation `size` in each entry; without a bias the latter."""
+    model, tokenizer = load(family)
+    batch = batch_of(tokenizer)
+    pooled = pooled_states(model, batch)
+    before = state_of(model)
+    moments = pooled_moments(model, [batch])
+    make_transparent_(model, moments, size=size)
     name = EXPECTED[family][1][0]
-    allowed = {f"{name}.weight", f"{name}.bias", "head.norm.weight"}
+    z = model.get_submodule(name)(pooled).detach()
+    torch.testing.assert_close(z.std(dim=0), torch.full((HIDDEN,), size), rtol=1e-3, atol=1e-5)
+    offset = {"tanh": 0.0, "relu": 6 * size, "gelu": math.sqrt(2)}[EXPECTED[family][2]]
+    if family == "modernbert":  # no bias, so the mean stays
+        expected = pooled.mean(dim=0) * size / pooled.std(dim=0)
+        torch.testing.assert_close(z.mean(dim=0), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(model.head.norm.weight, torch.ones(HIDDEN))
+    else:
+        torch.testing.assert_close(z.mean(dim=0), torch.full((HIDDEN,), offset), rtol=1e-3, atol=1e-4)
+    after = model.state_dict()
+    changed = {key for key, value in after.items() if not torch.equal(value, before[key])}
     assert f"{name}.weight" in changed
-    assert changed <= allowed
+    assert changed <= {f"{name}.weight", f"{name}.bias", "head.norm.weight"}
+
+
+@pytest.mark.parametrize("family", sorted(set(ENCODERS) - {"modernbert"}))
+def test_transparent_head_is_nearly_a_straight_line(load, family):
+    """With the Taylor bound of each activation around its offset; relu is a straight line as long as z > 0."""
+    model, tokenizer = load(family)
+    batch = batch_of(tokenizer)
+    pooled = pooled_states(model, batch)
+    make_transparent_(model, pooled_moments(model, [batch]), size=0.1)
+    z = 0.1 * (pooled - pooled.mean(dim=0)) / pooled.std(dim=0)
+    # Value, slope, and the factor of |error| <= factor |z|^3. Phi and phi at sqrt 2 are 0.92135 and 0.14676.
+    offset, slope, cubic = {
+        "tanh": (0.0, 1.0, 1 / 3),
+        "relu": (0.6, 1.0, 0.0),
+        "gelu": (math.sqrt(2) * 0.9213504, 0.9213504 + math.sqrt(2) * 0.1467627, 0.0692),
+    }[EXPECTED[family][2]]
+    error = (features(model, batch).detach() - offset - slope * z).abs()
+    assert (error <= cubic * z.abs() ** 3 * 1.2 + 1e-4).all()
+
+
+def test_an_entry_that_does_not_vary_is_not_blown_up(load):
+    model, _ = load("bert")
+    deviation = torch.full((HIDDEN,), 2.0)
+    deviation[3] = 0.0
+    make_transparent_(model, PooledMoments(torch.zeros(HIDDEN), deviation), size=0.5)
+    scale = model.bert.pooler.dense.weight.diagonal()
+    assert scale[0].item() == pytest.approx(0.25)
+    assert scale[3].item() == pytest.approx(0.5 / 0.2, rel=1e-4)  # a tenth of the median deviation
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probe_on_the_features_of_a_transparent_head_starts_the_classifier(load, family):
+    model, tokenizer = load(family)
+    batch = batch_of(tokenizer)
+    make_transparent_(model, pooled_moments(model, [batch]), size=0.5)
+    read = features(model, batch).detach().double().numpy()
+    weight, bias = np.random.default_rng(0).normal(size=(4, HIDDEN)), np.arange(4.0)
+    if family in DECODERS:
+        bias = np.zeros(4)
+    set_final_(model, torch.from_numpy(weight), None if family in DECODERS else torch.from_numpy(bias))
+    logits = model(**batch).logits.detach().numpy()
+    np.testing.assert_allclose(logits, read @ weight.T + bias, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_decoders_have_nothing_to_make_transparent(load, family):
     model, tokenizer = load(family)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = batch_of(tokenizer, "left")
-    rms = pooled_rms(model, [batch, batch])
-    assert rms == pytest.approx(features(model, batch).square().mean().sqrt().item(), rel=1e-5)
-    assert make_transparent_(model, rms=rms) == 1.0
+    before = state_of(model)
+    make_transparent_(model, pooled_moments(model, [batch_of(tokenizer, "left")]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_impossible_requests_are_refused(load):
-    model, _ = load("bert")
-    for rms in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(ConfigError):
-            make_transparent_(model, rms=rms)
-    with pytest.raises(ConfigError, match="no batches"):
-        pooled_rms(model, [])
+    model, tokenizer = load("bert")
+    sound = PooledMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN))
+    for size in (0.0, -1.0, math.nan):
+        with pytest.raises(ConfigError, match="positive size"):
+            make_transparent_(model, sound, size=size)
+    for value in (math.nan, math.inf):
+        with pytest.raises(ConfigError, match="finite moments"):
+            make_transparent_(model, PooledMoments(torch.zeros(HIDDEN), torch.full((HIDDEN,), value)))
+        with pytest.raises(ConfigError, match="finite moments"):
+            make_transparent_(model, PooledMoments(torch.full((HIDDEN,), value), torch.ones(HIDDEN)))
+    one_row = {key: value[:1] for key, value in batch_of(tokenizer).items()}
+    for batches in ([], [one_row]):
+        with pytest.raises(ConfigError, match="two rows"):
+            pooled_moments(model, batches)
     model.classifier = torch.nn.Linear(HIDDEN, 7)
     with pytest.raises(CheckpointError, match="no classification layer with 4 outputs"):
         head_of(model)
     model, _ = load("deberta-v2")
     model.config.pooler_hidden_act = "mish"
     with pytest.raises(CheckpointError, match="'mish'"):
-        make_transparent_(model, rms=1.0)
+        make_transparent_(model, sound)
 
 
-def test_pooled_rms_ignores_dropout_and_restores_the_mode(tiny_checkpoint):
+def test_refused_activation_leaves_the_weights_as_they_were(load):
+    model, _ = load("deberta-v2")
+    model.config.pooler_hidden_act = "mish"
+    before = state_of(model)
+    with pytest.raises(CheckpointError):
+        make_transparent_(model, PooledMoments(torch.zeros(HIDDEN), torch.ones(HIDDEN)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_moments_ignore_dropout_and_restore_the_mode(tiny_checkpoint):
     checkpoint = load_classifier(str(tiny_checkpoint("bert", dropout=0.5)), schema=SCHEMA)
     batch = batch_of(checkpoint.tokenizer)
-    expected = pooled_rms(checkpoint.model, [batch])
+    expected = pooled_moments(checkpoint.model, [batch])
     checkpoint.model.train()
     checkpoint.model.bert.embeddings.eval()
-    assert pooled_rms(checkpoint.model, [batch]) == expected
+    found = pooled_moments(checkpoint.model, [batch])
+    assert torch.equal(found.mean_H, expected.mean_H)
+    assert torch.equal(found.deviation_H, expected.deviation_H)
     assert checkpoint.model.training
     assert not checkpoint.model.bert.embeddings.training
+    assert not checkpoint.model.bert.pooler.dense._forward_pre_hooks
 
 
 @pytest.mark.parametrize("family", FAMILIES)

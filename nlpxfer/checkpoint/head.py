@@ -197,17 +197,25 @@ def _deciding_token(
     return last_B
 
 
-def pooled_rms(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> float:
-    """Root mean square of the pooled states: the input of the first transform, or of `final` where there is none.
+@dataclass(frozen=True, eq=False)
+class PooledMoments:
+    """Mean and standard deviation of each entry of the pooled state over some rows; both of shape H."""
+
+    mean_H: torch.Tensor
+    deviation_H: torch.Tensor
+
+
+def pooled_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> PooledMoments:
+    """Moments of the pooled states: the input of the first transform, or of `final` where there is none.
 
     Runs without gradients and dropout; the model's mode is restored.
 
     Raises:
-        ConfigError: `batches` is empty.
+        ConfigError: `batches` holds fewer than two rows.
     """
     parts = head_of(model)
-    squares, count = 0.0, 0
     captured: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     with _evaluating(model), torch.no_grad():
         for batch in batches:
             if parts.transforms:
@@ -217,14 +225,13 @@ def pooled_rms(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.Tens
                     model(**{key: value for key, value in batch.items() if key != "labels"})
                 finally:
                     handle.remove()
-                states_BH = captured.pop()
+                states.append(captured.pop().double())
             else:
-                states_BH = features(model, batch)
-            squares += float(states_BH.double().square().sum())
-            count += states_BH.numel()
-    if not count:
-        raise ConfigError("pooled_rms got no batches.")
-    return math.sqrt(squares / count)
+                states.append(features(model, batch).double())
+    if sum(map(len, states)) < 2:
+        raise ConfigError("The moments of pooled states need two rows or more.")
+    states_NH = torch.cat(states)
+    return PooledMoments(states_NH.mean(dim=0).float(), states_NH.std(dim=0).float())
 
 
 @contextmanager
@@ -238,16 +245,19 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def make_transparent_(model: PreTrainedModel, *, rms: float, target_rms: float = 0.1) -> float:
-    """Turn the layer before `final` into a near identity, so that a probe on the pooled state starts the classifier.
+def make_transparent_(model: PreTrainedModel, moments: PooledMoments, *, size: float = 0.5) -> None:
+    """Turn the layer before `final` into a standardisation, so that a probe on the pooled state starts the classifier.
 
-    With x the pooled state, s = target_rms / rms and t = target_rms, the dense layer becomes z = s x + b, so z has
-    root mean square t around b. What `final` then reads, and how far from a straight line at one root mean square:
+    With x the pooled state, m and s the mean and standard deviation of each entry over some rows, the dense layer
+    becomes z = size * (x - m) / s + b: a diagonal, and every entry has standard deviation `size` around b. A plain
+    scaled identity would do for the probe, but not for the training after it: the CLS state of a lower layer hardly
+    varies, so the probe's weights grow by 1/s and the first steps throw the model off. What `final` then reads, and
+    how far from a straight line at one standard deviation:
 
-    - tanh, b = 0: tanh z = z - z^3/3, relative error t^2/3 (0.3 % at t = 0.1).
-    - relu, b = 6 t: equal to z as long as no entry is below -6 t.
-    - gelu, b = sqrt(2), where gelu'' = 0: 1.303 + 1.129 (z - b) - 0.069 (z - b)^3, relative error 0.06 t^2 (0.06 %).
-    - gelu without a bias (ModernBERT): z/2 + 0.4 z^2, relative error 0.8 t (8 %).
+    - tanh, b = 0: tanh z = z - z^3/3, relative error size^2/3 (8 % at 0.5).
+    - relu, b = 6 size: equal to z as long as no entry is below -6 standard deviations.
+    - gelu, b = sqrt(2), where gelu'' = 0: 1.303 + 1.129 (z - b) - 0.069 (z - b)^3, relative error 0.06 size^2.
+    - gelu without a bias (ModernBERT, where m cannot be taken off either): z/2 + 0.4 z^2.
     - a LayerNorm after that (ModernBERT; set to weight 1, bias 0) rescales each row, which a probe takes part in.
 
     The rest of the body is not touched, and nothing happens for decoders, which have no such layer. Fit the probe on
@@ -255,44 +265,43 @@ def make_transparent_(model: PreTrainedModel, *, rms: float, target_rms: float =
 
     Args:
         model: A sequence classifier.
-        rms: Root mean square of the pooled states, see `pooled_rms`.
-        target_rms: t above; small is more linear, but makes the final layer's weights larger.
-
-    Returns:
-        The factor s; 1.0 for decoders.
+        moments: Of its pooled states, see `pooled_moments`.
+        size: Standard deviation of z; small is more linear, but makes the final layer's weights larger.
 
     Raises:
-        ConfigError: A size is not positive.
+        ConfigError: `size` is not positive, or the moments are not finite.
         CheckpointError: The head has several transforms, one that is not square, or another activation.
     """
-    if not (math.isfinite(rms) and rms > 0 and target_rms > 0):
-        raise ConfigError(f"make_transparent_ needs positive sizes, not rms={rms}, target_rms={target_rms}.")
+    finite = bool(torch.isfinite(moments.mean_H).all() and torch.isfinite(moments.deviation_H).all())
+    if not (size > 0 and finite):
+        raise ConfigError(f"make_transparent_ needs a positive size and finite moments, not size={size}.")
     parts = head_of(model)
     if not parts.transforms:
-        return 1.0
+        return
     dense = next(iter(parts.transforms.values()))
     if len(parts.transforms) > 1 or dense.in_features != dense.out_features:
         raise CheckpointError(
             f"The head of {type(model).__name__} cannot be made transparent: {list(parts.transforms)}."
         )
-    scale = target_rms / rms
-    offset = _offset_of(parts.activation, target_rms, type(model).__name__) if dense.bias is not None else 0.0
+    # an entry that never varies tells the classes apart no better for being blown up
+    floor = 0.1 * float(moments.deviation_H.median()) + 1e-6
+    scale_H = (size / moments.deviation_H.clamp(min=floor)).to(dense.weight.device)
+    offset = 0.0 if dense.bias is None else _offset_of(parts.activation, size, type(model).__name__)
     with torch.no_grad():
-        dense.weight.copy_(scale * torch.eye(dense.in_features))
+        dense.weight.copy_(torch.diag(scale_H))
         if dense.bias is not None:
-            dense.bias.fill_(offset)
+            dense.bias.copy_(offset - scale_H * moments.mean_H.to(scale_H.device))
         if parts.norm is not None:
             parts.norm.weight.fill_(1.0)
             if parts.norm.bias is not None:
                 parts.norm.bias.zero_()
-    return scale
 
 
-def _offset_of(activation: str, target_rms: float, name: str) -> float:
+def _offset_of(activation: str, size: float, name: str) -> float:
     if activation == "tanh":
         return 0.0
     if activation == "relu":
-        return _RELU_SIGMAS * target_rms
+        return _RELU_SIGMAS * size
     if activation in ("gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         return _GELU_INFLECTION
     raise CheckpointError(

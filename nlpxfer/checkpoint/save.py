@@ -151,12 +151,11 @@ def _remove_old_staging(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Make the output folder ready for a run.
+def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse an output folder that may not be used; nothing is made or removed.
 
-    An absent or empty folder is made and used. With `resume` a filled one is left as it is. With `overwrite` the files
-    and folders that nlpxfer writes are removed first; if anything else lies there, or the folder is reached through a
-    symbolic link, nothing at all is removed and the call is refused, since it may be a home folder given by mistake.
+    An absent or empty folder may be used, a filled one only with `resume`, or with `overwrite` if nlpxfer wrote all
+    that lies there and it is not reached through a symbolic link: it may be a home folder given by mistake.
 
     Raises:
         OutputExistsError: The folder is not empty and neither option allows to use it, or it holds foreign files.
@@ -164,11 +163,9 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"The output folder {folder} is a file.", fix="choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    _remove_old_staging(folder)
-    entries = sorted(folder.iterdir())
+    entries = _entries(folder)
     if not entries or resume:
-        return folder
+        return
     if not overwrite:
         raise OutputExistsError(
             f"The output folder {folder} is not empty.",
@@ -183,9 +180,27 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
             + (f"it holds {', '.join(foreign[:10])}, which nlpxfer did not write." if foreign else "it is a link."),
             fix="move these away, or choose another --output_dir",
         )
-    for entry in entries:
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Make the output folder ready for a run: make it, or with `overwrite` remove what an earlier run wrote.
+
+    Raises:
+        OutputExistsError: See `check_output_folder`.
+    """
+    folder = Path(folder)
+    check_output_folder(folder, overwrite=overwrite, resume=resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_old_staging(folder)
+    if not resume:
+        for entry in _entries(folder):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return folder
+
+
+def _entries(folder: Path) -> list[Path]:
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [entry for entry in found if not entry.name.startswith(_STAGING_PREFIX)]
 
 
 def _is_own(entry: Path) -> bool:

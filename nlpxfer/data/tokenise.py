@@ -1,6 +1,7 @@
 """Rows as token ids, packed in flat arrays, and the collator that pads a batch to its own longest row.
 
-A row costs its token ids (4 bytes each) and nothing else, so a million rows of 30 tokens are 120 MB.
+A row costs its token ids (4 bytes each; 1 more where the tokenizer gives segment ids) and nothing else, so a million
+rows of 30 tokens are 120 MB.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenisedRows(torch.utils.data.Dataset[dict[str, Any]]):
     """Token ids of N rows, with per-row columns such as labels and teacher logits.
 
     Attributes:
         tokens: Flat token ids of all rows, int32.
-        token_types: Flat segment ids, or None if the tokenizer gives none.
+        token_types: Flat segment ids, uint8, or None if the tokenizer gives none.
         starts: N + 1 offsets into `tokens`.
         columns: Arrays with N rows each: `labels` (int64, -100 for none), `teacher_logits` (float32), …
     """
@@ -45,6 +46,7 @@ class TokenisedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return np.diff(self.starts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
         span = slice(self.starts[index], self.starts[index + 1])
         row: dict[str, Any] = {"input_ids": self.tokens[span]}
         if self.token_types is not None:
@@ -63,8 +65,9 @@ class TokenisedRows(torch.utils.data.Dataset[dict[str, Any]]):
         return replace(self, columns={**self.columns, **columns})
 
     def select(self, indices: Sequence[int] | Array) -> TokenisedRows:
-        """Some of the rows, in the order given."""
-        chosen = np.asarray(indices, dtype=np.int64)
+        """Some of the rows, in the order given; a mask of N booleans keeps the order of the rows."""
+        asked = np.asarray(indices)
+        chosen = np.arange(len(self))[asked if asked.size else asked.astype(np.int64)]
         lengths = self.lengths[chosen]
         starts = np.concatenate([[0], np.cumsum(lengths)])
         flat = np.repeat(self.starts[chosen] - starts[:-1], lengths) + np.arange(starts[-1])
@@ -80,13 +83,15 @@ class TokenisedRows(torch.utils.data.Dataset[dict[str, Any]]):
         """The rows of both, one after the other; both need the same columns.
 
         Raises:
-            DataError: The columns differ.
+            DataError: The columns differ, or only one of the two has token types.
         """
         if set(first.columns) != set(second.columns):
             raise DataError(f"Columns differ: {sorted(first.columns)} and {sorted(second.columns)}.")
         types = None
         if first.token_types is not None and second.token_types is not None:
             types = np.concatenate([first.token_types, second.token_types])
+        elif first.token_types is not second.token_types:
+            raise DataError("Only one of the two has token types.", why="They come from different tokenizers.")
         return TokenisedRows(
             np.concatenate([first.tokens, second.tokens]),
             types,
@@ -111,7 +116,12 @@ def tokenise(
         pairs: N second texts, if the task is on pairs; the longer of the two is cut first.
         max_length: Longest row, in tokens.
         labels: N class indices, or -100 for rows without a label. Without it all rows get -100.
+
+    Raises:
+        DataError: A text has no tokens, or there are other numbers of texts, second texts and labels.
     """
+    if pairs is not None and len(pairs) != len(texts):
+        raise DataError(f"There are {len(pairs)} second texts for {len(texts)} texts.")
     starts, chunks, type_chunks = [0], [], []
     for begin in range(0, len(texts), 4096):
         end = begin + 4096
@@ -125,20 +135,31 @@ def tokenise(
         )
         for ids in encoded["input_ids"]:
             starts.append(starts[-1] + len(ids))
-        chunks.append(_flat(encoded["input_ids"]))
+        chunks.append(_flat(encoded["input_ids"], np.int32))
         if "token_type_ids" in encoded:
-            type_chunks.append(_flat(encoded["token_type_ids"]))
+            type_chunks.append(_flat(encoded["token_type_ids"], np.uint8))
+    _refuse_empty(np.diff(starts))
     gold = np.full(len(texts), -100) if labels is None else np.asarray(labels)
-    empty = np.zeros(0, dtype=np.int32)
+    typed = "token_type_ids" in tokenizer.model_input_names
     return TokenisedRows(
-        np.concatenate([empty, *chunks]),
-        np.concatenate(type_chunks) if type_chunks else None,
+        np.concatenate([np.zeros(0, dtype=np.int32), *chunks]),
+        np.concatenate([np.zeros(0, dtype=np.uint8), *type_chunks]) if typed else None,
         np.asarray(starts, dtype=np.int64),
     ).with_columns(labels=gold.astype(np.int64))
 
 
-def _flat(rows: Sequence[Sequence[int]]) -> Array:
-    return np.fromiter((token for row in rows for token in row), dtype=np.int32)
+def _refuse_empty(lengths: Array) -> None:
+    """A row of padding alone has no state to read: a model gives NaN for it, or what its neighbours happen to be."""
+    if len(lengths) and not lengths.all():
+        raise DataError(
+            f"Row {int(np.argmin(lengths))} has no tokens.",
+            why="the tokenizer drops every character of its text",
+            fix="drop the row, or use a checkpoint whose tokenizer knows its characters",
+        )
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: type[np.integer[Any]]) -> Array:
+    return np.fromiter((token for row in rows for token in row), dtype=dtype)
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class Collator:
 
     Attributes:
         pad_token_id: Token that fills the shorter rows.
-        padding_side: "right" or "left", as the tokenizer says.
+        padding_side: "right" or "left".
         multiple_of: Round the padded length up to a multiple of this (8 on GPUs with tensor cores, else 1).
     """
 
@@ -157,16 +178,20 @@ class Collator:
 
     @classmethod
     def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, *, multiple_of: int = 1) -> Collator:
-        """The collator that fits a tokenizer.
+        """The collator that fits a tokenizer: it pads on the right, whatever side the tokenizer pads.
+
+        Left padding, which many decoders' tokenizers ask for, serves generation. In a classifier it moves the first
+        token, which encoders read, and all absolute positions, so that a row's logits depend on the rows beside it.
 
         Raises:
             DataError: The tokenizer has no padding token.
         """
         if tokenizer.pad_token_id is None:
             raise DataError("The tokenizer has no padding token.", fix="tokenizer.pad_token = tokenizer.eos_token")
-        return cls(int(tokenizer.pad_token_id), tokenizer.padding_side, multiple_of)
+        return cls(int(tokenizer.pad_token_id), "right", multiple_of)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """The batch of B rows: ids, mask and segment ids of shape (B, longest row), and all columns."""
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.multiple_of) * self.multiple_of
         ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)

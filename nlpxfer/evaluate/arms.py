@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from nlpxfer.checkpoint.head import embedding_parameters
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
@@ -143,12 +143,12 @@ def train_arm(
         identity=identity,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    preparation = time.perf_counter() - start
     trainer.fit(resume=options.resume)
-    seconds = time.perf_counter() - start
     record = {
-        "train_seconds": seconds,
+        "train_seconds": preparation + trainer.seconds,
         "steps": trainer.state.global_step,
-        "tokens": _over_processes(trainer.tokens_seen, options.device),
+        "tokens": trainer.tokens_seen,
         "trained_parameters": trained,
         "probe": vars(probe) if probe else None,
         "history": [_numbers(line) for line in trainer.state.log_history],
@@ -188,14 +188,6 @@ def _topology(options: RunOptions) -> dict[str, int]:
     }
 
 
-def _over_processes(count: int, device: torch.device) -> int:
-    if world()[1] == 1:
-        return count
-    total = torch.tensor(count, device=device)
-    torch.distributed.all_reduce(total)
-    return int(total.item())
-
-
 def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in line.items() if isinstance(value, (int, float)) and np.isfinite(value)}
 
@@ -214,6 +206,8 @@ def _finish(
     if is_main_process():
         write_json(folder / "arm.json", dict(record))
         seal(folder, identity, int(record["steps"]))
+        for checkpoint in folder.parent.glob("checkpoint-*"):  # three times the model's size each
+            shutil.rmtree(checkpoint, ignore_errors=True)
     wait_for_everyone()
 
 

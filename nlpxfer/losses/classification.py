@@ -5,6 +5,8 @@ Shapes: B batch rows, C classes.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -43,10 +45,10 @@ def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: flo
     Args:
         student_BC: Student logits; receives the gradient.
         teacher_BC: Teacher logits, columns in the student's label order.
-        temperature: T, above 0.
+        temperature: T, above 0 and finite.
 
     Raises:
-        ValueError: `temperature` is not positive, or the shapes differ.
+        ValueError: `temperature` is not positive and finite, or the shapes differ.
 
     Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531, section 2.
 
@@ -55,8 +57,8 @@ def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: flo
     >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=5.0)
     tensor([0.])
     """
-    if not temperature > 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
     if student_BC.shape != teacher_BC.shape:
         raise ValueError(f"student {tuple(student_BC.shape)} and teacher {tuple(teacher_BC.shape)} differ in shape")
     student_log_BC = functional.log_softmax(_at_least_float32(student_BC) / temperature, dim=-1)

@@ -61,16 +61,26 @@ REGISTRY = (
 
 
 def available_methods() -> list[MethodRow]:
-    """The methods of nlpxfer and of installed packages that declare some, by family and key.
+    """The methods of nlpxfer, then those of installed packages.
 
     Raises:
-        ConfigError: Two packages declare the same key, or an entry point is no `MethodRow`.
+        ConfigError: An entry point cannot be loaded, is no `MethodRow`, or has another name than its row; or two
+            packages declare the same key.
     """
     rows = {row.key: row for row in REGISTRY}
     for point in entry_points(group="nlpxfer.methods"):
-        row = point.load()
+        try:
+            row = point.load()
+        except Exception as error:  # noqa: BLE001 - the code of another package
+            raise ConfigError(
+                f"The entry point nlpxfer.methods:{point.name} cannot be loaded: {error}",
+                fix="uninstall or update the package that declares it",
+            ) from error
         if not isinstance(row, MethodRow):
-            raise ConfigError(f"The entry point nlpxfer.methods:{point.name} is a {type(row).__name__}, not a MethodRow.")
+            kind = type(row).__name__
+            raise ConfigError(f"The entry point nlpxfer.methods:{point.name} is a {kind}, not a MethodRow.")
+        if row.key != point.name:
+            raise ConfigError(f"The entry point nlpxfer.methods:{point.name} declares the method {row.key!r}.")
         if row.key in rows:
             raise ConfigError(f"Two packages declare the method {row.key!r}.")
         rows[row.key] = row

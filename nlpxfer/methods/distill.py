@@ -8,6 +8,7 @@ Source: Hinton, Vinyals and Dean 2015, arXiv:1503.02531.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import final
 
@@ -27,7 +28,7 @@ class Distill(Method):
     The label loss is a mean over the labelled rows of a step, the distillation loss one over all its rows.
 
     Args:
-        temperature: T, above 0.
+        temperature: T, above 0 and finite.
         kd_weight: Share of the distillation term, in [0, 1].
         label_smoothing: Of the label loss, in [0, 1).
 
@@ -41,10 +42,11 @@ class Distill(Method):
 
     def __post_init__(self) -> None:
         faults = []
-        if not self.temperature > 0:
-            faults.append(f"temperature: {self.temperature} is not above 0")
+        if not 0 < self.temperature < math.inf:
+            faults.append(f"temperature: {self.temperature} is not above 0 and finite")
         if not 0 <= self.kd_weight <= 1:
-            faults.append(f"kd_weight: {self.kd_weight} is not between 0 and 1; it is the share of the distillation loss")
+            why = "it is the share of the distillation loss"
+            faults.append(f"kd_weight: {self.kd_weight} is not between 0 and 1; {why}")
         if not 0 <= self.label_smoothing < 1:
             faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
         if faults:

@@ -62,7 +62,7 @@ def seal(folder: Path, identity: RunIdentity, step: int) -> None:
     files = {
         str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path != folder / MANIFEST
     }
     manifest = {"step": step, "facts": dict(identity.facts), "topology": dict(identity.topology), "files": files}
     write_json(folder / MANIFEST, manifest)
@@ -72,16 +72,16 @@ def damage(folder: Path) -> str:
     """What is wrong with a checkpoint, or an empty string."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files: dict[str, dict[str, Any]] = manifest["files"]
+        files = {name: (found["bytes"], found["sha256"]) for name, found in manifest["files"].items()}
     except FileNotFoundError:
         return "it has no manifest: it was not written to the end"
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return "its manifest cannot be read"
-    for name, expected in files.items():
+    for name, (size, digest) in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"] or sha256_of(path) != expected["sha256"]:
+        if path.stat().st_size != size or sha256_of(path) != digest:
             return f"{name} was changed after it was written"
     return ""
 
@@ -94,7 +94,8 @@ def newest_verified(folder: Path, identity: RunIdentity, *, allow_topology_chang
     Raises:
         ResumeError: All checkpoints are damaged, or the newest belongs to another run or topology.
     """
-    candidates = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and path.name[11:].isdecimal()]
+    candidates = sorted(found, key=lambda path: int(path.name[11:]), reverse=True)
     for candidate in candidates:
         fault = damage(candidate) or _not_resumable(candidate)
         if not fault:
@@ -103,7 +104,8 @@ def newest_verified(folder: Path, identity: RunIdentity, *, allow_topology_chang
         logger.warning("skipping %s: %s", candidate.name, fault)
     if candidates:
         raise ResumeError(
-            f"None of the {len(candidates)} checkpoints in {folder.name} can be trusted.", fix="start anew: --overwrite"
+            f"None of the {len(candidates)} checkpoints in {folder.name} can be trusted.",
+            fix="start anew: --overwrite",
         )
     return None
 

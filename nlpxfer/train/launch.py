@@ -6,9 +6,13 @@ asked for and fails where fewer processes came up.
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import io
 import logging
 import os
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +58,7 @@ def check_process_count() -> None:
     asked, running = processes_asked_for(), world()[1]
     if asked is not None and asked > running:
         raise LaunchError(
-            f"{asked} processes were asked for, but {running} is running.",
+            f"{asked} processes were asked for, but {running} {'is' if running == 1 else 'are'} running.",
             why="`accelerate launch` starts only one process when it finds no GPU, or with --cpu",
             fix=f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {asked} RECIPE …   (CPU), or "
             f"accelerate launch --multi_gpu --num_processes {asked} RECIPE …   (GPUs)",
@@ -64,16 +68,14 @@ def check_process_count() -> None:
 def processes_asked_for() -> int | None:
     """What the launcher's command line or configuration file asks for; None if there is no launcher to be read."""
     words = _launcher_words()
-    if words is None:
+    options = None if words is None else _launcher_options(words)
+    if options is None:
         return None
-    options = _options(words)
-    if "num_processes" in options:
-        return int(options["num_processes"])
-    file = options.get("config_file")
-    if file is None:
-        from accelerate.commands.config.config_args import default_config_file
+    if options.num_processes is not None:
+        return int(options.num_processes)
+    from accelerate.commands.config.config_args import default_config_file
 
-        file = default_config_file
+    file = options.config_file or default_config_file
     if file and Path(file).is_file():
         loaded = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
         asked = loaded.get("num_processes")
@@ -82,7 +84,7 @@ def processes_asked_for() -> int | None:
 
 
 def _launcher_words() -> list[str] | None:
-    """The words after `accelerate launch` up to the script, from the command line of the parent process."""
+    """The words after `accelerate launch`, from the command line of the parent process."""
     import psutil
 
     try:
@@ -90,23 +92,27 @@ def _launcher_words() -> list[str] | None:
         words = parent.cmdline() if parent else []
     except psutil.Error:
         return None
-    for i, word in enumerate(words[:-1]):
-        if Path(word).name in ("accelerate", "accelerate-launch", "accelerate_cli.py", "launch.py"):
+    for i, word in enumerate(words):
+        if Path(word).name == "accelerate-launch" or word == "accelerate.commands.launch":
             return words[i + 1 :]
-    if "accelerate.commands.launch" in words or "accelerate.commands.accelerate_cli" in words:
-        return words
+        if Path(word).parts[-3:] == ("accelerate", "commands", "launch.py"):
+            return words[i + 1 :]
+        commands = ("accelerate", "accelerate_cli.py", "accelerate.commands.accelerate_cli")
+        if Path(word).name in commands and words[i + 1 : i + 2] == ["launch"]:
+            return words[i + 2 :]
     return None
 
 
-def _options(words: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for i, word in enumerate(words):
-        if word.endswith(".py") and not word.startswith("-") and not words[i - 1].startswith("--"):
-            break
-        if word.startswith("--"):
-            name, has_value, value = word[2:].partition("=")
-            found[name.replace("-", "_")] = value if has_value else (words[i + 1] if i + 1 < len(words) else "")
-    return found
+def _launcher_options(words: Sequence[str]) -> argparse.Namespace | None:
+    """The launcher's options as its own parser reads them; None if it cannot. What follows the script is left out."""
+    from accelerate.commands.launch import launch_command_parser
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            options: argparse.Namespace = launch_command_parser().parse_args(list(words))
+    except SystemExit:
+        return None
+    return options
 
 
 def use_threads(wanted: int | None) -> int:

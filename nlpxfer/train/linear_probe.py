@@ -15,14 +15,17 @@ from __future__ import annotations
 import logging
 import time
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 
-from nlpxfer.checkpoint.head import features, head_of, make_transparent_, pooled_rms, set_final_
+from nlpxfer.checkpoint.head import features, head_of, make_transparent_, pooled_moments, set_final_
 from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.errors import DataError
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.predict import predict
 
@@ -36,9 +39,10 @@ PENALTIES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 """Inverse L2 strengths (scikit-learn's C) tried on the validation rows, each from the solution of the one before."""
 ITERATIONS = 40
 """Of L-BFGS per strength. Validation accuracy settles long before the solution does."""
-HEAD_RMS = 0.5
-"""Root mean square of the states inside the transparent head: large enough that a step of the optimizer on the dense
-layer is small beside its weights, small enough that tanh is still close to a straight line."""
+HEAD_SIZE = 0.5
+"""Standard deviation of the states inside the transparent head: small enough that tanh is close to a straight line."""
+SAMPLE_ROWS = 512
+"""Training rows that the moments of the pooled state are taken from."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,22 @@ def start_from_linear_probe_(
         collator: Pads a batch.
         bf16: Compute features in bfloat16.
         quiet: No progress bar.
+
+    Raises:
+        DataError: The training rows have labels of fewer than two classes.
     """
     start = time.perf_counter()
+    labels_N = train_rows.columns["labels"]
+    if len(np.unique(labels_N[labels_N >= 0])) < 2:
+        raise DataError(
+            "The training rows have fewer than two classes.", fix="more labelled rows, or --linear_probe false"
+        )
     head = head_of(model)
     if head.transforms:
-        make_transparent_(model, rms=pooled_rms(model, [_sample(model, train_rows, collator)]), target_rms=HEAD_RMS)
-    labelled = train_rows.select(np.flatnonzero(train_rows.columns["labels"] >= 0))
+        make_transparent_(model, pooled_moments(model, _sample(model, train_rows, collator)), size=HEAD_SIZE)
+    labelled = train_rows.select(labels_N >= 0)
     both = [
-        predict(model, rows, collator, bf16=bf16, output=features, description="features", quiet=quiet)
+        predict(model, rows, collator, bf16=bf16, output=_features, description="features", quiet=quiet)
         for rows in (labelled, validation_rows)
     ]
     weight_CH, bias_C, accuracy, penalty = fit_probe(
@@ -89,7 +101,7 @@ def start_from_linear_probe_(
         labelled.columns["labels"],
         both[1],
         validation_rows.columns["labels"],
-        classes=model.config.num_labels,
+        classes=head.final.out_features,
         intercept=head.has_bias,
     )
     set_final_(model, torch.from_numpy(weight_CH), torch.from_numpy(bias_C) if head.has_bias else None)
@@ -98,14 +110,26 @@ def start_from_linear_probe_(
     return probe
 
 
-def _sample(model: PreTrainedModel, rows: TokenisedRows, collator: Collator) -> dict[str, torch.Tensor]:
+def _features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return features(cast("PreTrainedModel", model), inputs)
+
+
+def _sample(model: PreTrainedModel, rows: TokenisedRows, collator: Collator) -> Iterator[dict[str, torch.Tensor]]:
     device = next(model.parameters()).device
-    batch = collator([rows[i] for i in range(min(128, len(rows)))])
-    return {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
+    chosen = np.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).astype(int)
+    for start in range(0, len(chosen), 64):
+        batch = collator([rows[int(i)] for i in chosen[start : start + 64]])
+        yield {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
 
 
 def fit_probe(
-    train_NH: Array, train_labels_N: Array, validation_MH: Array, validation_labels_M: Array, *, classes: int, intercept: bool
+    train_NH: Array,
+    train_labels_N: Array,
+    validation_MH: Array,
+    validation_labels_M: Array,
+    *,
+    classes: int,
+    intercept: bool,
 ) -> tuple[Array, Array, float, float]:
     """Multinomial logistic regression; the penalty with the best validation accuracy.
 
@@ -117,7 +141,9 @@ def fit_probe(
     from sklearn.linear_model import LogisticRegression
 
     mean_H = train_NH.mean(axis=0) if intercept else np.zeros(train_NH.shape[1], dtype=train_NH.dtype)
-    scale_H = train_NH.std(axis=0) + 1e-6
+    deviation_H = train_NH.std(axis=0)
+    # a feature that hardly varies (MiniLM has a dead one) must not get a weight that any training step blows up
+    scale_H = np.maximum(deviation_H, 0.1 * np.median(deviation_H)) + 1e-6
     standard_NH, standard_MH = (train_NH - mean_H) / scale_H, (validation_MH - mean_H) / scale_H
     best = (-1.0, 0.0, np.zeros((0, 0)), np.zeros(0))
     fitted = LogisticRegression(fit_intercept=intercept, max_iter=ITERATIONS, tol=1e-5, warm_start=True)

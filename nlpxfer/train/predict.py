@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -45,8 +44,8 @@ def predict(
 ) -> Array:
     """Outputs of a model for N rows, float32, shape (N, D), in the order of `rows`.
 
-    The model runs in eval mode and is put back into the mode it was in. With several processes each computes its
-    share and all get the whole.
+    The model runs in eval mode; then each of its modules is put back into the mode it was in. With several processes
+    each computes its share and all get the whole.
 
     Args:
         model: Model on its device.
@@ -57,13 +56,18 @@ def predict(
         output: What of the model to keep.
         description: Shown beside the progress bar.
         quiet: No progress bar.
+
+    Raises:
+        ValueError: There are no rows.
     """
+    if not len(rows):
+        raise ValueError("there are no rows to predict")
     rank, processes = world()
     batches = batches_by_length(rows.lengths, batch_size)
     rounds = -(-len(batches) // processes)
     mine = [batches[i * processes + rank] if i * processes + rank < len(batches) else None for i in range(rounds)]
     device = next(model.parameters()).device
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     found: list[tuple[Array, Array]] = []
     try:
@@ -76,13 +80,12 @@ def predict(
             if indices is not None:
                 found.append((indices, values.float().cpu().numpy()))
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     parts = gather_object(found) if processes > 1 else found
-    if not parts:
-        raise ValueError("there are no rows to predict")
     result = np.empty((len(rows), *parts[0][1].shape[1:]), dtype=np.float32)
-    for indices, values in parts:
-        result[indices] = values
+    for indices, part in parts:
+        result[indices] = part
     return result
 
 

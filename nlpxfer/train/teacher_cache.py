@@ -4,10 +4,10 @@ A row is found by the sha256 of its text, so shuffling, subsets and further rows
 belongs to one teacher: weights, tokenizer, label order, cut length and precision. With anything else it is refused.
 
     <folder>/manifest.json           what the logits were made from
-    <folder>/part-*.safetensors      keys (N, 32) uint8 and logits (N, C) float32
+    <folder>/part-*.safetensors      keys (N, 32) uint8 and logits (N, C) float32; named by the sha256 of both
 
 Parts are written whole (temporary name, then rename), so an interrupted run leaves finished parts and the next one
-computes only what is missing.
+computes only what is missing. A part whose content does not give its name is damaged, and refused.
 
 Shapes: N rows, C classes.
 """
@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from nlpxfer.data.tokenise import Collator, tokenise
-from nlpxfer.errors import StaleCacheError
+from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.train.checkpoints import write_json
 from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.predict import predict
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PART_ROWS = 8192
 """Rows per part: what an interruption can lose."""
 
@@ -84,8 +84,8 @@ def default_cache_folder(identity: TeacherIdentity) -> Path:
 def text_keys(texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[bytes]:
     """sha256 of each text (and its pair), 32 bytes; equal texts have equal keys, whatever row they stand in."""
     if pairs is None:
-        return [hashlib.sha256(text.encode()).digest() for text in texts]
-    return [hashlib.sha256(f"{len(a)}\0{a}{b}".encode()).digest() for a, b in zip(texts, pairs, strict=True)]
+        return [hashlib.sha256(f"text {text}".encode()).digest() for text in texts]
+    return [hashlib.sha256(f"pair {len(a)} {a}{b}".encode()).digest() for a, b in zip(texts, pairs, strict=True)]
 
 
 def teacher_logits(
@@ -133,8 +133,15 @@ def teacher_logits(
         chosen = [texts[int(row)] for row in rows]
         second = None if pairs is None else [pairs[int(row)] for row in rows]
         tokens = tokenise(teacher.tokenizer, chosen, second, max_length=max_length)
-        shared = {"batch_size": batch_size, "bf16": bf16, "quiet": quiet}
-        return predict(teacher.model, tokens, collator, description="teacher logits", **shared)
+        return predict(
+            teacher.model,
+            tokens,
+            collator,
+            batch_size=batch_size,
+            bf16=bf16,
+            description="teacher logits",
+            quiet=quiet,
+        )
 
     where = Path(folder) if folder else default_cache_folder(identity)
     logits, computed = cached_logits(where, identity, text_keys(texts, pairs), compute)
@@ -164,6 +171,8 @@ def cached_logits(
 
     Raises:
         StaleCacheError: The folder was made from something else, or is damaged; says what differs.
+        NotFiniteError: The teacher gives NaN or infinite logits.
+        ValueError: `compute` gives logits of another shape.
     """
     known = _read(folder, identity)
     first_row = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}
@@ -171,21 +180,38 @@ def cached_logits(
     wait_for_everyone()
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "manifest.json", identity.as_manifest())
+        if not (folder / "manifest.json").is_file():
+            write_json(folder / "manifest.json", identity.as_manifest())
     for start in range(0, len(missing), PART_ROWS):
         rows = missing[start : start + PART_ROWS]
         logits = compute(rows)
+        _require_sound(logits, len(rows), len(identity.labels))
         part_keys = [keys[int(row)] for row in rows]
         if is_main_process():
             _write_part(folder, part_keys, logits)
         known.update(zip(part_keys, logits, strict=True))
     wait_for_everyone()
-    return np.stack([known[key] for key in keys]).astype(np.float32, copy=False), len(missing)
+    found = np.empty((len(keys), len(identity.labels)), dtype=np.float32)
+    for index, key in enumerate(keys):
+        found[index] = known[key]
+    return found, len(missing)
+
+
+def _require_sound(logits: Array, rows: int, classes: int) -> None:
+    if logits.shape != (rows, classes):
+        raise ValueError(f"the teacher gives logits of shape {logits.shape} for {rows} rows and {classes} labels")
+    if not np.isfinite(logits).all():
+        raise NotFiniteError(
+            "The teacher gives logits that are NaN or infinite.",
+            why="its weights are damaged, or it was trained until it diverged",
+        )
 
 
 def _read(folder: Path, identity: TeacherIdentity) -> dict[bytes, Array]:
     if not folder.exists():
         return {}
+    if not folder.is_dir():
+        raise StaleCacheError(f"{folder.name} is no folder.", fix="give another --teacher_cache folder")
     _require_same_teacher(folder, identity.as_manifest())
     known: dict[bytes, Array] = {}
     for path in sorted(folder.glob("part-*.safetensors")):
@@ -196,8 +222,11 @@ def _read(folder: Path, identity: TeacherIdentity) -> dict[bytes, Array]:
             raise StaleCacheError(
                 f"The teacher cache is damaged: {path.name} cannot be read ({error}).", fix=f"delete {path.name}"
             ) from error
-        if logits.shape != (len(keys), len(identity.labels)):
-            raise StaleCacheError(f"The teacher cache is damaged: {path.name} has logits of shape {logits.shape}.")
+        if path.name != _part_name(keys, logits) or logits.shape != (len(keys), len(identity.labels)):
+            raise StaleCacheError(
+                f"The teacher cache is damaged: {path.name} was changed after it was written.",
+                fix=f"delete {path.name}",
+            )
         known.update(zip((key.tobytes() for key in keys), logits, strict=True))
     return known
 
@@ -205,14 +234,22 @@ def _read(folder: Path, identity: TeacherIdentity) -> dict[bytes, Array]:
 def _require_same_teacher(folder: Path, expected: Mapping[str, Any]) -> None:
     path = folder / "manifest.json"
     if not path.is_file():
-        if any(folder.iterdir()):
+        if any(not entry.name.startswith(".") for entry in folder.iterdir()):  # dots: what an interruption left
             raise StaleCacheError(f"{folder.name} holds files, but is no teacher cache.", fix="give another folder")
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("no object")
     except ValueError as error:
-        raise StaleCacheError("The teacher cache is damaged: its manifest.json cannot be read.") from error
-    differing = [f"{key}: cached {found.get(key)!r}, now {expected[key]!r}" for key in expected if found.get(key) != expected[key]]
+        raise StaleCacheError(
+            "The teacher cache is damaged: its manifest.json cannot be read.", fix="delete the folder"
+        ) from error
+    differing = [
+        f"{key}: cached {found.get(key)!r}, now {value!r}"
+        for key, value in expected.items()
+        if found.get(key) != value
+    ]
     if differing:
         raise StaleCacheError(
             "The teacher cache was made from something else:\n  - " + "\n  - ".join(differing),
@@ -222,7 +259,12 @@ def _require_same_teacher(folder: Path, expected: Mapping[str, Any]) -> None:
 
 def _write_part(folder: Path, keys: Sequence[bytes], logits: Array) -> None:
     stacked = np.stack([np.frombuffer(key, dtype=np.uint8) for key in keys])
-    name = hashlib.sha256(stacked.tobytes()).hexdigest()[:16]
-    temporary = folder / f".part-{name}.tmp"
-    save_file({"keys": stacked, "logits": np.ascontiguousarray(logits, dtype=np.float32)}, temporary)
-    temporary.replace(folder / f"part-{name}.safetensors")
+    exact = np.ascontiguousarray(logits, dtype=np.float32)
+    name = _part_name(stacked, exact)
+    temporary = folder / f".{name}.{os.getpid()}.tmp"
+    save_file({"keys": stacked, "logits": exact}, temporary)
+    temporary.replace(folder / name)
+
+
+def _part_name(keys: Array, logits: Array) -> str:
+    return f"part-{hashlib.sha256(keys.tobytes() + logits.tobytes()).hexdigest()[:32]}.safetensors"

@@ -5,18 +5,21 @@ What differs from the stock Trainer, and why:
 - The loss is a sum over rows divided by the rows of the whole optimizer step, over all micro-batches and processes.
   The stock Trainer is off by the accumulation steps times the number of processes for classification heads
   (transformers issue 47688), and batch means are off wherever micro-batches hold unlike numbers of labelled rows.
-- Batches hold rows of like length, in an order that only depends on seed and epoch.
+- Batches hold rows of like length, in an order that only depends on seed and epoch; no row counts twice in an epoch.
 - Validation goes through `predict`, and its loss is the mean over rows.
-- A loss that is not finite stops the run before anything is saved.
+- A loss or gradient that is not finite stops the run before the step is taken, and before anything is saved.
 - Checkpoints are sealed with a manifest; SIGTERM and SIGINT save one and end the run with `Interrupted`.
 - No `training_args.bin` is written: it would hold the Hub token.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import signal
 import threading
+import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,7 +45,8 @@ from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
-from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal
+from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal, write_json
+from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.predict import predict
 from nlpxfer.train.sampler import LengthGroupedSampler
@@ -51,6 +55,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
+
+ONE_REQUEST = 3.0
+"""Seconds in which several signals are one request: torchrun passes on what its processes may have got themselves."""
+
+TOKENS = "tokens"
+"""What is counted beside the rows of each loss term."""
+
+COST_FILE = "cost.json"
+"""In a checkpoint: what the run had cost when it was saved, so that a resumed run reports the whole."""
 
 Metrics = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], dict[str, float]]
 
@@ -87,15 +100,17 @@ class TransferTrainer(Trainer):
         self.identity = identity
         self.score = metrics
         self.tokens_seen = 0
+        self.seconds_before = 0.0
         collator = Collator.for_tokenizer(tokenizer, multiple_of=1 if options.use_cpu else 8)
         super().__init__(
             model=model,
             args=options,
-            train_dataset=train_rows,
+            train_dataset=RowsWithGaps(train_rows),
             eval_dataset=validation_rows,
-            data_collator=collator,
+            data_collator=GapCollator(collator, train_rows[0]),
             processing_class=tokenizer,
         )
+        self.pad = collator
         self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.remove_callback(PrinterCallback)
         if not options.disable_tqdm:
@@ -122,13 +137,28 @@ class TransferTrainer(Trainer):
             checkpoint = newest_verified(folder, self.identity, allow_topology_change=allowed)
             if checkpoint is not None:
                 logger.warning("resuming from %s", checkpoint.name)
+                self._restore_cost(checkpoint)
+            else:
+                logger.warning("no checkpoint to resume from: training from the start")
+        self.args.restore_callback_states_from_checkpoint = checkpoint is not None  # how patient early stopping still is
+        self.started = time.perf_counter()
         with self.stop.listening():
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.stop.asked:
             raise Interrupted(
-                f"The run was asked to stop at step {self.state.global_step} of {self.state.max_steps}; a checkpoint is saved.",
+                f"The run was asked to stop at step {self.state.global_step} of {self.state.max_steps}; "
+                "a checkpoint is saved.",
                 fix="the same command with --resume_from_checkpoint true",
             )
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all runs that this one resumes."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _restore_cost(self, checkpoint: Path) -> None:
+        cost = json.loads((checkpoint / COST_FILE).read_text(encoding="utf-8"))
+        self.tokens_seen, self.seconds_before = int(cost["tokens"]), float(cost["seconds"])
 
     def compute_loss(
         self,
@@ -143,7 +173,7 @@ class TransferTrainer(Trainer):
         for name, term in terms.items():
             total = total + term.weight * term.rows_B.sum() / num_items_in_batch[name].clamp(min=1)
         # gradients are averaged over processes, and the counts are of all processes together
-        return total * self.accelerator.num_processes
+        return total * inputs[COUNTS] * self.accelerator.num_processes
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
@@ -152,13 +182,19 @@ class TransferTrainer(Trainer):
         batches = [batch for _, batch in zip(range(num_batches), epoch_iterator, strict=False)]
         if not batches:
             return batches, None
-        self.tokens_seen += sum(int(batch["attention_mask"].sum()) for batch in batches)
-        counts = [self.method.counts(batch) for batch in batches]
-        names = sorted(counts[0])
-        summed = torch.stack([torch.stack([c[name].to(device) for c in counts]).sum() for name in names])
+        table = [self._counts(batch) for batch in batches]
+        names = sorted(table[0])
+        summed = torch.stack([torch.stack([row[name].to(device) for name in names]) for row in table]).sum(dim=0)
         if world()[1] > 1:
             torch.distributed.all_reduce(summed)
-        return batches, dict(zip(names, summed, strict=True))
+        totals = dict(zip(names, summed, strict=True))
+        self.tokens_seen += int(totals.pop(TOKENS))
+        return batches, totals
+
+    def _counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Rows per loss term, and tokens; all 0 for a batch that only stands in."""
+        counts = {**self.method.counts(batch), TOKENS: batch["attention_mask"].sum()}
+        return {name: count * batch[COUNTS] for name, count in counts.items()}
 
     def training_step(
         self,
@@ -180,17 +216,30 @@ class TransferTrainer(Trainer):
             )
         return loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - a number or a tensor
+        """The gradient norm, before the optimizer takes the step; with fp16 the scaler deals with overflows itself."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        if not self.args.fp16 and not math.isfinite(norm):
+            raise NotFiniteError(
+                f"The gradient became {float(norm)} after step {self.state.global_step}; nothing of it was saved.",
+                why="the learning rate is too high for this model, or a weight is close to overflowing",
+                fix=f"--learning_rate {self.args.learning_rate / 10:g}",
+            )
+        return norm
+
     def floating_point_ops(self, inputs: Mapping[str, Any]) -> int:
         """6 x trained parameters x tokens; counted once instead of at every step."""
         return int(self.step_flops * inputs["input_ids"].numel())
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:  # noqa: ANN401
-        rows = self.train_dataset if train_dataset is None else train_dataset
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * world()[1]
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | EvenSampler:  # noqa: ANN401
+        rows = (self.train_dataset if train_dataset is None else train_dataset).rows
+        a_round = self.args.train_batch_size * world()[1]
+        together = a_round * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"
         self.sampler = LengthGroupedSampler(rows.lengths, together, seed=seed, grouped=grouped)
-        return self.sampler
+        uneven = world()[1] > 1 and not self.args.dataloader_drop_last
+        return EvenSampler(self.sampler, a_round) if uneven else self.sampler
 
     def evaluation_loop(
         self,
@@ -205,7 +254,7 @@ class TransferTrainer(Trainer):
         logits = predict(
             self.model,
             rows,
-            self.data_collator,
+            self.pad,
             batch_size=self.args.per_device_eval_batch_size,
             bf16=self.args.bf16,
             description="validation",
@@ -224,6 +273,7 @@ class TransferTrainer(Trainer):
         wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main_process() and folder.is_dir():
+            write_json(folder / COST_FILE, {"tokens": self.tokens_seen, "seconds": self.seconds})
             seal(folder, self.identity, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -247,18 +297,16 @@ class EpochOrder(TrainerCallback):
     def __init__(self, trainer: TransferTrainer) -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(
-        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_begin(self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Set the sampler's epoch."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT: finish the step, save a checkpoint, stop. A second signal stops at once."""
+    """On SIGTERM or SIGINT: finish the step, save a checkpoint, stop. A second request stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked = self.stopping = False
 
     def listening(self) -> _Listening:
         """A context in which signals are caught; does nothing outside the main thread."""
@@ -269,10 +317,17 @@ class StopOnSignal(TrainerCallback):
     ) -> TrainerControl:
         """Ask the Trainer to save and stop, in all processes at the same step."""
         if self._asked_anywhere(args):
-            self.asked = True
+            self.asked = self.stopping = True
             control.should_save = True
-            control.should_evaluate = False
             control.should_training_stop = True
+        return control
+
+    def on_epoch_end(
+        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Keep the Trainer from scoring the epoch that was broken off, which an uninterrupted run would not do."""
+        if self.stopping and not float(state.epoch or 0).is_integer():
+            control.should_evaluate = control.should_save = False
         return control
 
     def _asked_anywhere(self, args: RunOptions) -> bool:
@@ -286,6 +341,7 @@ class StopOnSignal(TrainerCallback):
 class _Listening:
     def __init__(self, stop: StopOnSignal) -> None:
         self.stop = stop
+        self.asked_at = 0.0
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> None:
@@ -294,10 +350,12 @@ class _Listening:
                 self.previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.stop.asked:
+        now = time.monotonic()
+        if self.stop.asked and now - self.asked_at > ONE_REQUEST:
             raise KeyboardInterrupt
-        self.stop.asked = True
-        logger.warning("stopping after this step; once more to stop at once, without a checkpoint")
+        if not self.stop.asked:
+            self.stop.asked, self.asked_at = True, now
+            logger.warning("stopping after this step; once more to stop at once, without a checkpoint")
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():

@@ -1,40 +1,24 @@
-"""Options of a recipe: one flat namespace from default < YAML file < command line.
-
-Every recipe is called as `recipes/X.py [config.yaml] [--key value ...]`. The options are plain dataclasses;
-transformers' `HfArgumentParser` turns each field into an argparse option, so that a value from YAML and one from
-the command line pass through the same type check. Chosen over hydra, jsonargparse and pydantic because
-`TrainingArguments` is itself such a dataclass, and a second schema beside it would drift.
-
-Unlike `HfArgumentParser.parse_yaml_file`, the values of a YAML file are checked (`learning_rate: 2e-5` is a string to
-YAML), an unknown key is refused with the nearest known name, and all faults are shown at once.
-"""
+"""The options of data and training run, their ranges, and what of transformers' options is not supported."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import logging
 import math
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, NoReturn, get_type_hints
+from typing import Any, Literal
 
-import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from nlpxfer.errors import ConfigError, nearest
-
-logger = logging.getLogger(__name__)
+from nlpxfer.errors import ConfigError
 
 REFUSED_OPTIONS = {
     "hub_token": "a token on the command line stays in the shell's history; set HF_TOKEN or run `hf auth login`",
     "hub_strategy": "nlpxfer pushes once, at the end, and verifies the push",
     "hub_always_push": "nlpxfer pushes once, at the end, and verifies the push",
     "hub_revision": "nlpxfer pushes to the main branch",
+    "average_tokens_across_devices": "losses are always divided by the rows of all processes",
     "deepspeed": "use FSDP2 instead: recipes/configs/accelerate/fsdp2.yaml",
     "auto_find_batch_size": "it silently shrinks the effective batch; lower per_device_train_batch_size and raise "
     "gradient_accumulation_steps by the same factor",
@@ -64,6 +48,21 @@ REFUSED_OPTIONS = {
     "save_on_each_node": "only the first process writes",
 }
 """Fields of `TrainingArguments` that nlpxfer would have to ignore, each with the reason and what to do instead."""
+
+NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
+    "eval_steps": ("eval_strategy", "steps"),
+    "save_steps": ("save_strategy", "steps"),
+    "activation_checkpointing_kwargs": ("activation_checkpointing", True),
+    "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
+    "liger_kernel_config": ("use_liger_kernel", True),
+    "hub_private_repo": ("push_to_hub", True),
+    "run_name": ("report_to", None),
+    "project": ("report_to", None),
+    "trackio_space_id": ("report_to", None),
+    "trackio_bucket_id": ("report_to", None),
+    "trackio_static_space_id": ("report_to", None),
+}
+"""Option -> the switch that it needs, and the value of that (None: any). Without it the option would do nothing."""
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:  # noqa: A002, ANN401
@@ -112,6 +111,7 @@ class DataOptions:
             not (self.dataset_name and self.train_file),
             "dataset_name and train_file: give one of the two, not both",
         )
+        require(faults, self.data_split_seed >= 0, f"data_split_seed: {self.data_split_seed} is negative")
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -132,7 +132,10 @@ class RunOptions(TrainingArguments):
     num_threads: int | None = option(None, "CPU threads per process. Default: all cores, shared by local processes.")
     allow_topology_change: bool = option(False, "Resume with another number of processes or batch size.")
 
-    bf16: bool | None = option(None, "Train in bfloat16. Default: where a measurement finds it faster.")
+    # None until the run has measured what is faster
+    bf16: bool | None = option(  # type: ignore[assignment]
+        None, "Train in bfloat16. Default: where a measurement finds it faster."
+    )
     learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
     num_train_epochs: float = option(3.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -165,18 +168,40 @@ class RunOptions(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if not _has_accelerator() and not self.use_cpu:
             self.use_cpu = True
-        super().__post_init__()
+        super().__post_init__()  # type: ignore[no-untyped-call]
 
     def _check(self) -> None:
         faults: list[str] = []
         metrics = ("accuracy", "macro_f1", "loss")
+        for f in dataclasses.fields(self):
+            default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+            if f.name in REFUSED_OPTIONS and f.name != "do_eval":  # which transformers itself sets
+                fault = f"{f.name}: not supported: {REFUSED_OPTIONS[f.name]}"
+                require(faults, getattr(self, f.name) == default, fault)
+        for name, choices in (
+            ("pooling", ("own", "mean")),
+            ("train_sampling_strategy", ("group_by_length", "random")),
+        ):
+            value = getattr(self, name)
+            require(faults, value in choices, f"{name}: {value!r} is not one of {', '.join(choices)}")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name) or 0
+            require(faults, 0 <= value < 2**32 - self.num_seeds, f"{name}: {value} is not between 0 and 2^32")
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing_factor"):
+            require(faults, 0 <= getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not in [0, 1)")
         require(faults, self.num_seeds >= 1, f"num_seeds: {self.num_seeds} is below 1")
+        require(faults, self.max_steps == -1 or self.max_steps > 0, f"max_steps: {self.max_steps} is not positive")
+        limit = self.save_total_limit
+        require(faults, limit is None or limit >= 1, f"save_total_limit: {limit} is below 1")
+        require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")
         require(faults, self.num_train_epochs > 0, f"num_train_epochs: {self.num_train_epochs} is not positive")
         require(faults, self.learning_rate > 0, f"learning_rate: {self.learning_rate} is not positive")
         require(faults, self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(faults, getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")
-        require(faults, self.num_threads is None or self.num_threads >= 1, f"num_threads: {self.num_threads} is below 1")
+        require(
+            faults, self.num_threads is None or self.num_threads >= 1, f"num_threads: {self.num_threads} is below 1"
+        )
         require(faults, self.early_stopping_patience >= 0, "early_stopping_patience: it cannot be negative")
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
         known = ", ".join(metrics)
@@ -189,8 +214,14 @@ class RunOptions(TrainingArguments):
         )
         if self.early_stopping_patience:
             require(faults, self.eval_strategy != "no", "early_stopping_patience: needs eval_strategy steps or epoch")
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        require(
+            faults, not (self.ddp_backend and alone), "ddp_backend: needs several processes, but this is the only one"
+        )
         if self.push_to_hub:
-            require(faults, bool(self.hub_model_id), "push_to_hub: needs hub_model_id, such as --hub_model_id team/name")
+            require(
+                faults, bool(self.hub_model_id), "push_to_hub: needs hub_model_id, such as --hub_model_id team/name"
+            )
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -204,148 +235,6 @@ def _has_accelerator() -> bool:
     import torch
 
     return torch.accelerator.is_available()
-
-
-class _Parser(HfArgumentParser):
-    """An argparse parser that raises its complaint instead of printing a long usage and leaving."""
-
-    def error(self, message: str) -> NoReturn:
-        raise argparse.ArgumentError(None, message)
-
-
-def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Read the options of a recipe.
-
-    Args:
-        types: Dataclasses whose fields together are the options; no two share a field.
-        argv: Words of the command line without the program's name; default `sys.argv[1:]`. The first may be a YAML
-            file with flat keys.
-
-    Returns:
-        One instance of each type, in the order given.
-
-    Raises:
-        ConfigError: Unknown, misspelt, doubled or ill-typed options, and values outside their range: all of them.
-        SystemExit: After `--help`.
-    """
-    words = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(list(types), allow_abbrev=False, add_help=False)
-    if any(word in ("-h", "--help") for word in words):
-        parser.prog = f"{Path(sys.argv[0]).name} [config.yaml]"
-        sys.stdout.write(parser.format_help())
-        raise SystemExit(0)
-    faults: list[str] = []
-    given: dict[str, tuple[list[str], str]] = {}
-    if words and not words[0].startswith("-"):
-        path = words.pop(0)
-        given.update({key: (values, f" (in {Path(path).name})") for key, values in _read_yaml(path).items()})
-    given.update({key: (values, "") for key, values in _read_words(words, faults).items()})
-    known = {f.name for cls in types for f in dataclasses.fields(cls) if f.init}
-    hints = {name: hint for cls in types for name, hint in get_type_hints(cls).items()}
-    for key, (values, where) in given.items():
-        if not values and (hints.get(key) in (bool, bool | None) or key == "resume_from_checkpoint"):
-            given[key] = (["true"], where)
-    parsed = _check_each(parser, given, known, faults)
-    return _build(types, parsed, faults)
-
-
-def _read_yaml(path: str) -> dict[str, list[str]]:
-    if not Path(path).is_file():
-        beside = [str(p) for p in Path(path).parent.glob("*.yaml")] if Path(path).parent.is_dir() else []
-        raise ConfigError(
-            f"There is no configuration file {path}.",
-            why="the first word of a recipe's command line is a YAML file or an option that starts with --",
-            available=beside,
-        )
-    try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold flat `key: value` lines, but holds a {type(values).__name__}.")
-    return {str(key): _as_words(value) for key, value in values.items() if value is not None}
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """A safe YAML loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-def _as_words(value: object) -> list[str]:
-    if isinstance(value, bool):
-        return [str(value).lower()]
-    if isinstance(value, list):
-        return [word for item in value for word in _as_words(item)]
-    if isinstance(value, dict):
-        return [json.dumps(value)]
-    return [str(value)]
-
-
-def _read_words(words: Sequence[str], faults: list[str]) -> dict[str, list[str]]:
-    """Group `--key value ...` and `--key=value`."""
-    given: dict[str, list[str]] = {}
-    key = ""
-    for word in words:
-        if word.startswith("--"):
-            name, has_value, value = word[2:].partition("=")
-            key = name.replace("-", "_")
-            if key in given:
-                faults.append(f"{key}: given twice on the command line")
-            given[key] = [value] if has_value else []
-        elif not key:
-            faults.append(f"{word!r}: expected --key before it")
-        else:
-            given[key].append(word)
-    return given
-
-
-def _check_each(
-    parser: _Parser, given: dict[str, tuple[list[str], str]], known: set[str], faults: list[str]
-) -> dict[str, Any]:
-    parsed: dict[str, Any] = {}
-    for key, (values, where) in given.items():
-        if key not in known:
-            close = nearest(key, known)
-            faults.append(f"{key}: unknown option{where}" + (f"; did you mean {close}?" if close else ""))
-        elif key in REFUSED_OPTIONS:
-            faults.append(f"{key}: not supported{where}: {REFUSED_OPTIONS[key]}")
-        else:
-            try:
-                words = [f"--{key}={values[0]}"] if len(values) == 1 else [f"--{key}", *values]
-                namespace, rest = parser.parse_known_args(words)
-                if rest:
-                    raise argparse.ArgumentError(None, f"takes one value, but got {' '.join(values)}")
-                value = getattr(namespace, key)
-                if isinstance(value, float) and not math.isfinite(value):
-                    raise argparse.ArgumentError(None, f"{value} is not a finite number")
-                parsed[key] = value
-            except argparse.ArgumentError as error:
-                message = str(error.message).partition(": ")[2] if "argument --" in str(error) else str(error)
-                faults.append(f"{key}: {message}{where}")
-    return parsed
-
-
-def _build(types: Sequence[type], parsed: dict[str, Any], faults: list[str]) -> tuple[Any, ...]:
-    built: list[Any] = []
-    for cls in types:
-        names = {f.name for f in dataclasses.fields(cls) if f.init}
-        try:
-            built.append(cls(**{key: value for key, value in parsed.items() if key in names}))
-        except (ValueError, TypeError) as error:
-            faults += (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
-    if faults:
-        raise ConfigError.from_faults(faults, fix="--help lists all options")
-    return tuple(built)
 
 
 def resolved(*options: object) -> dict[str, Any]:
@@ -365,6 +254,8 @@ def resolved(*options: object) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # strict JSON has no infinity
     if isinstance(value, (str, int, float, bool)) or value is None:
         return getattr(value, "value", value)
     if isinstance(value, (list, tuple)):
@@ -372,8 +263,3 @@ def _plain(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return str(getattr(value, "value", value))
-
-
-def local_processes() -> int:
-    """Processes of this run on this machine, as the launcher says (1 without one)."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

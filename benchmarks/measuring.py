@@ -1,0 +1,313 @@
+"""What the benchmarks share: options, data sets, results that survive an interruption, and facts about the machine.
+
+A benchmark is a list of cells, each a measurement that takes seconds to minutes. A finished cell is written to
+`<name>_<scale>.partial.json` at once; the same command after an interruption measures only what is missing. At the
+end `<name>_<scale>.json` holds the cells, the summary and all that is needed to repeat it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from tqdm.auto import tqdm
+
+from nlpxfer.cli import recipe_folder
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.run import Run
+from nlpxfer.train.checkpoints import write_json
+
+logger = logging.getLogger("benchmarks")
+
+Array = np.ndarray[Any, Any]
+SCALES = ("smoke", "small", "full")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "numpy", "textbrewer")
+MODEL = "all-MiniLM-L6-v2"
+DATA_VARIABLE = "NLPXFER_DATA"
+
+
+class Skipped(Exception):  # noqa: N818
+    """A cell cannot be measured here; its message says why."""
+
+
+def arguments(name: str, text: str, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options that all benchmarks have; `words` is the command line as given."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog=f"{name}.py", description=text.partition("\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="small", help="smoke: a minute, figures mean nothing")
+    parser.add_argument("--smoke", dest="scale", action="store_const", const="smoke", help="the same as --scale smoke")
+    parser.add_argument("--data", choices=("bundled", "banking77", "both"), default="both")
+    parser.add_argument("--only", action="append", metavar="CELL", help="cells with this in their name; repeatable")
+    parser.add_argument("--model", default=MODEL, help="checkpoint to start from")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where results go")
+    parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="folder for models while it runs")
+    parser.add_argument("--anew", action="store_true", help="drop the finished cells of an earlier run")
+    asked = parser.parse_args(words)
+    asked.words = words
+    return asked
+
+
+def data_sets(asked: str, work: Path) -> dict[str, dict[str, Any]]:
+    """Name of each data set -> values for `DataOptions`; one that is not at hand is left out with a message."""
+    sets: dict[str, dict[str, Any]] = {}
+    if asked in ("banking77", "both"):
+        folder = os.environ.get(DATA_VARIABLE)
+        if folder:
+            sets["banking77"] = _banking77(Path(folder) / "banking77", work / "banking77-data")
+        else:
+            logger.warning("banking77 is left out: %s names no folder with banking77/train.csv", DATA_VARIABLE)
+    if asked in ("bundled", "both"):
+        sets["debian-sections"] = {"dataset_name": "debian-sections"}
+    if not sets:
+        raise ConfigError("There is no data to measure on.", fix=f"{DATA_VARIABLE}=FOLDER, or --data bundled")
+    return sets
+
+
+def _banking77(source: Path, folder: Path) -> dict[str, Any]:
+    """Splits of banking77, which has no validation rows: training rows whose sha1(text) mod 10 is 0."""
+    if not (source / "train.csv").is_file() or not (source / "test.csv").is_file():
+        raise ConfigError(f"{DATA_VARIABLE} has no banking77/train.csv and banking77/test.csv.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with (source / "train.csv").open(encoding="utf-8", newline="") as file:
+        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
+    held = [int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 == 0 for text, _ in rows]
+    for name, wanted in (("train", False), ("validation", True)):
+        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["text", "label"])
+            writer.writerows(row for row, out in zip(rows, held, strict=True) if out is wanted)
+    return {
+        "train_file": str(folder / "train.csv"),
+        "validation_file": str(folder / "validation.csv"),
+        "test_file": str(source / "test.csv"),
+    }
+
+
+def recipe(name: str) -> ModuleType:
+    """A recipe as a module, so that a benchmark composes the same pieces as the recipe does."""
+    key = f"nlpxfer_recipe_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, recipe_folder() / f"{name}.py")
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"The recipe {name} cannot be loaded.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module
+        spec.loader.exec_module(module)
+    return sys.modules[key]
+
+
+class Results:
+    """The cells of a benchmark, kept on disk as they are finished.
+
+    Args:
+        name: Name of the benchmark.
+        asked: The options; `results`, `scale`, `only`, `anew` and `words` are read.
+        settings: Sizes and seeds; finished cells of other settings or library versions are refused.
+    """
+
+    def __init__(self, name: str, asked: argparse.Namespace, settings: Mapping[str, Any]) -> None:
+        self.name, self.asked = name, asked
+        self.path = asked.results / f"{name}_{asked.scale}.json"
+        self.partial = asked.results / f"{name}_{asked.scale}.partial.json"
+        asked.results.mkdir(parents=True, exist_ok=True)
+        self.facts = {"settings": json.loads(json.dumps(settings)), "versions": versions(), "machine": machine()}
+        self.cells: dict[str, Any] = {}
+        self.data: dict[str, str] = {}
+        self.skipped: dict[str, str] = {}
+        if self.partial.is_file() and not asked.anew:
+            self._take_over()
+
+    def _take_over(self) -> None:
+        found = json.loads(self.partial.read_text(encoding="utf-8"))
+        for part, now in self.facts.items():
+            before = found["facts"][part]
+            changed = [key for key in {*before, *now} if key in before and key in now and before[key] != now[key]]
+            if changed:
+                raise ConfigError(
+                    f"{self.partial.name} holds cells measured with other {part}: {', '.join(sorted(changed))}.",
+                    fix="--anew measures all cells again",
+                )
+        self.cells, self.data = found["cells"], found["data"]
+        if self.cells:
+            logger.info("%s: %d finished cells are kept", self.partial.name, len(self.cells))
+
+    def use_data(self, name: str, fingerprint: str) -> None:
+        """Note what the cells of a data set are measured on.
+
+        Raises:
+            ConfigError: Finished cells were measured on other rows.
+        """
+        known = self.data.setdefault(name, fingerprint)
+        if known != fingerprint and any(key.startswith(f"{name}/") for key in self.cells):
+            raise ConfigError(f"{self.partial.name} holds cells measured on other rows of {name}.", fix="--anew")
+        self.data[name] = fingerprint
+
+    def wants(self, key: str) -> bool:
+        """Whether the command line asks for this cell."""
+        return not self.asked.only or any(part in key for part in self.asked.only)
+
+    def measure(self, cells: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
+        """Measure the cells that are asked for and missing, in order, with a progress bar."""
+        missing = {key: cell for key, cell in cells.items() if self.wants(key) and key not in self.cells}
+        quiet = not sys.stderr.isatty()
+        for key, cell in (bar := tqdm(missing.items(), desc=self.name, unit="cell", disable=quiet)):
+            bar.set_postfix_str(key)
+            load, start = os.getloadavg()[0] if hasattr(os, "getloadavg") else None, time.perf_counter()
+            # accelerate keeps one precision per process and refuses another; cells differ in it
+            AcceleratorState._reset_state()
+            try:
+                found = cell()
+            except Skipped as reason:
+                self.skipped[key] = str(reason)
+                logger.warning("%s is left out: %s", key, reason)
+                continue
+            found |= {"cell_seconds": time.perf_counter() - start, "load_before": load, "date": now()}
+            self.cells[key] = tidy(found)
+            write_json(self.partial, {"facts": self.facts, "data": self.data, "cells": self.cells})
+            logger.info("%s: %.0f s", key, found["cell_seconds"])
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        """A finished cell, or None."""
+        return self.cells.get(key)
+
+    def under(self, prefix: str) -> list[dict[str, Any]]:
+        """Finished cells whose name starts with `prefix`, in the order they were measured."""
+        return [cell for key, cell in self.cells.items() if key.startswith(prefix)]
+
+    def write(self, summary: Mapping[str, Any]) -> Path:
+        """Write the results file and return its path. Keys of a cell that start with _ stay in the partial file."""
+        shown = {k: {a: b for a, b in cell.items() if not a.startswith("_")} for k, cell in self.cells.items()}
+        document = {
+            "benchmark": self.name,
+            "scale": self.asked.scale,
+            "command": shlex.join(["python", f"benchmarks/{self.name}.py", *_without_folders(self.asked.words)]),
+            "date": now(),
+            **self.facts,
+            "data": self.data,
+            "summary": tidy(dict(summary)),
+            "skipped": self.skipped,
+            "cells": shown,
+        }
+        write_json(self.path, document)
+        return self.path
+
+
+def _without_folders(words: Sequence[str]) -> list[str]:
+    """The command line without the options that name a folder of this machine and do not change the figures."""
+    kept, skip = [], False
+    for word in words:
+        if skip or word in ("--results", "--work"):
+            skip = not skip
+        elif not word.startswith(("--results=", "--work=")):
+            kept.append(word)
+    return kept
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that the figures depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores that this process may use, and the GPU if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    model = platform.processor()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), model)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"processor": model, "cores": cores, "instructions": capability, "gpu": gpu, "system": platform.system()}
+
+
+def tidy(value: Any) -> Any:  # noqa: ANN401 - anything JSON can hold
+    """The same value with floats of six digits."""
+    if isinstance(value, (float, np.floating)):
+        return float(f"{float(value):.6g}")
+    if isinstance(value, Mapping):
+        return {str(key): tidy(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(item) for item in value]
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def scores(run: Run, validation_logits: Array, test_logits: Array) -> dict[str, Any]:
+    """Accuracy and macro-F1 on both splits, test accuracy without leaking rows, and which test rows were right."""
+    labels = run.labels("test")
+    clean = np.setdiff1d(np.arange(len(labels)), sorted(run.data.leaks.get("train_test", {}).get("rows", [])))
+    correct = np.argmax(test_logits, axis=1) == labels
+    without = float(correct[clean].mean())
+    found: dict[str, Any] = {"test_accuracy_without_leaks": without, "leaks": len(labels) - len(clean)}
+    for split, logits in (("validation", validation_logits), ("test", test_logits)):
+        metrics = classification_metrics(logits, run.labels(split))
+        found |= {f"{split}_{name}": metrics[name] for name in ("accuracy", "macro_f1")}
+    return found | {"_correct": np.packbits(correct).tobytes().hex(), "_rows": len(labels)}
+
+
+def correctness(cell: Mapping[str, Any]) -> Array:
+    """Which test rows were right, from a cell made with `scores`."""
+    return np.unpackbits(np.frombuffer(bytes.fromhex(cell["_correct"]), dtype=np.uint8))[: cell["_rows"]].astype(bool)
+
+
+def mean_and_deviation(values: Iterable[float]) -> dict[str, Any]:
+    """Mean, sample standard deviation (None for a single value) and the values."""
+    numbers = list(values)
+    deviation = float(np.std(numbers, ddof=1)) if len(numbers) > 1 else None
+    return {"mean": float(np.mean(numbers)), "deviation": deviation, "values": numbers}
+
+
+def median_and_range(values: Iterable[float]) -> dict[str, Any]:
+    """Median, lowest, highest and the values."""
+    numbers = list(values)
+    return {"median": float(np.median(numbers)), "low": min(numbers), "high": max(numbers), "values": numbers}
+
+
+def judged(value: float, target: float, *, at_most: bool = False) -> dict[str, Any]:
+    """A figure beside its target."""
+    met = value <= target if at_most else value >= target
+    return {"value": value, "target": target, "at_most": at_most, "met": met}
+
+
+def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
+    """The learning rate with the highest validation accuracy; the lower one of equals."""
+    if not cells:
+        raise Skipped("its learning rates were not compared yet: measure the cells named sweep first")
+    best = max(cells, key=lambda cell: (cell["validation_accuracy"], -cell["learning_rate"]))
+    return float(best["learning_rate"])
+
+
+def show_log() -> None:
+    """Log lines of the benchmarks and of nlpxfer on standard error."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    for name in ("benchmarks", "nlpxfer"):
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,165 @@
+"""Markdown tables from the results files, so that no figure is typed by hand.
+
+python benchmarks/table.py benchmarks/results/finetune_small.json benchmarks/results/distill_small.json
+python benchmarks/table.py                    all finished results that are not of smoke size
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+DASH = "–"
+
+
+def share(spread: Mapping[str, Any] | None) -> str:
+    """Mean accuracy in percent, with the standard deviation where there are several seeds."""
+    if spread is None:
+        return DASH
+    if spread["deviation"] is None:
+        return f"{100 * spread['mean']:.1f}"
+    return f"{100 * spread['mean']:.1f} ± {100 * spread['deviation']:.1f}"
+
+
+def verdict(figure: Mapping[str, Any] | None, form: Callable[[float], str]) -> str:
+    """A figure and whether its target is met."""
+    if figure is None:
+        return DASH
+    sign = "≤" if figure["at_most"] else "≥"
+    return f"{form(figure['value'])} ({'met' if figure['met'] else 'missed'}: {sign} {form(figure['target'])})"
+
+
+def times(value: float) -> str:
+    """A ratio of speeds."""
+    return f"{value:.2f}x"
+
+
+def percent(value: float) -> str:
+    """A share in percent, with one digit."""
+    return f"{100 * value:.1f} %"
+
+
+def seconds(spread: Mapping[str, Any] | None) -> str:
+    """Median seconds."""
+    return DASH if spread is None else f"{spread['median']:.0f} s"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def finetune_tables(found: Mapping[str, Any]) -> str:
+    """Headline figures per data set, then milliseconds per step by switch."""
+    heads = ["data", "rows", "nlpxfer", "stock Trainer", "steps per second", "time to equal accuracy", "of GEMM peak"]
+    rows = []
+    for name, item in found["summary"].items():
+        reached = item.get("time_to_accuracy", {})
+        peak = item.get("share_of_peak")
+        rows.append(
+            [
+                name,
+                str(item["rows"]["train"]),
+                *(share((item.get(side) or {}).get("test_accuracy")) for side in ("nlpxfer", "stock")),
+                verdict(item.get("step_ratio"), times),
+                verdict(reached.get("ratio"), percent),
+                DASH if peak is None else f"{percent(peak['nlpxfer'])}; stock {percent(peak['stock'])}",
+            ]
+        )
+    text = table(heads, rows)
+    ablations = {name: found["cells"].get(f"{name}/ablation") for name in found["summary"]}
+    if all(ablations.values()):
+        labels = list(next(iter(ablations.values()))["milliseconds_per_step"])
+        steps = [[x, *(f"{a['milliseconds_per_step'][x]:.0f} ms" for a in ablations.values())] for x in labels]
+        text += "\n" + table(["switched on", *ablations], steps)
+    return text
+
+
+def distill_tables(found: Mapping[str, Any]) -> str:
+    """Accuracy and seconds of each side, then the ratios with their targets."""
+    arms = {
+        "nlpxfer": "nlpxfer",
+        "trainer": "teacher in a Trainer's loop",
+        "textbrewer": "TextBrewer",
+        "textbrewer-cached": "TextBrewer, cached logits",
+        "control": "control: no teacher",
+    }
+    text = ""
+    for name, item in found["summary"].items():
+        rows = []
+        for key, shown in arms.items():
+            if arm := item.get(key):
+                ratio = item.get("time_ratio", {}).get(key)
+                rows.append(
+                    [
+                        name,
+                        shown,
+                        share(arm["test_accuracy"]),
+                        seconds(arm["seconds"]),
+                        verdict(ratio, percent) if ratio else DASH,
+                    ]
+                )
+        text += table(["data", "student", "test accuracy", "seconds", "nlpxfer's share of its time"], rows) + "\n"
+    heads = ["data", "teacher", "kept by the student", "rows per second", "gain over the control"]
+    rows = []
+    for name, item in found["summary"].items():
+        gain = item.get("gain")
+        interval = DASH
+        if gain:
+            points = [100 * gain[key] for key in ("gain", "low", "high")]
+            interval = f"{points[0]:+.1f} [{points[1]:+.1f}, {points[2]:+.1f}] ({gain['call']})"
+        teacher = item.get("teacher")
+        rows.append(
+            [
+                name,
+                f"{100 * teacher['test_accuracy']:.1f}" if teacher else DASH,
+                verdict(item.get("retention"), percent),
+                verdict(item.get("speed_ratio"), times),
+                interval,
+            ]
+        )
+    return text + table(heads, rows)
+
+
+def gpu_tables(found: Mapping[str, Any]) -> str:
+    """Rows per second and share of the GEMM peak."""
+    rows = [
+        [key, f"{cell['rows_per_second']['median']:.0f}", percent(cell["share_of_peak"])]
+        for key, cell in found["cells"].items()
+    ]
+    return table(["what", "rows per second", "of GEMM peak"], rows)
+
+
+TABLES = {"finetune": finetune_tables, "distill": distill_tables, "gpu": gpu_tables}
+
+
+def caption(found: Mapping[str, Any]) -> str:
+    """One line on where the figures come from."""
+    machine, versions = found["machine"], found["versions"]
+    place = machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}, {machine['instructions']}"
+    libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
+    skipped = f" Left out: {', '.join(found['skipped'])}." if found["skipped"] else ""
+    return f"`{found['command']}`, {found['date'][:10]}, {place}, {libraries}.{skipped}\n"
+
+
+def main(argv: Sequence[str] | None = None) -> str:
+    """Write the tables of the named files (default: all in results/) and return them."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    default = [p for p in sorted(RESULTS.glob("*.json")) if not p.name.endswith((".partial.json", "_smoke.json"))]
+    text = ""
+    for path in [Path(word) for word in words] or default:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        text += (
+            f"### {found['benchmark']}, {found['scale']}\n\n{TABLES[found['benchmark']](found)}\n{caption(found)}\n"
+        )
+    sys.stdout.write(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

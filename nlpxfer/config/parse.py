@@ -1,0 +1,162 @@
+"""From a command line, and the YAML file that it names, to dataclasses; all faults in one error."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+
+from transformers import HfArgumentParser
+
+from nlpxfer.config.options import NEEDED_SWITCHES, REFUSED_OPTIONS
+from nlpxfer.config.yaml_file import Given, read_yaml
+from nlpxfer.errors import ConfigError, nearest
+
+
+class _Parser(HfArgumentParser):
+    """An argparse parser that raises its complaint instead of printing a long usage and leaving."""
+
+    def error(self, message: str) -> NoReturn:
+        raise argparse.ArgumentError(None, re.sub(r"^argument --\S+: ", "", message))
+
+
+def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any, ...]:
+    """Read the options of a recipe.
+
+    Args:
+        types: Dataclasses whose fields together are the options; no two share a field.
+        argv: Words of the command line without the program's name; default `sys.argv[1:]`. The first may be a YAML
+            file with flat keys.
+
+    Returns:
+        One instance of each type, in the order given.
+
+    Raises:
+        ConfigError: Unknown, misspelt, doubled or ill-typed options, options without effect, and values outside their
+            range: all of them.
+        SystemExit: After `--help`.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(list[Any](types), allow_abbrev=False, add_help=False)
+    if any(word in ("-h", "--help") for word in words):
+        sys.stdout.write(_help(parser))
+        raise SystemExit(0)
+    faults: list[str] = []
+    given: dict[str, Given] = {}
+    if words and not words[0].startswith("-"):
+        given.update(read_yaml(words.pop(0), faults))
+    given.update(_read_words(words, faults))
+    known = {f.name for cls in types for f in dataclasses.fields(cls) if f.init}
+    hints = {name: hint for cls in types for name, hint in get_type_hints(cls).items()}
+    parsed: dict[str, Any] = {}
+    for key, value in given.items():
+        try:
+            parsed[key] = _value_of(parser, key, value, known, hints.get(key))
+        except argparse.ArgumentError as error:
+            faults.append(f"{key}: {error.message}{value.where}")
+    return _build(types, parsed, given, faults)
+
+
+def _help(parser: _Parser) -> str:
+    """The parser's help, without the options that `parse` refuses."""
+    for action in parser._actions:  # argparse has no public way to them
+        if action.dest in REFUSED_OPTIONS or f"--{action.dest}" not in action.option_strings:
+            action.help = argparse.SUPPRESS
+    parser.prog = f"{Path(sys.argv[0]).name} [config.yaml]"
+    return parser.format_help()
+
+
+def _read_words(words: Sequence[str], faults: list[str]) -> dict[str, Given]:
+    """Group `--key value ...` and `--key=value`."""
+    given: dict[str, list[str]] = {}
+    key = ""
+    for word in words:
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            key = name.replace("-", "_")
+            if key in given:
+                faults.append(f"{key}: given twice on the command line")
+            given[key] = [value] if has_value else []
+        elif not key:
+            faults.append(f"{word!r}: expected --key before it")
+        else:
+            given[key].append(word)
+    return {key: Given(values) for key, values in given.items()}
+
+
+def _value_of(parser: _Parser, key: str, value: Given, known: set[str], hint: Any) -> Any:  # noqa: ANN401
+    """The typed value of an option.
+
+    Raises:
+        argparse.ArgumentError: It is unknown, not supported, or of a wrong type.
+    """
+    if key not in known:
+        close = nearest(key, known - REFUSED_OPTIONS.keys())
+        raise argparse.ArgumentError(None, "unknown option" + (f"; did you mean {close}?" if close else ""))
+    if key in REFUSED_OPTIONS:
+        raise argparse.ArgumentError(None, f"not supported: {REFUSED_OPTIONS[key]}")
+    words, kinds = value.words, get_args(hint) or (hint,)
+    if words is None:
+        if type(None) not in kinds:
+            raise argparse.ArgumentError(None, "it has no value; write one, or leave the key out")
+        return None
+    if not words and (bool in kinds or key == "resume_from_checkpoint"):
+        words = ["true"]
+    if len(words) > 1 and list[str] in kinds:  # `str | list[str]`, of which HfArgumentParser only sees the first
+        return words
+    if str not in kinds and any(get_origin(kind) is dict for kind in kinds):  # HfArgumentParser would call dict(text)
+        return _nested(" ".join(words))
+    namespace, rest = parser.parse_known_args([f"--{key}={words[0]}"] if len(words) == 1 else [f"--{key}", *words])
+    if rest:
+        raise argparse.ArgumentError(None, f"takes one value, but got {' '.join(words)}")
+    typed = getattr(namespace, key)
+    if isinstance(typed, float) and not math.isfinite(typed):
+        raise argparse.ArgumentError(None, f"{typed} is not a finite number")
+    return typed
+
+
+def _nested(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentError(None, f"{text!r} is not a JSON object such as '{{\"key\": true}}'")
+    return value
+
+
+def _build(
+    types: Sequence[type], parsed: Mapping[str, Any], given: Mapping[str, Given], faults: list[str]
+) -> tuple[Any, ...]:
+    built: list[Any] = []
+    for cls in types:
+        names = {f.name for f in dataclasses.fields(cls) if f.init}
+        try:
+            built.append(cls(**{key: value for key, value in parsed.items() if key in names}))
+        except (ValueError, TypeError) as error:
+            faults += (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
+        else:
+            faults += _without_effect(built[-1], parsed, given)
+    if faults:
+        raise ConfigError.from_faults(faults, fix="--help lists all options")
+    return tuple(built)
+
+
+def _without_effect(options: object, parsed: Mapping[str, Any], given: Mapping[str, Given]) -> list[str]:
+    """Options that wait for a switch, save those of a file whose switch the command line turned off."""
+    faults = []
+    for key, (switch, wanted) in NEEDED_SWITCHES.items():
+        if parsed.get(key) is None or not hasattr(options, key):
+            continue
+        value = getattr(options, switch)
+        turned_off = given[key].where and switch in given and not given[switch].where
+        if not turned_off and (value != wanted if wanted is not None else not value):
+            shown = "a tracker" if wanted is None else str(wanted).lower()
+            faults.append(f"{key}: has no effect without --{switch} {shown}{given[key].where}")
+    return faults

@@ -1,0 +1,126 @@
+"""One optimizer step of TransferTrainer and the gradient it took, for the gradient tests and their two processes.
+
+Started as a program by torchrun, it computes the cases of `CASES` and the first process writes their gradients.
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+from tiny import build_checkpoint, build_tokenizer, make_rows
+from transformers import AutoModelForSequenceClassification, TrainerCallback
+
+from nlpxfer.config import RunOptions
+from nlpxfer.data.tokenise import TokenisedRows, tokenise
+from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.methods.distill import Distill
+from nlpxfer.methods.finetune import FineTune
+from nlpxfer.train.checkpoints import RunIdentity
+from nlpxfer.train.launch import is_main_process, world
+from nlpxfer.train.trainer import TransferTrainer
+
+METHODS = {"finetune": FineTune(), "distill": Distill(temperature=3.0, kd_weight=0.7)}
+LABELLED = {
+    "all": [True] * 8,
+    # over micro-batches of two: 2, 1, 0 and 0 labelled rows, if the rows come in this order
+    "uneven": [True, True, True, False, False, False, False, False],
+}
+# name -> method, which rows have a label, rows in all, rows per process and micro-batch, micro-batches
+CASES = {
+    "finetune": ("finetune", "all", 8, 2, 2),
+    "distill": ("distill", "uneven", 8, 2, 2),
+    "ragged": ("distill", "uneven", 7, 2, 2),
+    "one row over": ("finetune", "all", 5, 4, 1),
+    "idle process": ("distill", "all", 4, 4, 1),
+}
+
+
+def step_rows(family: str = "bert", labelled: str = "all", count: int = 8) -> TokenisedRows:
+    """Rows of unlike lengths with labels (-100: none) and teacher logits that are the same in every process."""
+    made = make_rows(8, seed=3)
+    names = sorted({row["label"] for row in made})
+    gold = [names.index(row["label"]) if known else -100 for row, known in zip(made, LABELLED[labelled], strict=True)]
+    rows = tokenise(step_tokenizer(family), [row["text"] for row in made], max_length=32, labels=gold)
+    logits = np.random.default_rng(5).normal(size=(8, 4)).astype(np.float32)
+    return rows.with_columns(teacher_logits=3 * logits).select(range(count))
+
+
+def step_tokenizer(family: str):
+    tokenizer = build_tokenizer(family)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+class KeepGradient(TrainerCallback):
+    """Copies the gradient just before the first optimizer step."""
+
+    def __init__(self) -> None:
+        self.gradient: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if not self.gradient.get(name, torch.zeros(0)).numel() and parameter.grad is not None:
+                self.gradient[name.removeprefix("module.")] = parameter.grad.detach().clone()
+
+
+def gradient_of(
+    model_folder: Path, output: Path, method: str, rows: TokenisedRows, batch: int, micro_batches: int, family="bert"
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Gradient and logged loss of one step."""
+    options = RunOptions(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=micro_batches,
+        max_steps=1,
+        max_grad_norm=0.0,
+        train_sampling_strategy="random",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        logging_steps=1,
+        disable_tqdm=True,
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    trainer = TransferTrainer(
+        model,
+        METHODS[method],
+        options,
+        train_rows=rows,
+        validation_rows=rows,
+        tokenizer=step_tokenizer(family),
+        metrics=classification_metrics,
+        identity=RunIdentity({}, {}),
+    )
+    keep = KeepGradient()
+    trainer.add_callback(keep)
+    trainer.fit()
+    loss = next(line["loss"] for line in trainer.state.log_history if "loss" in line)
+    trainer.model_wrapped = trainer.model  # a DDP wrapper must not outlive the process group
+    trainer.accelerator.free_memory()
+    return keep.gradient, loss
+
+
+def main(output: Path) -> None:
+    gc.freeze()  # as a recipe does
+    if is_main_process():
+        build_checkpoint(output / "model", "bert", kind="classifier")
+    RunOptions(output_dir=str(output), use_cpu=True).device  # noqa: B018 - starts the process group
+    torch.distributed.barrier()
+    found = {}
+    for name, (method, labelled, count, batch, micro_batches) in CASES.items():
+        rows = step_rows(labelled=labelled, count=count)
+        found[name] = gradient_of(output / "model", output, method, rows, batch, micro_batches)
+    if is_main_process():
+        torch.save({"processes": world()[1], "cases": found}, output / "gradients.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

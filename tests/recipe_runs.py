@@ -1,0 +1,100 @@
+"""Recipes as a user calls them, but in this process: exit code, both streams, and the output folder."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from processes import ROOT
+
+from nlpxfer.cli import run_main
+from nlpxfer.methods import REGISTRY
+from nlpxfer.report.report import validate_report
+
+KEYS = [row.key for row in REGISTRY]
+QUICK = ["--bf16", "false", "--num_threads", "1", "--max_length", "32", "--use_cpu", "true"]
+"""Options of all tiny runs: float32 and one thread, so that runs repeat bit for bit."""
+
+
+@cache
+def recipe(key):
+    """The module recipes/<key>.py."""
+    name = f"recipes_{key}"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{key}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # its dataclasses look their annotations up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a call of a recipe ended."""
+
+    code: int
+    out: str
+    err: str
+    folder: Path
+
+    @property
+    def report(self):
+        report = json.loads((self.folder / "report.json").read_text())
+        assert validate_report(report) == []
+        return report
+
+    @property
+    def run(self):
+        return json.loads((self.folder / "run.json").read_text())
+
+    def arm(self, name):
+        return next(arm for arm in self.report["arms"] if arm["name"] == name)
+
+    def logits_of(self, split="test"):
+        return [json.loads(line) for line in (self.folder / "predictions" / f"{split}.jsonl").read_text().splitlines()]
+
+
+def call(key, folder, *words):
+    """Call a recipe; nothing is asserted about how it ends."""
+    out, err = io.StringIO(), io.StringIO()
+    code = None
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            run_main(recipe(key).main, ["--output_dir", str(folder), *map(str, words)])
+        except SystemExit as leaving:
+            code = leaving.code
+    return Ended(code, out.getvalue(), err.getvalue(), Path(folder))
+
+
+def files(data):
+    """Options that name the three files of the tiny data set."""
+    named = {"train_file": data.train, "validation_file": data.validation, "test_file": data.test}
+    return [word for name, path in named.items() for word in (f"--{name}", str(path))]
+
+
+def tiny_words(data, model=None, epochs=1, key="", rate="1e-3"):
+    """Options of a tiny run of any recipe."""
+    words = [*QUICK, *files(data), "--num_train_epochs", str(epochs), "--learning_rate", rate]
+    words += [] if model is None else ["--model_name_or_path", str(model)]
+    return words + (["--teacher_num_train_epochs", str(epochs)] if key == "distill" else [])
+
+
+def finished(key, folder, *words):
+    """Call a recipe that must end well."""
+    ended = call(key, folder, *words)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def refused(key, folder, *words):
+    """Call a recipe that must refuse; its message, without a traceback, and nothing that looks complete."""
+    ended = call(key, folder, *words)
+    assert ended.code == 2, (ended.code, ended.err)
+    assert "Traceback" not in ended.err
+    assert ended.err.strip()
+    for name in ("config.json", "model.safetensors", "report.json"):
+        assert not (Path(folder) / name).exists(), name
+    return ended.err

@@ -1,0 +1,201 @@
+"""The benchmarks at smoke size on tiny data: that they run, resume and write what the tables need."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TinyData
+
+from nlpxfer.errors import ConfigError
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="benchmarks/ is not part of this distribution")
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A benchmark script as a module; its neighbours are importable while the test runs."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def module(name: str) -> ModuleType:
+        if name in ("measuring", "peers"):
+            return importlib.import_module(name)
+        key = f"nlpxfer_benchmark_{name}"
+        spec = importlib.util.spec_from_file_location(key, BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules[key] = loaded = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(loaded)
+        return loaded
+
+    return module
+
+
+@pytest.fixture
+def sets(tiny_data: TinyData) -> dict[str, dict[str, Any]]:
+    return {
+        "tiny": {
+            "train_file": str(tiny_data.train),
+            "validation_file": str(tiny_data.validation),
+            "test_file": str(tiny_data.test),
+            "max_length": 32,
+        }
+    }
+
+
+@pytest.fixture
+def words(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]:
+    folders = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    return ["--smoke", "--model", str(tiny_checkpoint("bert")), *folders]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_finetune_measures_all_cells(load, sets, words):
+    path = load("finetune").main(words, sets=sets)
+    found = read(path)
+    cells = found["cells"]
+    assert {key.split("/")[1] for key in cells} == {"steps", "sweep", "nlpxfer", "stock", "probe", "ablation"}
+    assert found["skipped"] == {}
+    ratios = cells["tiny/steps"]["ratio"]["values"]
+    seconds = cells["tiny/steps"]["seconds"]
+    assert ratios == pytest.approx(np.divide(seconds["stock"], seconds["nlpxfer"]), rel=1e-4)
+    assert len(cells["tiny/ablation"]["milliseconds_per_step"]) == 8
+    curve = cells["tiny/nlpxfer/42"]["curve"]
+    assert [point["epoch"] for point in curve] == [0, 1]
+    assert 0 < curve[0]["seconds"] < curve[1]["seconds"] < cells["tiny/nlpxfer/42"]["train_seconds"]
+    assert cells["tiny/nlpxfer/42"]["probe"]["validation_accuracy"] == curve[0]["validation_accuracy"]
+    assert len(cells["tiny/stock/42"]["curve"]) == 2
+    assert cells["tiny/stock/42"]["learning_rate"] in (1e-4, 3e-4, 1e-3)
+    summary = found["summary"]["tiny"]
+    assert summary["nlpxfer"]["test_accuracy"]["mean"] == pytest.approx(
+        np.mean([cells[f"tiny/nlpxfer/{seed}"]["test_accuracy"] for seed in (42, 43)]), rel=1e-5
+    )
+    assert "_correct" not in cells["tiny/nlpxfer/42"]
+    assert "| tiny |" in load("table").main([str(path)])
+
+
+def test_finished_cells_are_not_measured_again(load, sets, words):
+    bench = load("finetune")
+    only = ["--only", "sweep/0.0001", "--only", "sweep/0.0003"]
+    first = read(bench.main([*words, *only[:2]], sets=sets))
+    second = read(bench.main([*words, *only], sets=sets))
+    assert list(first["cells"]) == ["tiny/sweep/0.0001"]
+    assert list(second["cells"]) == ["tiny/sweep/0.0001", "tiny/sweep/0.0003"]
+    assert second["cells"]["tiny/sweep/0.0001"] == first["cells"]["tiny/sweep/0.0001"]
+    assert "results" not in second["command"]
+    assert "--only sweep/0.0001" in second["command"]
+
+
+def test_finished_cells_of_other_rows_are_refused(load, sets, words):
+    bench = load("finetune")
+    bench.main([*words, "--only", "sweep/0.0001"], sets=sets)
+    other = {"tiny": sets["tiny"] | {"train_file": sets["tiny"]["validation_file"]}}
+    with pytest.raises(ConfigError, match="other rows"):
+        bench.main([*words, "--only", "sweep/0.0001"], sets=other)
+
+
+def test_distill_measures_all_cells(load, sets, words):
+    path = load("distill").main([*words, "--only", "teacher", "--only", "nlpxfer", "--only", "control",
+                                 "--only", "trainer", "--only", "speed"], sets=sets)  # fmt: skip
+    found = read(path)
+    assert {key.split("/")[1] for key in found["cells"]} == {
+        "teacher", "sweep-trainer", "nlpxfer", "trainer", "control", "speed",
+    }  # fmt: skip
+    treated, control = found["cells"]["tiny/nlpxfer/42"], found["cells"]["tiny/control/42"]
+    assert treated["steps"] == control["steps"]
+    assert treated["seconds"] > treated["train_seconds"]
+    summary = found["summary"]["tiny"]
+    teacher = found["cells"]["tiny/teacher"]["test_accuracy"]
+    assert summary["retention"]["value"] == pytest.approx(
+        summary["nlpxfer"]["test_accuracy"]["mean"] / teacher, rel=1e-4
+    )
+    gains = [
+        found["cells"][f"tiny/{arm}/{seed}"]["test_accuracy"] for arm in ("nlpxfer", "control") for seed in (42, 43)
+    ]
+    assert summary["gain"]["gain"] == pytest.approx(np.mean(gains[:2]) - np.mean(gains[2:]), abs=1e-4)
+    assert summary["time_ratio"]["trainer"]["value"] == pytest.approx(
+        summary["nlpxfer"]["seconds"]["median"] / summary["trainer"]["seconds"]["median"], rel=1e-4
+    )
+    assert "| tiny |" in load("table").main([str(path)])
+
+
+def test_peer_that_is_missing_is_named(load, sets, words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "textbrewer", None)
+    only = ["--only", "teacher", "--only", "sweep-textbrewer/0.0001"]
+    found = read(load("distill").main([*words, *only], sets=sets))
+    assert "textbrewer cannot be imported" in found["skipped"]["tiny/sweep-textbrewer/0.0001"]
+
+
+def test_teacher_in_the_loop_has_the_loss_of_nlpxfer(load, tiny_checkpoint, tmp_path):
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from nlpxfer.methods.distill import Distill
+
+    peers = load("peers")
+    teacher, student = (
+        AutoModelForSequenceClassification.from_pretrained(
+            tiny_checkpoint("bert", kind="classifier", seed=seed)
+        ).eval()
+        for seed in (1, 2)
+    )
+    ids = torch.randint(5, 60, (4, 7))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 2, 3])}
+    trainer = peers.TeacherInTheLoop(
+        student,
+        peers.stock_arguments(tmp_path, learning_rate=1e-4, epochs=1, seed=0),
+        teacher=teacher,
+        temperature=3.0,
+        kd_weight=0.7,
+    )
+    with torch.no_grad():
+        theirs = trainer.compute_loss(student, batch)
+        batch["teacher_logits"] = teacher(ids).logits
+        terms = Distill(temperature=3.0, kd_weight=0.7).loss_terms(student, batch)
+    ours = sum(term.weight * term.rows_B.mean() for term in terms.values())
+    assert theirs.item() == pytest.approx(ours.item(), rel=1e-5)
+
+
+def test_banking77_validation_rows_are_chosen_by_hash(load, tmp_path, monkeypatch):
+    source = tmp_path / "banking77"
+    source.mkdir()
+    # sha1("b") = e9d7…98e ends in an even digit; which rows are held is recomputed with another implementation
+    import subprocess
+
+    texts = [f"text {number}" for number in range(40)]
+    lines = "".join(f"{text},label\n" for text in texts)
+    for name in ("train", "test"):
+        (source / f"{name}.csv").write_text("text,label\n" + lines, encoding="utf-8")
+    monkeypatch.setenv("NLPXFER_DATA", str(tmp_path))
+    found = load("measuring").data_sets("banking77", tmp_path / "work")["banking77"]
+    held = Path(found["validation_file"]).read_text(encoding="utf-8").splitlines()[1:]
+    kept = Path(found["train_file"]).read_text(encoding="utf-8").splitlines()[1:]
+    digests = [
+        subprocess.run(["sha1sum"], input=t.encode(), capture_output=True, check=True).stdout[:40] for t in texts
+    ]
+    expected = [f"{t},label" for t, digest in zip(texts, digests, strict=True) if int(digest, 16) % 10 == 0]
+    assert held == expected
+    assert sorted(held + kept) == sorted(f"{text},label" for text in texts)
+
+
+def test_no_data_is_said(load, monkeypatch, tmp_path):
+    monkeypatch.delenv("NLPXFER_DATA", raising=False)
+    with pytest.raises(ConfigError, match="no data"):
+        load("measuring").data_sets("banking77", tmp_path)
+
+
+def test_gpu_benchmark_refuses_without_a_gpu(load, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match="GPU"):
+        load("gpu").main([])

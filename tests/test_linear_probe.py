@@ -1,0 +1,206 @@
+"""A model that starts from a linear probe predicts what the probe predicts, and the rest of it is untouched."""
+
+import numpy as np
+import pytest
+import sklearn.linear_model
+import torch
+from tiny import LABELS, make_rows
+from transformers import AutoModelForSequenceClassification
+
+from nlpxfer.checkpoint import load_classifier
+from nlpxfer.checkpoint.head import embedding_parameters, features, head_of
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.tokenise import Collator, tokenise
+from nlpxfer.errors import DataError
+from nlpxfer.train import linear_probe
+from nlpxfer.train.linear_probe import fit_probe, start_from_linear_probe_
+from nlpxfer.train.predict import predict
+
+FAMILIES = ("bert", "distilbert", "modernbert", "roberta", "gpt2")
+
+
+@pytest.fixture
+def task(tiny_checkpoint):
+    """Factory: model, training rows, validation rows and collator."""
+
+    def build(family, labels=LABELS, **options):
+        checkpoint = load_classifier(str(tiny_checkpoint(family, **options)), schema=LabelSchema(labels))
+        parts = []
+        for count, seed in ((160, 1), (60, 2)):
+            rows = make_rows(count, labels=labels, seed=seed)
+            texts, gold = [row["text"] for row in rows], [labels.index(row["label"]) for row in rows]
+            parts.append(tokenise(checkpoint.tokenizer, texts, max_length=32, labels=gold))
+        return checkpoint.model, *parts, Collator.for_tokenizer(checkpoint.tokenizer)
+
+    return build
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Every scikit-learn fit: penalty -> a copy of the estimator."""
+    seen = {}
+
+    class Recorder(sklearn.linear_model.LogisticRegression):
+        def fit(self, *arguments):
+            super().fit(*arguments)
+            plain = sklearn.linear_model.LogisticRegression(C=self.C)
+            plain.coef_, plain.intercept_, plain.classes_ = self.coef_.copy(), np.copy(self.intercept_), self.classes_
+            seen[self.C] = plain
+            return self
+
+    monkeypatch.setattr(sklearn.linear_model, "LogisticRegression", Recorder)
+    return seen
+
+
+def standardised(model, rows, collator, *, like, centred):
+    """Features as the probe saw them, computed from the model as it is now."""
+    train = predict(model, like, collator, output=features).astype(np.float64)
+    mean = train.mean(axis=0) if centred else 0.0
+    deviation = train.std(axis=0)
+    scale = np.maximum(deviation, np.median(deviation) / 10) + 1e-6
+    return (predict(model, rows, collator, output=features) - mean) / scale
+
+
+def centre(logits):
+    return logits - logits.mean(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_first_predictions_are_those_of_scikit_learn(task, fitted, family):
+    model, train, validation, collator = task(family)
+    probe = start_from_linear_probe_(model, train, validation, collator)
+    estimator = fitted[probe.penalty]
+    seen = standardised(model, validation, collator, like=train, centred=family != "gpt2")
+    expected = estimator.decision_function(seen)
+    logits = predict(model, validation, collator, batch_size=7)
+    np.testing.assert_allclose(centre(logits), centre(expected), atol=1e-4, rtol=1e-4)
+    gold = validation.columns["labels"]
+    assert probe.validation_accuracy == pytest.approx(np.mean(estimator.predict(seen) == gold))
+    assert np.mean(logits.argmax(axis=1) == gold) == pytest.approx(probe.validation_accuracy)
+    assert probe.seconds > 0
+    others = [np.mean(other.predict(seen) == gold) for other in fitted.values()]
+    assert probe.validation_accuracy == pytest.approx(max(others))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probe_is_that_of_an_independent_fit(task, monkeypatch, family):
+    monkeypatch.setattr(linear_probe, "PENALTIES", (0.3,))
+    monkeypatch.setattr(linear_probe, "ITERATIONS", 2000)
+    model, train, validation, collator = task(family)
+    start_from_linear_probe_(model, train, validation, collator)
+    centred = family != "gpt2"
+    own = sklearn.linear_model.LogisticRegression(C=0.3, fit_intercept=centred, max_iter=5000, tol=1e-8)
+    own.fit(standardised(model, train, collator, like=train, centred=centred), train.columns["labels"])
+    expected = own.decision_function(standardised(model, validation, collator, like=train, centred=centred))
+    found = predict(model, validation, collator)
+    np.testing.assert_allclose(centre(found), centre(expected), atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_two_classes(task, fitted, family):
+    model, train, validation, collator = task(family, labels=("food", "sport"))
+    probe = start_from_linear_probe_(model, train, validation, collator)
+    seen = standardised(model, validation, collator, like=train, centred=family != "gpt2")
+    logits = predict(model, validation, collator)
+    assert logits.shape == (60, 2)
+    difference = fitted[probe.penalty].decision_function(seen)
+    np.testing.assert_allclose(logits[:, 1] - logits[:, 0], difference, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+@pytest.mark.parametrize("missing", [[1], [0, 3]])
+def test_a_class_without_training_rows_is_never_predicted(task, fitted, family, missing):
+    model, train, validation, collator = task(family)
+    train = train.select(~np.isin(train.columns["labels"], missing))
+    probe = start_from_linear_probe_(model, train, validation, collator)
+    logits = predict(model, validation, collator)
+    assert not np.isin(logits.argmax(axis=1), missing).any()
+    there = [index for index in range(4) if index not in missing]
+    seen = standardised(model, validation, collator, like=train, centred=family != "gpt2")
+    expected = fitted[probe.penalty].decision_function(seen)
+    if expected.ndim == 1:
+        np.testing.assert_allclose(logits[:, there[1]] - logits[:, there[0]], expected, atol=1e-4, rtol=1e-4)
+    else:
+        np.testing.assert_allclose(centre(logits[:, there]), centre(expected), atol=1e-4, rtol=1e-4)
+    assert probe.validation_accuracy == pytest.approx(np.mean(logits.argmax(axis=1) == validation.columns["labels"]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_embeddings_and_body_are_untouched(task, family):
+    model, train, validation, collator = task(family, dropout=0.3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.train()
+    start_from_linear_probe_(model, train, validation, collator)
+    assert model.training
+    parts = head_of(model)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+    allowed = {f"{name}.{kind}" for name in (parts.final_name, *parts.transforms) for kind in ("weight", "bias")}
+    assert f"{parts.final_name}.weight" in changed
+    assert changed <= allowed | {"head.norm.weight", "head.norm.bias"}
+    assert not {name for name, _ in embedding_parameters(model)} & changed
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_rows_without_a_label_are_left_out(task):
+    model, train, validation, collator = task("gpt2")
+    half = np.arange(0, 160, 2)
+    labels = train.columns["labels"].copy()
+    labels[np.arange(1, 160, 2)] = -100
+    start_from_linear_probe_(model, train.select(half), validation, collator)
+    expected = model.score.weight.clone()
+    start_from_linear_probe_(model, train.with_columns(labels=labels), validation, collator)
+    torch.testing.assert_close(model.score.weight, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_fewer_than_two_classes_are_refused(task, family):
+    model, train, validation, collator = task(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    one = train.select(train.columns["labels"] == 2)
+    none = train.with_columns(labels=np.full(len(train), -100))
+    for rows in (one, none):
+        with pytest.raises(DataError, match="two classes"):
+            start_from_linear_probe_(model, rows, validation, collator)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_start_survives_saving(task, tmp_path):
+    model, train, validation, collator = task("bert")
+    start_from_linear_probe_(model, train, validation, collator)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    np.testing.assert_allclose(predict(again, validation, collator), predict(model, validation, collator), atol=1e-6)
+
+
+def test_bf16_features(task):
+    model, train, validation, collator = task("bert")
+    probe = start_from_linear_probe_(model, train, validation, collator, bf16=True)
+    assert probe.validation_accuracy > 0.4
+    assert model.classifier.weight.dtype == torch.float32
+
+
+def test_probe_learns_separable_rows():
+    random = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    offsets = np.array([[100.0, 5.0], [103.0, 5.0], [100.0, 5.03]])  # far from zero, and of unlike scales
+    rows = (offsets[labels] + random.normal(size=(300, 2)) * [0.3, 0.003]).astype(np.float32)
+    weight, bias, accuracy, penalty = fit_probe(
+        rows[:200], labels[:200], rows[200:], labels[200:], classes=3, intercept=True
+    )
+    assert weight.shape == (3, 2)
+    assert weight.dtype == bias.dtype == np.float32
+    logits = rows[200:].astype(np.float64) @ weight.T.astype(np.float64) + bias
+    assert accuracy == 1.0
+    assert np.mean(logits.argmax(axis=1) == labels[200:]) == 1.0
+    assert penalty in linear_probe.PENALTIES
+
+
+def test_features_that_never_vary_are_no_trouble():
+    rows = np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32)
+    rows[:, 2] = 7.0
+    labels = (rows[:, 0] > 0).astype(int)
+    weight, bias, accuracy, _ = fit_probe(rows[:60], labels[:60], rows[60:], labels[60:], classes=2, intercept=True)
+    assert np.isfinite(weight).all()
+    assert np.isfinite(bias).all()
+    assert accuracy > 0.9

@@ -1,0 +1,325 @@
+"""Recipes from end to end on tiny models: each option does what it says, and the folder keeps its contract."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from processes import run_python
+from recipe_runs import KEYS, call, finished, refused, tiny_words
+from tiny import LABELS, build_checkpoint, make_rows, write_csv
+from transformers import AutoConfig, AutoModelForSequenceClassification
+
+PLAIN_FILES = {
+    "README.md",
+    "config.json",
+    "confusion.png",
+    "labels.json",
+    "model.safetensors",
+    "per_class.png",
+    "report.json",
+    "run.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def bert(tiny_checkpoint):
+    return tiny_checkpoint("bert")
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
+    """A classifier fine-tuned by the recipe."""
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"), epochs=3, rate="3e-3")
+    return finished("finetune", folder, *words, "--control_arm", "false").folder
+
+
+def distil(tiny_data, folder, teacher, *words):
+    plan = tiny_words(tiny_data, key="distill")
+    return finished("distill", folder, *plan, "--teacher_name_or_path", teacher, *words)
+
+
+def sha256(folder):
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def relabelled(teacher, folder, order):
+    """The same classifier with its columns in another order, named accordingly."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(teacher, folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = [config["id2label"][str(i)] for i in order]
+    config["id2label"] = {str(i): name for i, name in enumerate(names)}
+    config["label2id"] = {name: i for i, name in enumerate(names)}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        weights[name] = weights[name][torch.tensor(order)].contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_folder_keeps_the_contract(key, tiny_data, bert, tmp_path):
+    run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert, key=key))
+    found = {path.name for path in run.folder.iterdir()}
+    assert found == PLAIN_FILES | ({"teacher"} if key == "distill" else set())
+    for path in run.folder.rglob("*"):
+        assert path.name not in ("training_args.bin", "optimizer.pt", "manifest.json")
+        if path.suffix in (".json", ".md", ".safetensors"):
+            for place in (str(tmp_path), str(tiny_data.folder), str(bert)):
+                assert place.encode() not in path.read_bytes(), path.name
+    report = run.report
+    assert report["recipe"] == key
+    assert report["data"]["rows"] == {"train": 240, "validation": 80, "test": 80}
+    assert report["cost"]["tokens"] > 0
+    assert run.run["config"]["learning_rate"] == 1e-3
+    assert report["checks"]["precision"] == {"bf16": False, "speed_up": None, "chosen_by": "user"}
+    assert str(run.folder / "report.json") in run.out
+
+
+def test_arms_of_finetune(tiny_data, bert, tmp_path):
+    run = finished("finetune", tmp_path / "out", *tiny_words(tiny_data, bert))
+    report = run.report
+    assert [arm["name"] for arm in report["arms"]] == ["fine-tuned", "no transfer (TF-IDF)", "majority class"]
+    assert report["verdict"]["versus"] == "no transfer (TF-IDF)"
+    difference = run.arm("fine-tuned")["metrics"]["test"]["accuracy"] - report["arms"][1]["metrics"]["test"]["accuracy"]
+    assert report["verdict"]["gain"] == pytest.approx(difference)
+    assert report["metrics"] == run.arm("fine-tuned")["metrics"]
+
+
+def test_a_teacher_on_the_spot(tiny_data, bert, tmp_path):
+    run = finished("distill", tmp_path / "out", *tiny_words(tiny_data, bert, key="distill"))
+    report = run.report
+    assert [arm["name"] for arm in report["arms"]] == ["teacher", "control", "distilled", "majority class"]
+    assert report["verdict"]["treated"] == "distilled"
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"] < run.arm("teacher")["parameters"]
+    steps = {arm["name"]: arm["details"]["steps"] for arm in report["arms"][:3]}
+    assert steps == {"teacher": 8, "control": 8, "distilled": 8}
+    assert set(report["checks"]["speed_ratio"]) == {"distilled/teacher", "control/teacher"} or report["checks"]["speed_ratio"]
+    kept = run.arm("distilled")["metrics"]["test"]["accuracy"] / run.arm("teacher")["metrics"]["test"]["accuracy"]
+    assert report["checks"]["teacher"]["retention"] == pytest.approx(kept)
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 2
+    beside = AutoModelForSequenceClassification.from_pretrained(run.folder / "teacher")
+    assert beside.config.num_hidden_layers == 4
+    assert sorted(beside.config.label2id) == sorted(LABELS)
+
+
+def test_a_teacher_from_a_folder_is_asked_once(tiny_data, teacher, tmp_path):
+    before = sha256(teacher)
+    first = distil(tiny_data, tmp_path / "one", teacher)
+    again = distil(tiny_data, tmp_path / "two", teacher)
+    assert first.report["checks"]["teacher"]["computed"] == first.report["checks"]["teacher"]["rows"] == 240
+    assert again.report["checks"]["teacher"]["computed"] == 0
+    assert sha256(first.folder) == sha256(again.folder)
+    assert sha256(teacher) == before
+    assert not (first.folder / "teacher").exists()
+    assert first.arm("teacher")["metrics"] == json.loads((teacher / "report.json").read_text())["metrics"]
+    assert first.run["parents"]["teacher"]["weights"] == again.run["parents"]["teacher"]["weights"]
+
+
+@pytest.mark.parametrize(("words", "layers"), [(["--student_num_layers", "3", "--student_layers", "even"], [0, 1, 3]),
+                                               (["--student_layers", "0,2"], [0, 2]),
+                                               (["--student_num_layers", "1"], [0])])  # fmt: skip
+def test_layers_of_the_student(words, layers, tiny_data, teacher, tmp_path, caplog):
+    caplog.set_level("INFO", logger="nlpxfer")
+    run = distil(tiny_data, tmp_path / "out", teacher, *words, "--control_arm", "false")
+    assert f"Kept layers {layers} of 4" in caplog.text
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == len(layers)
+
+
+def test_a_student_of_another_family(tiny_data, tiny_checkpoint, bert, tmp_path):
+    """GPT-2 teaches BERT: other weights, other tokenizer, other ids."""
+    words = tiny_words(tiny_data, tiny_checkpoint("gpt2"), key="distill")
+    run = finished("distill", tmp_path / "out", *words, "--student_name_or_path", bert)
+    assert AutoConfig.from_pretrained(run.folder).model_type == "bert"
+    assert AutoConfig.from_pretrained(run.folder / "teacher").model_type == "gpt2"
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+
+
+def test_the_order_of_the_teachers_labels_does_not_matter(tiny_data, teacher, tmp_path):
+    other = relabelled(teacher, tmp_path / "permuted", [2, 0, 3, 1])
+    assert sha256(other) != sha256(teacher)
+    plain, permuted = (
+        distil(tiny_data, tmp_path / name, folder, "--control_arm", "false", "--student_name_or_path", folder)
+        for name, folder in (("plain", teacher), ("other", other))
+    )
+    assert plain.report["metrics"] == permuted.report["metrics"]
+    assert sha256(plain.folder) == sha256(permuted.folder)
+    sliced = [distil(tiny_data, tmp_path / f"s{i}", folder) for i, folder in enumerate((teacher, other))]
+    assert sha256(sliced[0].folder) == sha256(sliced[1].folder)
+    assert sliced[0].report["verdict"] == sliced[1].report["verdict"]
+
+
+def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teacher, tmp_path):
+    words = ["--unlabelled_file", tiny_data.unlabelled]
+    run = distil(tiny_data, tmp_path / "out", teacher, *words)
+    rows = run.report["data"]["rows"]
+    assert rows["unlabelled"] == 120
+    assert run.report["checks"]["teacher"]["rows"] == 360
+    assert run.arm("distilled")["details"]["steps"] == run.arm("control")["details"]["steps"] == 12
+    without = distil(tiny_data, tmp_path / "without", teacher)
+    assert without.arm("distilled")["details"]["steps"] == 8
+    assert sha256(run.folder) != sha256(without.folder)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_without_a_control_arm_nothing_is_claimed(key, tiny_data, bert, tmp_path):
+    run = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
+    verdict = run.report["verdict"]
+    assert (verdict["gain"], verdict["call"], verdict["reason"]) == (None, "unclear", "the control arm was switched off")
+    assert not {"control", "no transfer (TF-IDF)"} & {arm["name"] for arm in run.report["arms"]}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert, key=key), "--linear_probe", "false", "--max_train_samples", "64"]
+    run = finished(key, tmp_path / "out", *words, "--num_seeds", "2")
+    name = run.report["arms"][2]["name"] if key == "distill" else "fine-tuned"
+    arm = run.arm(name)
+    per_seed = [result["metrics"]["test"]["accuracy"] for result in arm["per_seed"]]
+    assert [result["seed"] for result in arm["per_seed"]] == [42, 43]
+    assert arm["metrics"]["test"]["accuracy"] == pytest.approx(np.mean(per_seed))
+    assert run.report["verdict"]["seeds"] == 2
+    assert run.run["seeds"] == [42, 43]
+    if key == "distill":
+        assert run.arm("teacher")["per_seed"] == []
+    first = finished(key, tmp_path / "one", *words)
+    assert sha256(first.folder) == sha256(run.folder), "the model of the first seed is saved"
+
+
+def test_predictions_are_those_of_a_pipeline_in_a_new_process(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert, epochs=2, key="distill", rate="3e-3"), "--save_predictions", "true"]
+    run = finished("distill", tmp_path / "out", *words)
+    found = run.logits_of("test")
+    assert len(found) == 80
+    assert len(run.logits_of("validation")) == 80
+    right = np.mean([row["label"] == row["predicted"] for row in found])
+    assert right == pytest.approx(run.report["metrics"]["test"]["accuracy"])
+    program = (
+        "import csv, json, sys\n"
+        "from transformers import pipeline\n"
+        "texts = [row['text'] for row in csv.DictReader(open(sys.argv[1]))]\n"
+        "for folder in sys.argv[2:]:\n"
+        "    print(json.dumps(pipeline('text-classification', folder, device='cpu')(texts)))\n"
+    )
+    done = run_python("-W", "ignore", "-c", program, str(tiny_data.test), str(run.folder), str(run.folder / "teacher"))
+    assert done.returncode == 0, done.stderr
+    student, teacher = (json.loads(line) for line in done.stdout.splitlines())
+    assert [one["label"] for one in student] == [row["predicted"] for row in found]
+    np.testing.assert_allclose([one["score"] for one in student], [row["probability"] for row in found], atol=1e-5)
+    names = [row["label"] for row in found]
+    accuracy = np.mean([one["label"] == name for one, name in zip(teacher, names, strict=True)])
+    assert accuracy == pytest.approx(run.arm("teacher")["metrics"]["test"]["accuracy"])
+
+
+def test_early_stopping(tiny_data, bert, tmp_path):
+    """A learning rate that changes no prediction: the first evaluation stays the best, and two more end the run."""
+    words = [*tiny_words(tiny_data, bert, epochs=9, rate="1e-9"), "--early_stopping_patience", "2"]
+    run = finished("finetune", tmp_path / "out", *words, "--control_arm", "false")
+    assert run.arm("fine-tuned")["details"]["steps"] == 3 * 8
+
+
+def test_the_best_weights_are_kept(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert, epochs=4, rate="3e-3"), "--control_arm", "false"]
+    run = finished("finetune", tmp_path / "out", *words)
+    history = [line["eval_accuracy"] for line in run.arm("fine-tuned")["details"]["history"] if "eval_accuracy" in line]
+    assert len(history) == 4
+    assert run.report["metrics"]["validation"]["accuracy"] == pytest.approx(max(history))
+
+
+def test_mean_pooling_adds_its_layer_and_loads_as_a_plain_class(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--pooling", "mean", "--control_arm", "false", "--save_predictions", "true"]
+    run = finished("finetune", tmp_path / "out", *words)
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder)
+    assert model.config.num_hidden_layers == 5
+    assert type(model).__name__ == "BertForSequenceClassification"
+
+
+def test_without_a_linear_probe(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false"]
+    probed, not_probed = (
+        finished("finetune", tmp_path / value, *words, "--linear_probe", value) for value in ("true", "false")
+    )
+    assert not_probed.arm("fine-tuned")["details"]["linear_probe"] is None
+    assert 0 < probed.arm("fine-tuned")["details"]["linear_probe"]["validation_accuracy"] <= 1
+    assert sha256(probed.folder) != sha256(not_probed.folder)
+
+
+def test_freezing_the_embeddings_is_counted(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false"]
+    counts = {}
+    for value in ("true", "false"):
+        arm = finished("finetune", tmp_path / value, *words, "--freeze_embeddings", value).arm("fine-tuned")
+        counts[value] = (arm["details"]["trained_parameters"], arm["parameters"])
+    assert counts["false"][0] == counts["false"][1] == counts["true"][1] > counts["true"][0]
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_text_pairs(family, tiny_checkpoint, tmp_path):
+    """Whether two texts are of one topic: neither text alone can tell."""
+    rows = make_rows(400, seed=4)
+    pairs = [
+        {"text": one["text"], "second": two["text"], "label": str(one["label"] == two["label"])}
+        for one, two in zip(rows[::2], rows[1::2], strict=True)
+    ]
+    path = write_csv(tmp_path / "pairs.csv", pairs)
+    words = ["--train_file", path, "--text_pair_column", "second", "--model_name_or_path", tiny_checkpoint(family)]
+    quick = tiny_words(type("Files", (), {"train": path, "validation": path, "test": path}))
+    own = [word for word in quick if word not in ("--train_file", "--validation_file", "--test_file", str(path))]
+    run = finished("distill", tmp_path / "out", *own, *words, "--teacher_num_train_epochs", "1")
+    assert run.report["data"]["rows"] == {"train": 160, "validation": 20, "test": 20}
+    assert run.report["data"]["classes"] == 2
+    assert "text_pair" in (run.folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_overwriting_waits_until_the_new_run_can_start(key, tiny_data, bert, tmp_path):
+    first = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
+    before = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
+    words = tiny_words(tiny_data, tmp_path / "missing", key=key)
+    failed = call(key, tmp_path / "out", *words, "--overwrite", "true")
+    assert failed.code == 2
+    assert {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
+    words = [*tiny_words(tiny_data, bert, key=key), "--control_arm", "false", "--seed", "5"]
+    again = finished(key, tmp_path / "out", *words, "--overwrite", "true")
+    assert again.run["seeds"] == [5]
+
+
+def test_a_finished_run_is_not_resumed(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false"]
+    first = finished("finetune", tmp_path / "out", *words)
+    before = sha256(first.folder)
+    again = call("finetune", tmp_path / "out", *words, "--resume_from_checkpoint", "true")
+    assert again.code == 2
+    assert "is finished" in again.err
+    assert sha256(first.folder) == before
+
+
+def test_the_bundled_data_are_announced(tmp_path, bert, caplog):
+    """Nothing is trained: the model's folder is missing, but what the data would be is said first."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    refused("finetune", tmp_path / "out", "--model_name_or_path", tmp_path / "missing", "--max_length", "32")
+    assert "using the bundled set debian-sections" in caplog.text
+
+
+def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_is_trained(tiny_data, bert, tmp_path, caplog):
+    words = tiny_words(tiny_data, bert, key="distill")
+    caplog.set_level("INFO", logger="nlpxfer")
+    message = refused("distill", tmp_path / "out", *words, "--student_layers", "0,9")
+    assert "the model has 0 to 3" in message
+    wide = build_checkpoint(tmp_path / "short", "bert", max_position_embeddings=16)
+    message = refused("distill", tmp_path / "other", *words, "--student_name_or_path", wide)
+    assert "max_length: 32 is longer than the 16 tokens" in message
+    assert "seed 42" not in caplog.text

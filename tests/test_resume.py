@@ -1,0 +1,197 @@
+"""An interrupted run goes on as if nothing had happened, or says why it cannot."""
+
+import hashlib
+import json
+import os
+import signal
+
+import pytest
+from recipe_runs import call, finished, tiny_words
+
+from nlpxfer.train.checkpoints import damage
+from nlpxfer.train.trainer import TransferTrainer
+
+RESUME = ["--resume_from_checkpoint", "true"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def words(tiny_data, tiny_checkpoint):
+    """Dropout, micro-batches, a ragged last batch, warm-up and the best weights: all that a resumed run must restore.
+
+    60 rows in batches of 4 by 2: 8 optimizer steps an epoch, the last of them short.
+    """
+    own = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--max_train_samples", "60"]
+    model = tiny_checkpoint("bert", dropout=0.1)
+    return {key: [*tiny_words(tiny_data, model, epochs=3, key=key), *own] for key in ("finetune", "distill")}
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """The same runs without interruption."""
+    folder = tmp_path_factory.mktemp("whole")
+    os.environ["NLPXFER_CACHE"] = str(folder / "cache")
+    return {key: finished(key, folder / key, *words[key]) for key in words}
+
+
+def signal_at(monkeypatch, step, arm, number=signal.SIGTERM, times=1):
+    """Send this process a signal during a step of an arm, once."""
+    plain, left = TransferTrainer.training_step, [times]
+
+    def training_step(self, *arguments, **options):
+        if self.state.global_step == step and self.identity.facts["arm"] == arm and left[0]:
+            for _ in range(left[0]):
+                os.kill(os.getpid(), number)
+            left[0] = 0
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", training_step)
+
+
+def interrupted(key, folder, words, monkeypatch, step, arm, **options):
+    with monkeypatch.context() as patch:
+        signal_at(patch, step, arm, **options)
+        ended = call(key, folder, *words)
+    assert ended.code == 75, ended.err
+    assert f"at step {step + 1} of 24" in ended.err
+    assert "--resume_from_checkpoint true" in ended.err
+    assert not (folder / "report.json").exists()
+    checkpoint = folder / "checkpoints" / f"{arm}-42" / f"checkpoint-{step + 1}"
+    assert damage(checkpoint) == ""
+    return checkpoint
+
+
+def sha256(folder):
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def assert_same(one, other):
+    """Weights bit for bit; scores, steps and tokens too."""
+    assert sha256(one.folder) == sha256(other.folder)
+    assert one.report["metrics"] == other.report["metrics"]
+    assert one.report["cost"]["tokens"] == other.report["cost"]["tokens"]
+    for mine, theirs in zip(one.report["arms"], other.report["arms"], strict=True):
+        assert mine["metrics"] == theirs["metrics"], mine["name"]
+        assert mine["details"].get("steps") == theirs["details"].get("steps")
+        scores = [
+            [line for line in arm["details"].get("history", ()) if "eval_accuracy" in line] for arm in (mine, theirs)
+        ]
+        for line in [*scores[0], *scores[1]]:
+            for timing in [name for name in line if "runtime" in name or "per_second" in name]:
+                del line[timing]
+        assert scores[0] == scores[1], mine["name"]
+
+
+@pytest.mark.parametrize("step", [0, 2, 7, 10, 23], ids=lambda step: f"step {step + 1}")
+def test_finetune_goes_on_bit_for_bit(step, words, whole, tmp_path, monkeypatch):
+    """In the middle of an epoch, at its end (step 8), and at the very end (step 24)."""
+    interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, step, "fine-tuned")
+    assert_same(finished("finetune", tmp_path / "out", *words["finetune"], *RESUME), whole["finetune"])
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_that_come_together_are_one_request(number, words, tmp_path, monkeypatch):
+    interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 2, "fine-tuned", number=number, times=3)
+
+
+def test_distill_goes_on_in_the_arm_that_was_interrupted(words, whole, tmp_path, monkeypatch, caplog):
+    checkpoint = interrupted("distill", tmp_path / "out", words["distill"], monkeypatch, 10, "distilled")
+    assert not list(checkpoint.parent.parent.glob("teacher-42/checkpoint-*")), "a finished arm keeps its model only"
+    again = finished("distill", tmp_path / "out", *words["distill"], *RESUME)
+    assert "teacher, seed 42: already trained" in caplog.text
+    assert "resuming from checkpoint-11" in caplog.text
+    assert again.report["checks"]["teacher"]["computed"] == 0
+    assert_same(again, whole["distill"])
+    assert sha256(again.folder / "teacher") == sha256(whole["distill"].folder / "teacher")
+
+
+def test_interrupted_twice(words, whole, tmp_path, monkeypatch):
+    interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 4, "fine-tuned")
+    interrupted("finetune", tmp_path / "out", [*words["finetune"], *RESUME], monkeypatch, 17, "fine-tuned")
+    assert_same(finished("finetune", tmp_path / "out", *words["finetune"], *RESUME), whole["finetune"])
+
+
+def test_early_stopping_does_not_forget_how_long_it_waited(words, tmp_path, monkeypatch):
+    """No step changes a prediction, so the first score stays the best: stop after two more, interrupted or not."""
+    own = list(words["finetune"])
+    own[own.index("--learning_rate") + 1] = "1e-12"
+    own += ["--early_stopping_patience", "2", "--control_arm", "false"]
+    own[own.index("--num_train_epochs") + 1] = "3"
+    plain = finished("finetune", tmp_path / "plain", *own[:-4], "--control_arm", "false", "--early_stopping_patience", "1")
+    assert plain.arm("fine-tuned")["details"]["steps"] == 16
+    patient = [*own[:-4], "--control_arm", "false", "--early_stopping_patience", "1"]
+    interrupted("finetune", tmp_path / "out", patient, monkeypatch, 10, "fine-tuned")
+    again = finished("finetune", tmp_path / "out", *patient, *RESUME)
+    assert again.arm("fine-tuned")["details"]["steps"] == 16
+
+
+def test_a_damaged_checkpoint_is_skipped(words, whole, tmp_path, monkeypatch, caplog):
+    newest = interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 10, "fine-tuned")
+    optimizer = newest / "optimizer.pt"
+    optimizer.write_bytes(optimizer.read_bytes()[:-1])
+    again = finished("finetune", tmp_path / "out", *words["finetune"], *RESUME)
+    assert "skipping checkpoint-11: optimizer.pt was changed" in caplog.text
+    assert "resuming from checkpoint-8" in caplog.text
+    assert_same(again, whole["finetune"])
+
+
+def refused_to_resume(key, folder, *words):
+    ended = call(key, folder, *words, *RESUME)
+    assert ended.code == 2, ended.err
+    assert not (folder / "report.json").exists()
+    return ended.err
+
+
+def test_what_cannot_be_resumed(words, tmp_path, monkeypatch):
+    out, own = tmp_path / "out", words["finetune"]
+    checkpoint = interrupted("finetune", out, own, monkeypatch, 10, "fine-tuned")
+
+    def changed(option, value):
+        other = list(own)
+        other[other.index(option) + 1] = value
+        return other
+
+    message = refused_to_resume("finetune", out, *changed("--learning_rate", "2e-3"))
+    assert "learning_rate: was 0.001, is 0.002" in message
+    assert "data_fingerprint" in refused_to_resume("finetune", out, *changed("--max_train_samples", "59"))
+    assert "linear_probe: was True, is False" in refused_to_resume("finetune", out, *own, "--linear_probe", "false")
+    assert "bf16: was False, is True" in refused_to_resume("finetune", out, *changed("--bf16", "true"))
+    message = refused_to_resume("finetune", out, *changed("--gradient_accumulation_steps", "1"))
+    assert "gradient_accumulation_steps: was 2, is 1" in message
+    assert "--allow_topology_change" in message
+
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["topology"]["processes"] = 2
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    assert "processes: was 2, is 1" in refused_to_resume("finetune", out, *own)
+    for folder in checkpoint.parent.glob("checkpoint-*"):
+        (folder / "model.safetensors").unlink()
+    message = refused_to_resume("finetune", out, *own)
+    assert "None of the 2 checkpoints" in message
+    assert "--overwrite" in message
+
+
+def test_a_finished_arm_of_another_run_is_not_taken_over(words, tmp_path, monkeypatch):
+    interrupted("distill", tmp_path / "out", words["distill"], monkeypatch, 3, "distilled")
+    other = list(words["distill"])
+    other[other.index("--learning_rate") + 1] = "2e-3"
+    assert "learning_rate: was 0.001, is 0.002" in refused_to_resume("distill", tmp_path / "out", *other)
+
+
+def test_an_interrupted_run_is_not_overwritten_by_mistake(words, tmp_path, monkeypatch):
+    checkpoint = interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 3, "fine-tuned")
+    ended = call("finetune", tmp_path / "out", *words["finetune"])
+    assert ended.code == 2
+    assert "is not empty" in ended.err
+    assert damage(checkpoint) == ""
+    finished("finetune", tmp_path / "out", *words["finetune"], "--overwrite", "true", "--control_arm", "false")
+
+
+def test_resuming_without_a_checkpoint_says_so(words, tmp_path, caplog):
+    finished("finetune", tmp_path / "out", *words["finetune"], *RESUME, "--control_arm", "false")
+    assert "there is nothing to resume" in caplog.text

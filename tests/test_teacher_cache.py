@@ -1,0 +1,323 @@
+"""Teacher logits from disk are those of the text asked for, by the teacher asked for."""
+
+import json
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny import LABELS, make_rows
+
+from nlpxfer.checkpoint import load_teacher
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.errors import NotFiniteError, StaleCacheError
+from nlpxfer.train import teacher_cache
+from nlpxfer.train.teacher_cache import (
+    TeacherIdentity,
+    cached_logits,
+    default_cache_folder,
+    teacher_logits,
+    text_keys,
+)
+
+IDENTITY = TeacherIdentity(
+    weights="w" * 64, tokenizer="t" * 64, labels=("a", "b", "c"), max_length=32, precision="float32"
+)
+TEXTS = [f"text {index}" for index in range(20)]
+
+
+def logits_of(text):
+    """Three numbers that belong to a text and to no other."""
+    value = sum(ord(letter) * 31**index for index, letter in enumerate(text)) % 1000003
+    return np.array([value, -value, value / 7], dtype=np.float32)
+
+
+class Teacher:
+    """Computes `logits_of`, and counts what it is asked for; fails in the call number `fails_in`."""
+
+    def __init__(self, texts, fails_in=None):
+        self.texts, self.calls, self.fails_in = texts, [], fails_in
+
+    def __call__(self, rows):
+        self.calls.append([self.texts[int(row)] for row in rows])
+        if len(self.calls) == self.fails_in:
+            raise KeyboardInterrupt
+        return np.stack([logits_of(text) for text in self.calls[-1]])
+
+    @property
+    def computed(self):
+        return [text for call in self.calls for text in call]
+
+
+def ask(folder, texts, identity=IDENTITY, **options):
+    teacher = Teacher(texts, **options)
+    logits, computed = cached_logits(folder, identity, text_keys(texts), teacher)
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, [logits_of(text) for text in texts])
+    assert computed == len(teacher.computed)
+    return teacher.computed
+
+
+def parts_in(folder):
+    return sorted(folder.glob("part-*.safetensors"))
+
+
+# -- alignment
+
+
+def test_logits_follow_their_texts(tmp_path):
+    folder = tmp_path / "cache"
+    assert ask(folder, TEXTS) == TEXTS
+    assert ask(folder, TEXTS) == []
+    assert ask(folder, TEXTS[::-1]) == []
+    assert ask(folder, list(np.random.default_rng(0).permutation(TEXTS))) == []
+    assert ask(folder, TEXTS[3:7]) == []
+    assert ask(folder, [TEXTS[5]] * 3 + [TEXTS[0]]) == []
+
+
+def test_further_rows_alone_are_computed(tmp_path):
+    ask(tmp_path / "cache", TEXTS[:5])
+    assert ask(tmp_path / "cache", [TEXTS[9], *TEXTS[:3], TEXTS[7], TEXTS[9]]) == [TEXTS[9], TEXTS[7]]
+    assert ask(tmp_path / "cache", TEXTS[:10]) == [TEXTS[5], TEXTS[6], TEXTS[8]]
+
+
+def test_equal_texts_are_computed_once(tmp_path):
+    assert ask(tmp_path / "cache", ["x", "y", "x", "x", "y"]) == ["x", "y"]
+
+
+def test_no_texts(tmp_path):
+    logits, computed = cached_logits(tmp_path / "cache", IDENTITY, [], Teacher([]))
+    assert logits.shape == (0, 3)
+    assert computed == 0
+
+
+def test_keys_differ_wherever_the_input_differs():
+    keys = [
+        *text_keys(["ab", "a", "", "2\0abc", "ab\0c", "a\0bc"]),
+        *text_keys(["ab", "a", "", "abc", "a\0"], ["c", "bc", "abc", "", "bc"]),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert {len(key) for key in keys} == {32}
+    assert text_keys(["x", "y", "x"])[0] == text_keys(["x"])[0] == text_keys(["y", "x"])[1]
+
+
+def test_no_text_can_pass_for_a_pair():
+    """Whatever is hashed for a pair, as a single text it has another key."""
+    seen = []
+
+    class Recorder:
+        def __init__(self, content):
+            seen.append(content)
+
+        def digest(self):
+            return b""
+
+    original, teacher_cache.hashlib.sha256 = teacher_cache.hashlib.sha256, Recorder
+    try:
+        text_keys(["ab"], ["c"])
+        text_keys(["ab"])
+    finally:
+        teacher_cache.hashlib.sha256 = original
+    pair, single = seen
+    assert text_keys([pair.decode()]) != text_keys(["ab"], ["c"])
+    assert single != pair
+
+
+# -- interruption
+
+
+def test_interrupted_run_keeps_finished_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "PART_ROWS", 8)
+    folder = tmp_path / "cache"
+    teacher = Teacher(TEXTS, fails_in=2)
+    with pytest.raises(KeyboardInterrupt):
+        cached_logits(folder, IDENTITY, text_keys(TEXTS), teacher)
+    assert len(parts_in(folder)) == 1
+    assert ask(folder, TEXTS) == TEXTS[8:]
+    assert len(parts_in(folder)) == 3
+    assert ask(folder, TEXTS) == []
+
+
+def test_interruption_before_the_manifest_leaves_a_usable_folder(tmp_path):
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".manifest.json.tmp").write_text('{"version"')
+    (folder / ".part-0123.tmp").write_bytes(b"half")
+    assert ask(folder, TEXTS) == TEXTS
+    assert ask(folder, TEXTS) == []
+
+
+def test_a_complete_cache_is_only_read(tmp_path):
+    folder = tmp_path / "cache"
+    ask(folder, TEXTS)
+    before = {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()}
+    ask(folder, TEXTS)
+    assert {path.name: (path.stat().st_mtime_ns, path.stat().st_ino) for path in folder.iterdir()} == before
+
+
+# -- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"weights": "v" * 64}, "weights: cached '" + "w" * 64 + "', now '" + "v" * 64 + "'"),
+        ({"tokenizer": "u" * 64}, "tokenizer: cached"),
+        ({"labels": ("a", "c", "b")}, "labels: cached ['a', 'b', 'c'], now ['a', 'c', 'b']"),
+        ({"max_length": 64}, "max_length: cached 32, now 64"),
+        ({"precision": "bfloat16"}, "precision: cached 'float32', now 'bfloat16'"),
+    ],
+)
+def test_another_teacher_is_refused(tmp_path, change, told):
+    folder = tmp_path / "cache"
+    ask(folder, TEXTS)
+    other = replace(IDENTITY, **change)
+    teacher = Teacher(TEXTS)
+    with pytest.raises(StaleCacheError) as caught:
+        cached_logits(folder, other, text_keys(TEXTS), teacher)
+    assert f"  - {told}" in str(caught.value)
+    assert str(caught.value).count("  - ") == 1
+    assert "--teacher_cache" in str(caught.value)
+    assert teacher.calls == []
+    assert other.key != IDENTITY.key
+    assert ask(folder, TEXTS) == []
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def flip_last_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_last_bit, lambda path: path.write_bytes(b"")])
+def test_damaged_part_is_refused_by_name(tmp_path, harm):
+    ask(tmp_path / "cache", TEXTS)
+    (part,) = parts_in(tmp_path / "cache")
+    harm(part)
+    with pytest.raises(StaleCacheError, match="damaged") as caught:
+        cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+    assert f"delete {part.name}" in str(caught.value)
+    part.unlink()
+    assert ask(tmp_path / "cache", TEXTS) == TEXTS
+
+
+def test_every_bit_of_a_part_counts(tmp_path):
+    ask(tmp_path / "cache", TEXTS)
+    (part,) = parts_in(tmp_path / "cache")
+    content = load_file(part)
+    sound = part.read_bytes()
+    header = len(sound) - sum(array.nbytes for array in content.values())
+    for position in range(header, len(sound), 97):  # a change in keys or logits
+        damaged = bytearray(sound)
+        damaged[position] ^= 4
+        part.write_bytes(bytes(damaged))
+        with pytest.raises(StaleCacheError, match="damaged"):
+            cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\ud800"])
+def test_damaged_manifest_is_refused(tmp_path, content):
+    ask(tmp_path / "cache", TEXTS)
+    (tmp_path / "cache" / "manifest.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+    with pytest.raises(StaleCacheError, match=r"manifest.json cannot be read"):
+        cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    with pytest.raises(StaleCacheError, match="is no teacher cache"):
+        cached_logits(tmp_path, IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "manifest.json").write_text(json.dumps({"files": {}}))
+    with pytest.raises(StaleCacheError, match="made from something else"):
+        cached_logits(tmp_path, IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+
+
+def test_the_cache_folder_may_not_be_a_file(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(StaleCacheError, match="is no folder"):
+        cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_are_not_kept(tmp_path, value):
+    def compute(rows):
+        return np.full((len(rows), 3), value, dtype=np.float32)
+
+    with pytest.raises(NotFiniteError, match="teacher"):
+        cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), compute)
+    assert parts_in(tmp_path / "cache") == []
+
+
+def test_logits_of_another_shape_are_not_kept(tmp_path):
+    with pytest.raises(ValueError, match=r"\(20, 2\).*3 labels"):
+        cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), lambda rows: np.zeros((len(rows), 2)))
+    assert parts_in(tmp_path / "cache") == []
+
+
+# -- with a model
+
+
+@pytest.fixture
+def teacher(tiny_checkpoint):
+    return load_teacher(str(tiny_checkpoint("bert", "classifier")), schema=LabelSchema(LABELS))
+
+
+TINY_TEXTS = [row["text"] for row in make_rows(30, seed=4)]
+
+
+def test_cached_logits_equal_fresh_ones(teacher, tmp_path):
+    options = {"labels": LABELS, "max_length": 32, "batch_size": 4}
+    fresh, facts = teacher_logits(teacher, TINY_TEXTS, folder=tmp_path / "a", **options)
+    assert facts["rows"] == 30
+    assert facts["computed"] == len(set(TINY_TEXTS))
+    encoded = teacher.tokenizer(TINY_TEXTS[7], return_tensors="pt")
+    np.testing.assert_allclose(fresh[7], teacher.model(**encoded).logits[0].detach(), atol=1e-5)
+    cached, facts = teacher_logits(teacher, TINY_TEXTS, folder=tmp_path / "a", **options)
+    assert facts["computed"] == 0
+    np.testing.assert_array_equal(cached, fresh)
+    order = np.random.default_rng(0).permutation(30)
+    shuffled, _ = teacher_logits(teacher, [TINY_TEXTS[i] for i in order], folder=str(tmp_path / "a"), **options)
+    np.testing.assert_array_equal(shuffled, fresh[order])
+
+
+def test_pairs_and_texts_share_a_folder(teacher, tmp_path):
+    options = {"labels": LABELS, "max_length": 32, "folder": tmp_path / "a"}
+    texts, pairs = ["the goal", "the goal"], ["bread", "guitar"]
+    both, _ = teacher_logits(teacher, texts, pairs, **options)
+    alone, facts = teacher_logits(teacher, texts, **options)
+    assert facts["computed"] == 1
+    assert np.abs(both[0] - both[1]).max() > 1e-4
+    assert np.abs(both[0] - alone[0]).max() > 1e-4
+    again, facts = teacher_logits(teacher, texts, pairs, **options)
+    assert facts["computed"] == 0
+    np.testing.assert_array_equal(again, both)
+
+
+def test_a_changed_weight_makes_it_another_teacher(teacher, tiny_checkpoint, tmp_path):
+    options = {"labels": LABELS, "max_length": 32, "folder": tmp_path / "a"}
+    teacher_logits(teacher, TINY_TEXTS, **options)
+    other = load_teacher(str(tiny_checkpoint("bert", "classifier", seed=1)), schema=LabelSchema(LABELS))
+    with pytest.raises(StaleCacheError, match="weights: cached"):
+        teacher_logits(other, TINY_TEXTS, **options)
+    for change, told in (({"max_length": 8}, "max_length"), ({"bf16": True}, "precision")):
+        with pytest.raises(StaleCacheError, match=told):
+            teacher_logits(teacher, TINY_TEXTS, **{**options, **change})
+    with pytest.raises(StaleCacheError, match="labels"):
+        teacher_logits(teacher, TINY_TEXTS, **{**options, "labels": LABELS[::-1]})
+
+
+def test_default_folder(teacher, tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "mine"))
+    _, facts = teacher_logits(teacher, TINY_TEXTS[:3], labels=LABELS, max_length=32)
+    assert sorted(os.listdir(tmp_path / "mine" / "teacher")) == [facts["key"]]
+    teacher_logits(teacher, TINY_TEXTS[:3], labels=LABELS, max_length=16)
+    assert len(os.listdir(tmp_path / "mine" / "teacher")) == 2
+    monkeypatch.delenv("NLPXFER_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert default_cache_folder(IDENTITY) == tmp_path / "home" / ".cache" / "nlpxfer" / "teacher" / IDENTITY.key
