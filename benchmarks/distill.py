@@ -31,6 +31,7 @@ from peers import LEARNING_RATES, STOCK, TeacherInTheLoop, stock_arguments, stoc
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
 from nlpxfer.checkpoint.save import save_classifier
+from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.evaluate.arms import TrainedArm
@@ -61,7 +62,7 @@ class Size:
 
 SMALL = Size(rows=3000, sweep_rows=1504, epochs=3, layers=3, seeds=(42, 43, 44), peer_seeds=(42,))
 SIZES: dict[str, dict[str, Size]] = {
-    "small": {"banking77": SMALL, "debian-sections": replace(SMALL, rows=2000, sweep_rows=640)},
+    "small": {"banking77": SMALL, "debian-sections": replace(SMALL, rows=1200, sweep_rows=480)},
     "full": {
         "banking77": replace(SMALL, rows=None, sweep_rows=3008, peer_seeds=(42, 43, 44)),
         "debian-sections": replace(
@@ -181,17 +182,17 @@ class Bench:
 
     def trainer(self, seed: int) -> dict[str, Any]:
         """The teacher-in-the-loop Trainer at its best learning rate, float32."""
-        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-trainer/"))
+        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-trainer/"), LEARNING_RATES)
         return self._peer("trainer", seed, rate, self._train_rows())
 
     def textbrewer(self, seed: int) -> dict[str, Any]:
         """TextBrewer at its best learning rate, float32."""
-        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-textbrewer/"))
+        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-textbrewer/"), LEARNING_RATES)
         return self._peer("textbrewer", seed, rate, self._train_rows())
 
     def textbrewer_cached(self, seed: int) -> dict[str, Any]:
         """TextBrewer with its own cache of teacher logits, at the learning rate found without it."""
-        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-textbrewer/"))
+        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep-textbrewer/"), LEARNING_RATES)
         return self._peer("textbrewer-cached", seed, rate, self._train_rows())
 
     def sweep_trainer(self, rate: float) -> dict[str, Any]:
@@ -325,4 +326,4 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

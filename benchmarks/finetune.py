@@ -36,6 +36,7 @@ from peers import LEARNING_RATES, STOCK, Curve, epoch_seconds, stock_arguments, 
 
 from nlpxfer.checkpoint.head import embedding_parameters
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
+from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.evaluate.arms import TrainedArm
@@ -83,7 +84,7 @@ SIZES: dict[str, dict[str, Size]] = {
     "small": {
         "banking77": SMALL,
         "debian-sections": Size(
-            **asdict(SMALL) | {"rows": 1200, "block_steps": 16, "ablation_rounds": 2, "ablation_steps": 10}
+            **asdict(SMALL) | {"rows": 800, "block_steps": 12, "ablation_rounds": 2, "ablation_steps": 8}
         ),
     },
     "full": {
@@ -279,7 +280,7 @@ class Bench:
 
     def stock(self, seed: int) -> dict[str, Any]:
         """The stock Trainer in float32 at its best learning rate, with scores after each epoch."""
-        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep/"))
+        rate = measuring.best_rate(self.results.under(f"{self.name}/sweep/"), LEARNING_RATES)
         model = stock_model(self.model, len(self.run.data.schema), seed)
         arguments = stock_arguments(
             self.scratch / "stock",
@@ -461,4 +462,4 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

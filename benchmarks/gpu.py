@@ -27,6 +27,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from nlpxfer.checkpoint.head import embedding_parameters
 from nlpxfer.checkpoint.student import slice_layers
+from nlpxfer.cli import run_main
 from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import ConfigError
@@ -121,7 +122,7 @@ class Bench:
         flops = passes * weights * int(self.rows.lengths.sum())
         return {
             "rows_per_second": median_and_range(ROWS / each for each in seconds),
-            "training_tflops": flops / float(np.median(seconds)) / 1e12,
+            "tflops": flops / float(np.median(seconds)) / 1e12,
             "gemm_peak_tflops": self.peak / 1e12,
             "share_of_peak": flops / float(np.median(seconds)) / self.peak,
             "non_embedding_parameters": weights,
@@ -159,4 +160,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

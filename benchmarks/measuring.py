@@ -298,9 +298,13 @@ def judged(value: float, target: float, *, at_most: bool = False) -> dict[str, A
     return {"value": value, "target": target, "at_most": at_most, "met": met}
 
 
-def best_rate(cells: Sequence[Mapping[str, Any]]) -> float:
-    """The learning rate with the highest validation accuracy; the lower one of equals."""
-    if not cells:
+def best_rate(cells: Sequence[Mapping[str, Any]], rates: Sequence[float]) -> float:
+    """The learning rate with the highest validation accuracy; the lower one of equals.
+
+    Raises:
+        Skipped: Not all rates have been measured.
+    """
+    if {cell["learning_rate"] for cell in cells} != set(rates):
         raise Skipped("its learning rates were not compared yet: measure the cells named sweep first")
     best = max(cells, key=lambda cell: (cell["validation_accuracy"], -cell["learning_rate"]))
     return float(best["learning_rate"])

@@ -191,8 +191,8 @@ class Run:
     def majority_arm(self) -> Arm:
         """The arm that always gives the most frequent training label."""
         counts = {split: len(self.labels(split)) for split in ("validation", "test")}
-        shared = {"train_labels": self.labels("train"), "classes": len(self.data.schema)}
-        logits = {split: majority(rows=rows, **shared) for split, rows in counts.items()}
+        labels, classes = self.labels("train"), len(self.data.schema)
+        logits = {split: majority(labels, rows=rows, classes=classes) for split, rows in counts.items()}
         metrics = self.metrics(logits["validation"], logits["test"])
         return Arm(name="majority class", metrics=metrics, seconds=0.0, description="the most frequent training label")
 
@@ -499,22 +499,21 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
     device = options.device  # starts the process group
     check_process_count()
     threads = use_threads(options.num_threads)
-    folder = Path(options.output_dir if _was_given(options, recipe) else f"runs/{recipe}")
+    folder = Path(options.chosen_output_dir or f"runs/{recipe}")
     options.output_dir = str(folder)
     data_options = _with_bundled_data(data_options)
     config = resolved(data_options, options, *others)
-    if is_main_process():
-        if options.push_to_hub:
-            check_push_request(str(options.hub_model_id), private=_private(options))
-        check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    if is_main_process() and options.push_to_hub:
+        check_push_request(str(options.hub_model_id), private=_private(options))
     if options.resume and (folder / REPORT_FILE).is_file():
         raise ResumeError(
             f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
         )
-    check_reporters(options.report_to)
+    check_reporters(options.report_to or ())
     wait_for_everyone()
     precision = _precision_for_all(options, device)
-    options.bf16 = precision.bf16
+    options.bf16 = config["bf16"] = precision.bf16
     if options.mixed_precision != "fp16":
         options.mixed_precision = "bf16" if precision.bf16 else "no"
     unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
@@ -522,16 +521,11 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
     logger.info("%s: %s rows, %d classes", recipe, data.facts()["rows"], len(data.schema))
     run = Run(recipe, folder, data, data_options, options, precision, config, started)
     run.checks["threads"] = threads
-    # the hub is asked once, by `finish`; the Trainer must not push by itself
     try:
         yield run
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _was_given(options: RunOptions, recipe: str) -> bool:
-    return options.output_dir not in (None, "", "trainer_output")
 
 
 def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:

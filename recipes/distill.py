@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
+from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
@@ -34,7 +35,9 @@ class DistillOptions:
 
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Checkpoint to fine-tune the teacher from, if none is given.")
     teacher_name_or_path: str | None = option(None, "A classifier fine-tuned on the same labels: folder or Hub id.")
-    teacher_num_train_epochs: float = option(3.0, "Passes over the training rows for a teacher made on the spot.")
+    teacher_num_train_epochs: float | None = option(
+        None, "Passes over the training rows for a teacher made on the spot. Default: num_train_epochs."
+    )
     teacher_learning_rate: float | None = option(None, "Its learning rate. Default: learning_rate.")
     teacher_cache: str | None = option(
         None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
@@ -52,10 +55,12 @@ class DistillOptions:
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
         if self.student_num_layers is not None and self.student_num_layers < 1:
             faults.append(f"student_num_layers: {self.student_num_layers} is below 1")
-        if self.teacher_num_train_epochs <= 0:
-            faults.append(f"teacher_num_train_epochs: {self.teacher_num_train_epochs} is not positive")
-        if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
-            faults.append(f"teacher_learning_rate: {self.teacher_learning_rate} is not positive")
+        for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                faults.append(f"{name}: {value} is not positive")
+            if value is not None and self.teacher_name_or_path:
+                faults.append(f"{name}: does nothing beside teacher_name_or_path")
         try:
             Distill(temperature=self.temperature, kd_weight=self.kd_weight)
         except ConfigError as error:
@@ -119,7 +124,7 @@ def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Check
         build,
         FineTune(label_smoothing=smoothing),
         seeds=run.seeds[:1],
-        num_train_epochs=plan.teacher_num_train_epochs,
+        num_train_epochs=plan.teacher_num_train_epochs or run.options.num_train_epochs,
         learning_rate=plan.teacher_learning_rate or run.options.learning_rate,
     )
     name = f"{plan.model_name_or_path} fine-tuned"
@@ -164,6 +169,8 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
         if plan.student_name_or_path:
             return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
         total = int(source.model.config.num_hidden_layers)
+        if run.options.pooling == "mean" and has_mean_layer(source.model):
+            total -= 1  # the student gets a layer of its own that computes the mean
         count = plan.student_num_layers
         if count is None and plan.student_layers in ("bottom", "even"):
             count = max(1, total // 2)

@@ -12,8 +12,24 @@ TIMEOUT = 120
 """Seconds after which a program counts as hanging."""
 
 
+def python(*words):
+    """A Python program."""
+    return [sys.executable, *map(str, words)]
+
+
+def torchrun(*words, processes=2):
+    """Several gloo processes on this machine that meet at a free port."""
+    meeting = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
+    return python("-m", "torch.distributed.run", "--nproc_per_node", processes, *meeting, *words)
+
+
+def accelerate_launch(*words):
+    """The launcher of the README."""
+    return python("-m", "accelerate.commands.accelerate_cli", "launch", *words)
+
+
 def environment(**changes):
-    """As the tests have it: offline, one thread per process, no progress bars."""
+    """As the tests have it: offline, on the CPU, one thread per process."""
     return {
         **os.environ,
         "PYTHONPATH": str(ROOT),
@@ -21,45 +37,18 @@ def environment(**changes):
         "HF_HUB_OFFLINE": "1",
         "HF_DATASETS_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
+        "ACCELERATE_USE_CPU": "true",
         **changes,
     }
 
 
-def run_python(*words, **changes):
-    """A Python program, in the root of the checkout."""
-    return _run([sys.executable, *words], environment(**changes))
+def run(command, *, interrupt_if=None, **changes):
+    """Run a command in the root of the checkout; what it leaves behind at the time-out is killed.
 
-
-def run_torchrun(*words, processes=2, **changes):
-    """Several gloo processes on this machine that meet at a free port."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-    rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
-    return _run([*launcher, *rendezvous, *words], environment(ACCELERATE_USE_CPU="true", **changes))
-
-
-def _run(command, variables):
-    """Kills the whole group of processes at the time-out, so that none is left behind."""
-    with subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=TIMEOUT)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-
-def interrupt_when(condition, *words, signal_number=signal.SIGTERM, **changes):
-    """Start a Python program, send it a signal as soon as `condition()` holds, and wait for its end."""
+    interrupt_if: Asked every few milliseconds; once it says yes, the command gets SIGTERM.
+    """
     process = subprocess.Popen(
-        [sys.executable, *words],
+        command,
         cwd=ROOT,
         env=environment(**changes),
         stdout=subprocess.PIPE,
@@ -67,16 +56,15 @@ def interrupt_when(condition, *words, signal_number=signal.SIGTERM, **changes):
         text=True,
         start_new_session=True,
     )
-    deadline = time.monotonic() + TIMEOUT
     try:
-        while not condition():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError("the program ended before it could be interrupted:\n" + process.communicate()[1])
-            time.sleep(0.005)
-        process.send_signal(signal_number)
+        if interrupt_if:
+            deadline = time.monotonic() + TIMEOUT
+            while process.poll() is None and time.monotonic() < deadline and not interrupt_if():
+                time.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=TIMEOUT)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)

@@ -5,13 +5,14 @@ import importlib.util
 import io
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import cache
 from pathlib import Path
 
 from processes import ROOT
 
 from nlpxfer.cli import run_main
+from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.methods import REGISTRY
 from nlpxfer.report.report import validate_report
 
@@ -29,6 +30,15 @@ def recipe(key):
     sys.modules[name] = module  # its dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
+
+
+def option_classes(key):
+    """The dataclasses whose fields are the options of a recipe."""
+    module = recipe(key)
+    own = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
+    own = [cls for cls in own if cls.__name__.endswith("Options")]
+    assert len(own) == 1
+    return DataOptions, own[0], RunOptions
 
 
 @dataclass(frozen=True)
@@ -75,11 +85,10 @@ def files(data):
     return [word for name, path in named.items() for word in (f"--{name}", str(path))]
 
 
-def tiny_words(data, model=None, epochs=1, key="", rate="1e-3"):
+def tiny_words(data, model=None, epochs=1, rate="1e-3"):
     """Options of a tiny run of any recipe."""
     words = [*QUICK, *files(data), "--num_train_epochs", str(epochs), "--learning_rate", rate]
-    words += [] if model is None else ["--model_name_or_path", str(model)]
-    return words + (["--teacher_num_train_epochs", str(epochs)] if key == "distill" else [])
+    return words + ([] if model is None else ["--model_name_or_path", str(model)])
 
 
 def finished(key, folder, *words):

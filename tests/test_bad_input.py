@@ -51,7 +51,7 @@ def test_a_missing_file(key, tiny_data, bert, out):
 
 @each_recipe
 def test_a_missing_column(key, tiny_data, bert, out):
-    message = refused(key, out, *tiny_words(tiny_data, bert, key=key), "--text_column", "txt")
+    message = refused(key, out, *tiny_words(tiny_data, bert), "--text_column", "txt")
     assert "'txt'" in message
     assert "text" in message.replace("'txt'", "")
 
@@ -103,7 +103,7 @@ def test_a_class_with_one_row_and_splits_to_carve(key, bert, out, tmp_path):
 @pytest.mark.parametrize("split", ["validation", "test"])
 def test_labels_that_training_does_not_have(key, split, tiny_data, bert, out, tmp_path):
     path = write_csv(tmp_path / "mine.csv", [*rows_of(), {"text": "a match", "label": "sports"}])
-    words = tiny_words(tiny_data, bert, key=key)
+    words = tiny_words(tiny_data, bert)
     words[words.index(f"--{split}_file") + 1] = str(path)
     message = refused(key, out, *words)
     assert "mine.csv, row 41" in message
@@ -117,7 +117,7 @@ def test_unlabelled_texts_that_are_all_in_the_test_file(tiny_data, bert, out, tm
         texts = [row["text"] for row in csv.DictReader(file)]
     path = tmp_path / "texts.txt"
     path.write_text("".join(text + "\n" for text in texts))
-    words = [*tiny_words(tiny_data, bert, key="distill"), "--unlabelled_file", str(path)]
+    words = [*tiny_words(tiny_data, bert), "--unlabelled_file", str(path)]
     assert "all 80 rows also stand in validation or test" in refused("distill", out, *words)
 
 
@@ -126,7 +126,7 @@ def test_unlabelled_texts_that_are_all_in_the_test_file(tiny_data, bert, out, tm
 
 @each_recipe
 def test_a_checkpoint_that_does_not_exist(key, tiny_data, tmp_path, out):
-    message = refused(key, out, *tiny_words(tiny_data, tmp_path / "berd", key=key))
+    message = refused(key, out, *tiny_words(tiny_data, tmp_path / "berd"))
     assert "does not exist" in message
 
 
@@ -163,7 +163,7 @@ DAMAGES = {
 @pytest.mark.parametrize("role", ["model", "teacher", "student"])
 def test_a_checkpoint_that_cannot_be_used(how, role, tiny_data, bert, tiny_copy, out):
     folder = damaged(tiny_copy("bert", kind="classifier"), how)
-    words = tiny_words(tiny_data, folder if role == "model" else bert, key="distill")
+    words = tiny_words(tiny_data, folder if role == "model" else bert)
     words += [] if role == "model" else [f"--{role}_name_or_path", str(folder)]
     assert DAMAGES[how] in refused("distill", out, *words)
     if role == "model":
@@ -172,25 +172,25 @@ def test_a_checkpoint_that_cannot_be_used(how, role, tiny_data, bert, tiny_copy,
 
 def test_a_teacher_with_other_labels(tiny_data, tiny_checkpoint, out):
     teacher = tiny_checkpoint("bert", kind="classifier", labels=("animals", *LABELS[1:]))
-    message = refused("distill", out, *tiny_words(tiny_data, key="distill"), "--teacher_name_or_path", str(teacher))
+    message = refused("distill", out, *tiny_words(tiny_data), "--teacher_name_or_path", str(teacher))
     assert "only in teacher (1): animals" in message
     assert "only in data (1): food" in message
 
 
 def test_a_teacher_that_was_never_fine_tuned(tiny_data, bert, out):
-    message = refused("distill", out, *tiny_words(tiny_data, key="distill"), "--teacher_name_or_path", str(bert))
+    message = refused("distill", out, *tiny_words(tiny_data), "--teacher_name_or_path", str(bert))
     assert "is not a classifier" in message
 
 
 def test_a_teacher_whose_labels_have_no_names(tiny_data, tiny_checkpoint, out):
     teacher = tiny_checkpoint("bert", kind="classifier", labels=tuple(f"LABEL_{i}" for i in range(4)))
-    message = refused("distill", out, *tiny_words(tiny_data, key="distill"), "--teacher_name_or_path", str(teacher))
+    message = refused("distill", out, *tiny_words(tiny_data), "--teacher_name_or_path", str(teacher))
     assert "placeholder names" in message
 
 
 @each_recipe
 def test_texts_longer_than_the_model_can_read(key, tiny_data, bert, out):
-    words = tiny_words(tiny_data, bert, key=key)
+    words = tiny_words(tiny_data, bert)
     words[words.index("--max_length") + 1] = "65"
     message = refused(key, out, *words)
     assert "max_length: 65 is longer than the 64 tokens" in message
@@ -199,7 +199,7 @@ def test_texts_longer_than_the_model_can_read(key, tiny_data, bert, out):
 
 def test_texts_longer_than_the_teacher_can_read(tiny_data, tiny_checkpoint, out):
     teacher = tiny_checkpoint("bert", kind="classifier", max_position_embeddings=24)
-    words = [*tiny_words(tiny_data, key="distill"), "--student_name_or_path", str(tiny_checkpoint("gpt2"))]
+    words = [*tiny_words(tiny_data), "--student_name_or_path", str(tiny_checkpoint("gpt2"))]
     message = refused("distill", out, *words, "--teacher_name_or_path", str(teacher))
     assert "max_length: 32 is longer than the 24 tokens" in message
 
@@ -270,7 +270,7 @@ LAYERS = {
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_that_cannot_be_cut(name, tiny_data, bert, out):
     words, needle = LAYERS[name]
-    assert needle in refused("distill", out, *tiny_words(tiny_data, bert, key="distill"), *words)
+    assert needle in refused("distill", out, *tiny_words(tiny_data, bert), *words)
 
 
 def test_a_configuration_file_that_is_wrong(tmp_path, out):
@@ -306,7 +306,7 @@ def call_with_file(path, out):
 def test_a_folder_with_files_of_somebody_else(key, words, tiny_data, bert, out):
     out.mkdir()
     (out / "thesis.tex").write_text("ten years of work")
-    message = refused(key, out, *tiny_words(tiny_data, bert, key=key), *words)
+    message = refused(key, out, *tiny_words(tiny_data, bert), *words)
     assert "thesis.tex" in message
     assert [path.name for path in out.iterdir()] == ["thesis.tex"]
 
@@ -315,7 +315,7 @@ def test_a_folder_with_files_of_somebody_else(key, words, tiny_data, bert, out):
 def test_no_space_on_the_disk(key, tiny_data, bert, out, monkeypatch):
     usage = namedtuple("Usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 10**5, 10**5))
-    message = refused(key, out, *tiny_words(tiny_data, bert, key=key))
+    message = refused(key, out, *tiny_words(tiny_data, bert))
     assert "0.00 GB free" in message
     assert not out.exists() or not list(out.iterdir())
 
@@ -326,7 +326,7 @@ def test_no_space_on_the_disk(key, tiny_data, bert, out, monkeypatch):
 @each_recipe
 @pytest.mark.parametrize("accumulation", ["1", "3"])
 def test_a_loss_that_is_not_finite_stops_the_run(key, accumulation, tiny_data, bert, out):
-    words = tiny_words(tiny_data, bert, key=key, rate="1e30", epochs=2)
+    words = tiny_words(tiny_data, bert, rate="1e30", epochs=2)
     message = refused(key, out, *words, "--gradient_accumulation_steps", accumulation, "--warmup_steps", "0")
     assert "learning_rate" in message
     assert not list(out.rglob("*.safetensors"))

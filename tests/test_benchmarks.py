@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -170,9 +171,6 @@ def test_teacher_in_the_loop_has_the_loss_of_nlpxfer(load, tiny_checkpoint, tmp_
 def test_banking77_validation_rows_are_chosen_by_hash(load, tmp_path, monkeypatch):
     source = tmp_path / "banking77"
     source.mkdir()
-    # sha1("b") = e9d7…98e ends in an even digit; which rows are held is recomputed with another implementation
-    import subprocess
-
     texts = [f"text {number}" for number in range(40)]
     lines = "".join(f"{text},label\n" for text in texts)
     for name in ("train", "test"):

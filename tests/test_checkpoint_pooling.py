@@ -9,6 +9,7 @@ from transformers import AutoModelForSequenceClassification
 
 from nlpxfer.checkpoint import load_classifier, model_layers, save_classifier, use_mean_pooling
 from nlpxfer.checkpoint.head import head_of
+from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError
 
@@ -106,3 +107,13 @@ def test_the_layer_trains_and_stays_a_mean(load, family):
 def test_other_families_are_refused(load, family):
     with pytest.raises(CheckpointError, match=r"(?s)cannot be read as a mean.*modernbert, bert"):
         use_mean_pooling(load(family).model)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_a_mean_layer_is_known_and_not_added_twice(family, tiny_checkpoint):
+    model = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint(family, kind="classifier"))
+    pooled = use_mean_pooling(model)
+    assert (has_mean_layer(model), has_mean_layer(pooled)) == (False, True)
+    again = use_mean_pooling(pooled)
+    assert again.config.num_hidden_layers == pooled.config.num_hidden_layers == 5
+    assert again is not pooled

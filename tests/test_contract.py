@@ -142,13 +142,15 @@ def test_the_saved_folder_gives_the_logits_that_were_scored(row, family, tiny_ch
 @each_family
 def test_a_seed_repeats_bit_for_bit_and_another_one_differs(key, family, tiny_checkpoint, tiny_data, tmp_path):
     """Whole recipe runs, with dropout, so that the order of rows, the head and the masks all come from the seed."""
-    words = tiny_words(tiny_data, tiny_checkpoint(family, dropout=0.1), key=key)
+    words = tiny_words(tiny_data, tiny_checkpoint(family, dropout=0.1))
     words += ["--control_arm", "false", "--linear_probe", "false", "--max_train_samples", "64"]
     runs = {
         name: finished(key, tmp_path / name, *words, "--seed", seed)
         for name, seed in (("one", 1), ("same", 1), ("other", 2))
     }
-    sums = {name: hashlib.sha256((run.folder / "model.safetensors").read_bytes()).hexdigest() for name, run in runs.items()}
+    sums = {
+        name: hashlib.sha256((run.folder / "model.safetensors").read_bytes()).hexdigest() for name, run in runs.items()
+    }
     assert sums["one"] == sums["same"] != sums["other"]
     assert runs["one"].report["metrics"] == runs["same"].report["metrics"]
     prints = {name: run.run["data_fingerprint"] for name, run in runs.items()}
@@ -163,7 +165,7 @@ def test_a_wrong_option_gives_the_promised_message(key, tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_config_of_the_result_names_the_labels(key, tiny_checkpoint, tiny_data, tmp_path):
-    words = tiny_words(tiny_data, tiny_checkpoint("bert"), key=key)
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"))
     run = finished(key, tmp_path / "out", *words, "--max_train_samples", "32")
     config = json.loads((run.folder / "config.json").read_text())
     assert config["id2label"] == {str(i): name for i, name in enumerate(sorted(LABELS))}

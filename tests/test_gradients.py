@@ -6,7 +6,7 @@ Each is compared with a loop written by hand, in float64, one row at a time and 
 import pytest
 import torch
 from gradients import CASES, METHODS, gradient_of, step_rows, step_tokenizer
-from processes import run_torchrun
+from processes import run, torchrun
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from nlpxfer.data.tokenise import Collator
@@ -81,7 +81,9 @@ def test_stock_trainer_is_still_off_by_the_number_of_micro_batches(tiny_checkpoi
             disable_tqdm=True,
         )
         model = AutoModelForSequenceClassification.from_pretrained(folder)
-        without_teacher = [{key: row[key] for key in ("input_ids", "labels")} for row in map(rows.__getitem__, range(8))]
+        without_teacher = [
+            {key: row[key] for key in ("input_ids", "labels")} for row in map(rows.__getitem__, range(8))
+        ]
         trainer = Trainer(
             model, options, train_dataset=without_teacher, data_collator=Collator.for_tokenizer(step_tokenizer("bert"))
         )
@@ -94,7 +96,7 @@ def test_stock_trainer_is_still_off_by_the_number_of_micro_batches(tiny_checkpoi
 @pytest.mark.processes
 def test_two_processes_give_the_gradient_of_one(tiny_checkpoint, tmp_path):
     """Also where the rows do not divide by two, and where the second process has none at all."""
-    done = run_torchrun("tests/gradients.py", str(tmp_path))
+    done = run(torchrun("tests/gradients.py", tmp_path))
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "gradients.pt")
     assert found["processes"] == 2

@@ -7,9 +7,9 @@ import shlex
 import pytest
 import yaml
 from processes import ROOT
-from recipe_runs import KEYS, recipe
+from recipe_runs import KEYS, option_classes, recipe
 
-from nlpxfer.config import REFUSED_OPTIONS, DataOptions, RunOptions, parse
+from nlpxfer.config import REFUSED_OPTIONS, parse
 from nlpxfer.methods import REGISTRY
 
 LINE = re.compile(r"(?P<key>\w+): (?P<value>[^#]+?)  # (?P<help>.+)")
@@ -21,20 +21,16 @@ def yaml_of(key):
 
 def own_options(key):
     """The recipe's options without those that it takes over from TrainingArguments as they are."""
-    module = recipe(key)
-    classes = [value for name, value in vars(module).items() if name.endswith("Options") and dataclasses.is_dataclass(value)]
-    own = [cls for cls in classes if cls.__module__ == module.__name__]
-    assert len(own) == 1
     fields = {}
-    for cls in (*own, DataOptions, RunOptions):
+    for cls in option_classes(key):
         declared = cls.__dict__["__annotations__"]
         fields |= {f.name: f for f in dataclasses.fields(cls) if f.name in declared and f.name not in REFUSED_OPTIONS}
-    return (DataOptions, own[0], RunOptions), fields
+    return fields
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_each_line_is_an_option_with_its_default_and_its_help(key):
-    _, fields = own_options(key)
+    fields = own_options(key)
     lines = [line for line in yaml_of(key).read_text().splitlines() if line and not line.startswith("#")]
     found = {}
     for line in lines:
@@ -46,7 +42,7 @@ def test_each_line_is_an_option_with_its_default_and_its_help(key):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_file_is_accepted_and_changes_nothing(key, tmp_path):
-    classes, _ = own_options(key)
+    classes = option_classes(key)
     words = ["--output_dir", str(tmp_path)]
     with_file, without = (parse(classes, [*first, *words]) for first in ([str(yaml_of(key))], []))
     for one, other in zip(with_file, without, strict=True):
@@ -56,7 +52,7 @@ def test_the_file_is_accepted_and_changes_nothing(key, tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_commands_in_the_header_can_be_read(key):
-    classes, _ = own_options(key)
+    classes = option_classes(key)
     commands = re.findall(r"^#     (.+)$", yaml_of(key).read_text(), flags=re.MULTILINE)
     assert len(commands) >= 2
     for command in commands:
@@ -85,7 +81,7 @@ def test_no_recipe_without_a_method():
 def test_main_uses_the_same_options_as_this_test(monkeypatch, tmp_path):
     """The classes found by name are those that `main` parses."""
     for key in KEYS:
-        classes, _ = own_options(key)
+        classes = option_classes(key)
         asked = []
 
         def stop(types, argv, asked=asked):

@@ -6,10 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from processes import run_python
+import torch
+from processes import python
+from processes import run as run_program
 from recipe_runs import KEYS, call, finished, refused, tiny_words
 from tiny import LABELS, build_checkpoint, make_rows, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
+
+from nlpxfer.config import RunOptions
 
 PLAIN_FILES = {
     "README.md",
@@ -44,7 +48,7 @@ def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
 
 
 def distil(tiny_data, folder, teacher, *words):
-    plan = tiny_words(tiny_data, key="distill")
+    plan = tiny_words(tiny_data)
     return finished("distill", folder, *plan, "--teacher_name_or_path", teacher, *words)
 
 
@@ -72,7 +76,7 @@ def relabelled(teacher, folder, order):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_folder_keeps_the_contract(key, tiny_data, bert, tmp_path):
-    run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert, key=key))
+    run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert))
     found = {path.name for path in run.folder.iterdir()}
     assert found == PLAIN_FILES | ({"teacher"} if key == "distill" else set())
     for path in run.folder.rglob("*"):
@@ -94,20 +98,25 @@ def test_arms_of_finetune(tiny_data, bert, tmp_path):
     report = run.report
     assert [arm["name"] for arm in report["arms"]] == ["fine-tuned", "no transfer (TF-IDF)", "majority class"]
     assert report["verdict"]["versus"] == "no transfer (TF-IDF)"
-    difference = run.arm("fine-tuned")["metrics"]["test"]["accuracy"] - report["arms"][1]["metrics"]["test"]["accuracy"]
+    difference = (
+        run.arm("fine-tuned")["metrics"]["test"]["accuracy"] - report["arms"][1]["metrics"]["test"]["accuracy"]
+    )
     assert report["verdict"]["gain"] == pytest.approx(difference)
     assert report["metrics"] == run.arm("fine-tuned")["metrics"]
 
 
 def test_a_teacher_on_the_spot(tiny_data, bert, tmp_path):
-    run = finished("distill", tmp_path / "out", *tiny_words(tiny_data, bert, key="distill"))
+    run = finished("distill", tmp_path / "out", *tiny_words(tiny_data, bert))
     report = run.report
     assert [arm["name"] for arm in report["arms"]] == ["teacher", "control", "distilled", "majority class"]
     assert report["verdict"]["treated"] == "distilled"
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"] < run.arm("teacher")["parameters"]
     steps = {arm["name"]: arm["details"]["steps"] for arm in report["arms"][:3]}
     assert steps == {"teacher": 8, "control": 8, "distilled": 8}
-    assert set(report["checks"]["speed_ratio"]) == {"distilled/teacher", "control/teacher"} or report["checks"]["speed_ratio"]
+    assert (
+        set(report["checks"]["speed_ratio"]) == {"distilled/teacher", "control/teacher"}
+        or report["checks"]["speed_ratio"]
+    )
     kept = run.arm("distilled")["metrics"]["test"]["accuracy"] / run.arm("teacher")["metrics"]["test"]["accuracy"]
     assert report["checks"]["teacher"]["retention"] == pytest.approx(kept)
     assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 2
@@ -141,7 +150,7 @@ def test_layers_of_the_student(words, layers, tiny_data, teacher, tmp_path, capl
 
 def test_a_student_of_another_family(tiny_data, tiny_checkpoint, bert, tmp_path):
     """GPT-2 teaches BERT: other weights, other tokenizer, other ids."""
-    words = tiny_words(tiny_data, tiny_checkpoint("gpt2"), key="distill")
+    words = tiny_words(tiny_data, tiny_checkpoint("gpt2"))
     run = finished("distill", tmp_path / "out", *words, "--student_name_or_path", bert)
     assert AutoConfig.from_pretrained(run.folder).model_type == "bert"
     assert AutoConfig.from_pretrained(run.folder / "teacher").model_type == "gpt2"
@@ -176,15 +185,19 @@ def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teach
 
 @pytest.mark.parametrize("key", KEYS)
 def test_without_a_control_arm_nothing_is_claimed(key, tiny_data, bert, tmp_path):
-    run = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
+    run = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert), "--control_arm", "false")
     verdict = run.report["verdict"]
-    assert (verdict["gain"], verdict["call"], verdict["reason"]) == (None, "unclear", "the control arm was switched off")
+    assert (verdict["gain"], verdict["call"], verdict["reason"]) == (
+        None,
+        "unclear",
+        "the control arm was switched off",
+    )
     assert not {"control", "no transfer (TF-IDF)"} & {arm["name"] for arm in run.report["arms"]}
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
-    words = [*tiny_words(tiny_data, bert, key=key), "--linear_probe", "false", "--max_train_samples", "64"]
+    words = [*tiny_words(tiny_data, bert), "--linear_probe", "false", "--max_train_samples", "64"]
     run = finished(key, tmp_path / "out", *words, "--num_seeds", "2")
     name = run.report["arms"][2]["name"] if key == "distill" else "fine-tuned"
     arm = run.arm(name)
@@ -200,7 +213,7 @@ def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
 
 
 def test_predictions_are_those_of_a_pipeline_in_a_new_process(tiny_data, bert, tmp_path):
-    words = [*tiny_words(tiny_data, bert, epochs=2, key="distill", rate="3e-3"), "--save_predictions", "true"]
+    words = [*tiny_words(tiny_data, bert, epochs=2, rate="3e-3"), "--save_predictions", "true"]
     run = finished("distill", tmp_path / "out", *words)
     found = run.logits_of("test")
     assert len(found) == 80
@@ -214,7 +227,7 @@ def test_predictions_are_those_of_a_pipeline_in_a_new_process(tiny_data, bert, t
         "for folder in sys.argv[2:]:\n"
         "    print(json.dumps(pipeline('text-classification', folder, device='cpu')(texts)))\n"
     )
-    done = run_python("-W", "ignore", "-c", program, str(tiny_data.test), str(run.folder), str(run.folder / "teacher"))
+    done = run_program(python("-W", "ignore", "-c", program, tiny_data.test, run.folder, run.folder / "teacher"))
     assert done.returncode == 0, done.stderr
     student, teacher = (json.loads(line) for line in done.stdout.splitlines())
     assert [one["label"] for one in student] == [row["predicted"] for row in found]
@@ -234,7 +247,9 @@ def test_early_stopping(tiny_data, bert, tmp_path):
 def test_the_best_weights_are_kept(tiny_data, bert, tmp_path):
     words = [*tiny_words(tiny_data, bert, epochs=4, rate="3e-3"), "--control_arm", "false"]
     run = finished("finetune", tmp_path / "out", *words)
-    history = [line["eval_accuracy"] for line in run.arm("fine-tuned")["details"]["history"] if "eval_accuracy" in line]
+    history = [
+        line["eval_accuracy"] for line in run.arm("fine-tuned")["details"]["history"] if "eval_accuracy" in line
+    ]
     assert len(history) == 4
     assert run.report["metrics"]["validation"]["accuracy"] == pytest.approx(max(history))
 
@@ -278,7 +293,7 @@ def test_text_pairs(family, tiny_checkpoint, tmp_path):
     words = ["--train_file", path, "--text_pair_column", "second", "--model_name_or_path", tiny_checkpoint(family)]
     quick = tiny_words(type("Files", (), {"train": path, "validation": path, "test": path}))
     own = [word for word in quick if word not in ("--train_file", "--validation_file", "--test_file", str(path))]
-    run = finished("distill", tmp_path / "out", *own, *words, "--teacher_num_train_epochs", "1")
+    run = finished("distill", tmp_path / "out", *own, *words)
     assert run.report["data"]["rows"] == {"train": 160, "validation": 20, "test": 20}
     assert run.report["data"]["classes"] == 2
     assert "text_pair" in (run.folder / "README.md").read_text()
@@ -286,13 +301,13 @@ def test_text_pairs(family, tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_overwriting_waits_until_the_new_run_can_start(key, tiny_data, bert, tmp_path):
-    first = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
+    first = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert), "--control_arm", "false")
     before = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    words = tiny_words(tiny_data, tmp_path / "missing", key=key)
+    words = tiny_words(tiny_data, tmp_path / "missing")
     failed = call(key, tmp_path / "out", *words, "--overwrite", "true")
     assert failed.code == 2
     assert {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
-    words = [*tiny_words(tiny_data, bert, key=key), "--control_arm", "false", "--seed", "5"]
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false", "--seed", "5"]
     again = finished(key, tmp_path / "out", *words, "--overwrite", "true")
     assert again.run["seeds"] == [5]
 
@@ -315,7 +330,7 @@ def test_the_bundled_data_are_announced(tmp_path, bert, caplog):
 
 
 def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_is_trained(tiny_data, bert, tmp_path, caplog):
-    words = tiny_words(tiny_data, bert, key="distill")
+    words = tiny_words(tiny_data, bert)
     caplog.set_level("INFO", logger="nlpxfer")
     message = refused("distill", tmp_path / "out", *words, "--student_layers", "0,9")
     assert "the model has 0 to 3" in message
@@ -323,3 +338,65 @@ def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_is_trained(
     message = refused("distill", tmp_path / "other", *words, "--student_name_or_path", wide)
     assert "max_length: 32 is longer than the 16 tokens" in message
     assert "seed 42" not in caplog.text
+
+
+RECOMPUTE = "activation_checkpointing" if hasattr(RunOptions, "activation_checkpointing") else "gradient_checkpointing"
+TRAINING_OPTIONS = {
+    "steps": ["--max_steps", "3"],
+    "score every two steps": "--eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2".split(),
+    "never score": ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
+    "save the best": ["--save_strategy", "best"],
+    "save one": ["--save_total_limit", "1"],
+    "weights only": ["--save_only_model", "true"],
+    "best by loss": ["--metric_for_best_model", "loss"],
+    "best by macro-F1": ["--metric_for_best_model", "macro_f1"],
+    "random batches": ["--train_sampling_strategy", "random"],
+    "workers": ["--dataloader_num_workers", "1"],
+    "drop the last": ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "28"],
+    "one large batch": ["--per_device_train_batch_size", "500"],
+    "recompute": [f"--{RECOMPUTE}", "true"],
+    "other optimizer": ["--optim", "adafactor"],
+    "schedule": ["--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
+    "smoothing": ["--label_smoothing_factor", "0.1"],
+    "no clipping": ["--max_grad_norm", "0"],
+    "log all": ["--logging_steps", "1", "--logging_first_step", "true"],
+    "part of an epoch": ["--num_train_epochs", "0.5"],
+    "score at the start": ["--eval_on_start", "true"],
+    "all deterministic": ["--full_determinism", "true"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_OPTIONS)
+def test_options_of_training(name, tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false", "--linear_probe", "false"]
+    for option in TRAINING_OPTIONS[name][::2]:
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    run = finished("finetune", tmp_path / "out", *words, *TRAINING_OPTIONS[name])
+    steps = {"steps": 3, "part of an epoch": 4, "one large batch": 1}.get(name, 8)
+    assert run.arm("fine-tuned")["details"]["steps"] == steps
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_bfloat16(tiny_data, bert, tmp_path):
+    words = tiny_words(tiny_data, bert)
+    words[words.index("--bf16") + 1] = "true"
+    run = finished("distill", tmp_path / "out", *words, "--save_predictions", "true")
+    assert run.report["checks"]["precision"]["bf16"] is True
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_mean_pooling_of_teacher_and_student(tiny_data, bert, tmp_path, caplog):
+    """The layer that computes the mean is no layer to choose from, and is not added to one that is there."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    words = [*tiny_words(tiny_data, bert), "--student_layers", "even", "--student_num_layers", "2"]
+    run = finished("distill", tmp_path / "out", *words, "--pooling", "mean")
+    assert AutoConfig.from_pretrained(run.folder / "teacher").num_hidden_layers == 5
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 3
+    messages = [record.getMessage() for record in caplog.records]
+    kept = {line.partition(":")[0] for line in messages if line.startswith("Kept layers")}
+    assert kept == {"Kept layers [0, 3] of 4", "Kept layers [0, 3] of 5"}
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+    again = finished("finetune", tmp_path / "again", *tiny_words(tiny_data, run.folder), "--pooling", "mean")
+    assert AutoConfig.from_pretrained(again.folder).num_hidden_layers == 3

@@ -27,7 +27,7 @@ def words(tiny_data, tiny_checkpoint):
     """
     own = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--max_train_samples", "60"]
     model = tiny_checkpoint("bert", dropout=0.1)
-    return {key: [*tiny_words(tiny_data, model, epochs=3, key=key), *own] for key in ("finetune", "distill")}
+    return {key: [*tiny_words(tiny_data, model, epochs=3), *own] for key in ("finetune", "distill")}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +52,12 @@ def signal_at(monkeypatch, step, arm, number=signal.SIGTERM, times=1):
     monkeypatch.setattr(TransferTrainer, "training_step", training_step)
 
 
-def interrupted(key, folder, words, monkeypatch, step, arm, **options):
+def interrupted(key, folder, words, monkeypatch, step, arm, of=24, **options):
     with monkeypatch.context() as patch:
         signal_at(patch, step, arm, **options)
         ended = call(key, folder, *words)
     assert ended.code == 75, ended.err
-    assert f"at step {step + 1} of 24" in ended.err
+    assert f"at step {step + 1} of {of}" in ended.err
     assert "--resume_from_checkpoint true" in ended.err
     assert not (folder / "report.json").exists()
     checkpoint = folder / "checkpoints" / f"{arm}-42" / f"checkpoint-{step + 1}"
@@ -117,17 +117,13 @@ def test_interrupted_twice(words, whole, tmp_path, monkeypatch):
 
 
 def test_early_stopping_does_not_forget_how_long_it_waited(words, tmp_path, monkeypatch):
-    """No step changes a prediction, so the first score stays the best: stop after two more, interrupted or not."""
-    own = list(words["finetune"])
+    """No step changes a prediction, so the first score stays the best: two more end the run at step 24, not at 32."""
+    own = [*words["finetune"], "--early_stopping_patience", "2", "--control_arm", "false"]
     own[own.index("--learning_rate") + 1] = "1e-12"
-    own += ["--early_stopping_patience", "2", "--control_arm", "false"]
-    own[own.index("--num_train_epochs") + 1] = "3"
-    plain = finished("finetune", tmp_path / "plain", *own[:-4], "--control_arm", "false", "--early_stopping_patience", "1")
-    assert plain.arm("fine-tuned")["details"]["steps"] == 16
-    patient = [*own[:-4], "--control_arm", "false", "--early_stopping_patience", "1"]
-    interrupted("finetune", tmp_path / "out", patient, monkeypatch, 10, "fine-tuned")
-    again = finished("finetune", tmp_path / "out", *patient, *RESUME)
-    assert again.arm("fine-tuned")["details"]["steps"] == 16
+    own[own.index("--num_train_epochs") + 1] = "5"
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 19, "fine-tuned", of=40)
+    again = finished("finetune", tmp_path / "out", *own, *RESUME)
+    assert again.arm("fine-tuned")["details"]["steps"] == 24
 
 
 def test_a_damaged_checkpoint_is_skipped(words, whole, tmp_path, monkeypatch, caplog):

@@ -61,12 +61,16 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     ModernBERT: `config.classifier_pooling = "mean"`, no cost. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT:
     one more layer, as the module says, which costs the memory and time of one layer; its head reads LayerNorm(mean).
     The layer trains like any other, save that its queries and keys get no gradient at 0: it stays a mean. Cut layers
-    (`slice_layers`) before, not after. The original is untouched.
+    (`slice_layers`) before, not after. The original is untouched, and nothing is
+    added to a model that has such a layer.
 
     Raises:
         CheckpointError: The family cannot express a mean; lists those that can.
     """
     family = model.config.model_type
+    if has_mean_layer(model):
+        logger.info("Mean pooling: the last layer computes the mean already.")
+        return copy.deepcopy(model)
     if family == "modernbert":
         pooled = copy.deepcopy(model)
         pooled.config.classifier_pooling = "mean"
@@ -88,6 +92,16 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     check_reload(pooled, reason="adding a layer that computes the mean")
     logger.info("Mean pooling: added layer %d, which computes the mean of the token states.", count)
     return pooled
+
+
+def has_mean_layer(model: PreTrainedModel) -> bool:
+    """Whether the last layer is one that `use_mean_pooling` added: its queries and keys stay 0 in training."""
+    names = _POST_NORM.get(model.config.model_type)
+    if names is None or getattr(model.config, "is_decoder", False):
+        return False
+    last = model_layers(model)[1][-1]
+    queries_and_keys = [last.get_parameter(f"{name}.weight") for name in names["zero"][:2]]
+    return not any(bool(weight.any()) for weight in queries_and_keys)
 
 
 def _compute_mean_(layer: nn.Module, names: Mapping[str, Sequence[str]]) -> None:

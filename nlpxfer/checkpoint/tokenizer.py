@@ -36,7 +36,7 @@ _PROBE_TEXTS: Final = ("The quick brown fox jumps over the lazy dog.", "where is
 
 
 def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a checkpoint folder.
+    """Load the tokenizer of a checkpoint folder; it pads on the right, as training does.
 
     Raises:
         CheckpointError: The folder has no tokenizer, it cannot be read, or the class that transformers picks for the
@@ -63,6 +63,8 @@ def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase:
             why="A tokenizer file is damaged, or needs a package that is not installed.",
         ) from error
     _compare_with_file(tokenizer, folder, name)
+    # with padding on the left, the positions of most families shift with the longest row of the batch
+    tokenizer.padding_side = "right"
     return tokenizer
 
 

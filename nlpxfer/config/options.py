@@ -111,6 +111,14 @@ class DataOptions:
             not (self.dataset_name and self.train_file),
             "dataset_name and train_file: give one of the two, not both",
         )
+        require(
+            faults,
+            self.dataset_name is not None or self.dataset_config_name is None,
+            "dataset_config_name: needs dataset_name",
+        )
+        for split in ("validation", "test"):
+            given = getattr(self, f"{split}_file") and getattr(self, f"{split}_share") != 0.1
+            require(faults, not given, f"{split}_share: does nothing beside {split}_file")
         require(faults, self.data_split_seed >= 0, f"data_split_seed: {self.data_split_seed} is negative")
         if faults:
             raise ConfigError.from_faults(faults)
@@ -126,6 +134,7 @@ class RunOptions(TrainingArguments):
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
+    dropout: float | None = option(None, "Dropout while training. Default: the model's own.")
     pooling: Literal["own", "mean"] = option("own", "Which state the head reads: the model's own, or the mean.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better score; 0: never.")
     save_predictions: bool = option(False, "Write predictions/validation.jsonl and predictions/test.jsonl.")
@@ -160,7 +169,7 @@ class RunOptions(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        self.bf16_chosen_by = "user" if self.bf16 is not None else "measured"
+        self.chosen_output_dir = self.output_dir  # transformers puts a name of its own where there is none
         self.wanted_bf16 = self.bf16
         if self.bf16 is None:
             self.bf16 = False
@@ -195,6 +204,7 @@ class RunOptions(TrainingArguments):
         require(faults, limit is None or limit >= 1, f"save_total_limit: {limit} is below 1")
         require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")
         require(faults, self.num_train_epochs > 0, f"num_train_epochs: {self.num_train_epochs} is not positive")
+        require(faults, self.dropout is None or 0 <= self.dropout < 1, f"dropout: {self.dropout} is not in [0, 1)")
         require(faults, self.learning_rate > 0, f"learning_rate: {self.learning_rate} is not positive")
         require(faults, self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -34,6 +34,7 @@ from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, sea
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
+from nlpxfer.train.regime import set_dropout_
 from nlpxfer.train.trainer import TransferTrainer
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def train_arm(
     options = copy.copy(options)
     folder = Path(str(options.output_dir)) / "checkpoints" / f"{name}-{seed}"
     options.output_dir, options.seed = str(folder), seed
+    options.push_to_hub = False  # `Run.finish` pushes, once; the Trainer would make the repository at once
     identity = RunIdentity({**facts, "arm": name, "seed": seed}, _topology(options))
     finished = folder / FINISHED
     if options.resume and finished.is_dir() and not damage(finished):
@@ -126,7 +128,7 @@ def train_arm(
     seed_everything(seed)
     checkpoint = build()
     model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
-    model.to(options.device)
+    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer, multiple_of=1 if options.use_cpu else 8)
     start = time.perf_counter()
@@ -153,7 +155,7 @@ def train_arm(
         "probe": vars(probe) if probe else None,
         "history": [_numbers(line) for line in trainer.state.log_history],
     }
-    _finish(trainer, finished, record, schema, identity)
+    _finish(trainer, finished, record, checkpoint.tokenizer, schema, identity)
     model = _plain_model(trainer, finished, schema, options)
     return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)
 
@@ -168,6 +170,8 @@ def _prepare_(
         bf16 = bool(options.bf16)
         probe = start_from_linear_probe_(model, splits.train, splits.validation, collator, bf16=bf16, quiet=quiet)
     model.requires_grad_(True)
+    if options.dropout is not None:
+        set_dropout_(model, options.dropout)
     if options.freeze_embeddings:
         for _, parameter in embedding_parameters(model):
             parameter.requires_grad_(False)
@@ -193,7 +197,12 @@ def _numbers(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _finish(
-    trainer: TransferTrainer, folder: Path, record: Mapping[str, Any], schema: LabelSchema, identity: RunIdentity
+    trainer: TransferTrainer,
+    folder: Path,
+    record: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    schema: LabelSchema,
+    identity: RunIdentity,
 ) -> None:
     """Keep the trained model and its cost; with a sharded model all processes take part in gathering it."""
     model = unwrapped(trainer)
@@ -201,7 +210,7 @@ def _finish(
         trainer.save_model(str(folder))
     elif is_main_process():
         refuse_not_finite(model)
-        save_classifier(model, trainer.processing_class, schema, folder)
+        save_classifier(model, tokenizer, schema, folder)
     wait_for_everyone()
     if is_main_process():
         write_json(folder / "arm.json", dict(record))
@@ -216,22 +225,23 @@ def unwrapped(trainer: TransferTrainer) -> PreTrainedModel:
 
     With that wrapper left on, a model would go on computing in bfloat16 where float32 is meant.
     """
-    model: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
-    return model
+    plain: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.network, keep_fp32_wrapper=False)
+    return plain
 
 
 def _plain_model(
     trainer: TransferTrainer, finished: Path, schema: LabelSchema, options: RunOptions
 ) -> PreTrainedModel:
     if trainer.is_fsdp_enabled:
-        model = load_classifier(str(finished), schema=schema).model.to(options.device)
+        model = load_classifier(str(finished), schema=schema).model
+        model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     else:
         model = unwrapped(trainer)
     # a DDP wrapper that outlives the process group can hang at exit
-    trainer.model_wrapped = trainer.model
+    trainer.model_wrapped = trainer.network
     trainer.accelerator.free_memory()
     model.requires_grad_(True)
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     return model
 
 
@@ -248,7 +258,8 @@ def _load_finished(
     logger.warning("%s, seed %d: already trained", name, seed)
     checkpoint = load_classifier(str(folder), schema=schema)
     record = json.loads((folder / "arm.json").read_text(encoding="utf-8"))
-    model = checkpoint.model.to(options.device)
+    model = checkpoint.model
+    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)

@@ -14,9 +14,9 @@ def check_reporters(names: Sequence[str]) -> None:
     Raises:
         ConfigError: Lists the packages that are installed.
     """
-    from transformers.integrations import get_available_reporting_integrations
+    from transformers import integrations
 
-    installed = get_available_reporting_integrations()
+    installed: list[str] = integrations.get_available_reporting_integrations()  # type: ignore[attr-defined, no-untyped-call]
     missing = [name for name in names if name not in installed]
     if missing:
         raise ConfigError(

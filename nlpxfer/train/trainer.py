@@ -23,7 +23,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    TrainingArguments,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -49,6 +50,7 @@ from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal, write_
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.predict import predict
+from nlpxfer.train.regime import training_attention
 from nlpxfer.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
@@ -97,6 +99,8 @@ class TransferTrainer(Trainer):
         identity: RunIdentity,
     ) -> None:
         self.method = method
+        self.options = options
+        self.rows = train_rows
         self.identity = identity
         self.score = metrics
         self.tokens_seen = 0
@@ -133,16 +137,19 @@ class TransferTrainer(Trainer):
         folder = Path(str(self.args.output_dir))
         checkpoint = None
         if resume and folder.is_dir():
-            allowed = self.args.allow_topology_change
+            allowed = self.options.allow_topology_change
             checkpoint = newest_verified(folder, self.identity, allow_topology_change=allowed)
             if checkpoint is not None:
                 logger.warning("resuming from %s", checkpoint.name)
                 self._restore_cost(checkpoint)
             else:
                 logger.warning("no checkpoint to resume from: training from the start")
-        self.args.restore_callback_states_from_checkpoint = checkpoint is not None  # how patient early stopping still is
+        self.args.restore_callback_states_from_checkpoint = (
+            checkpoint is not None
+        )  # how patient early stopping still is
         self.started = time.perf_counter()
-        with self.stop.listening():
+        attention = training_attention(self.network, bf16=bool(self.args.bf16), device=self.args.device)
+        with self.stop.listening(), attention:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.stop.asked:
             raise Interrupted(
@@ -150,6 +157,11 @@ class TransferTrainer(Trainer):
                 "a checkpoint is saved.",
                 fix="the same command with --resume_from_checkpoint true",
             )
+
+    @property
+    def network(self) -> PreTrainedModel:
+        """The model as it is now: its weights may lie in shards."""
+        return cast("PreTrainedModel", self.model)
 
     @property
     def seconds(self) -> float:
@@ -173,9 +185,10 @@ class TransferTrainer(Trainer):
         for name, term in terms.items():
             total = total + term.weight * term.rows_B.sum() / num_items_in_batch[name].clamp(min=1)
         # gradients are averaged over processes, and the counts are of all processes together
-        return total * inputs[COUNTS] * self.accelerator.num_processes
+        share: Tensor = total * inputs[COUNTS] * self.accelerator.num_processes
+        return share
 
-    def get_batch_samples(
+    def get_batch_samples(  # type: ignore[override]  # the counts go to `compute_loss` alone
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], dict[str, Tensor] | None]:
         """The micro-batches of one optimizer step, and how many rows each loss term counts in all of them."""
@@ -218,7 +231,7 @@ class TransferTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - a number or a tensor
         """The gradient norm, before the optimizer takes the step; with fp16 the scaler deals with overflows itself."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = super()._get_grad_norm(model, grad_norm)  # type: ignore[no-untyped-call]
         if not self.args.fp16 and not math.isfinite(norm):
             raise NotFiniteError(
                 f"The gradient became {float(norm)} after step {self.state.global_step}; nothing of it was saved.",
@@ -232,12 +245,11 @@ class TransferTrainer(Trainer):
         return int(self.step_flops * inputs["input_ids"].numel())
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | EvenSampler:  # noqa: ANN401
-        rows = (self.train_dataset if train_dataset is None else train_dataset).rows
         a_round = self.args.train_batch_size * world()[1]
         together = a_round * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        self.sampler = LengthGroupedSampler(rows.lengths, together, seed=seed, grouped=grouped)
+        self.sampler = LengthGroupedSampler(self.rows.lengths, together, seed=seed, grouped=grouped)
         uneven = world()[1] > 1 and not self.args.dataloader_drop_last
         return EvenSampler(self.sampler, a_round) if uneven else self.sampler
 
@@ -252,7 +264,7 @@ class TransferTrainer(Trainer):
         """Scores of all rows of the data loader's data set, from whole predictions."""
         rows: TokenisedRows = dataloader.dataset
         logits = predict(
-            self.model,
+            self.network,
             rows,
             self.pad,
             batch_size=self.args.per_device_eval_batch_size,
@@ -267,7 +279,7 @@ class TransferTrainer(Trainer):
         return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=scores, num_samples=len(rows))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
-        refuse_not_finite(self.model)
+        refuse_not_finite(self.network)
         with quiet_transformers():
             super()._save_checkpoint(model, trial)
         wait_for_everyone()
@@ -286,7 +298,12 @@ class ProgressBar(ProgressCallback):
     """The stock bar with its estimate of the time left, without the log lines in between."""
 
     def on_log(
-        self, args: RunOptions, state: TrainerState, control: TrainerControl, logs: object = None, **kwargs: object
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: object,
     ) -> None:
         """Print nothing: scores are logged by `evaluation_loop`, losses go to `report_to`."""
 
@@ -297,7 +314,9 @@ class EpochOrder(TrainerCallback):
     def __init__(self, trainer: TransferTrainer) -> None:
         self.trainer = trainer
 
-    def on_epoch_begin(self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         """Set the sampler's epoch."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
@@ -313,7 +332,7 @@ class StopOnSignal(TrainerCallback):
         return _Listening(self)
 
     def on_step_end(
-        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Ask the Trainer to save and stop, in all processes at the same step."""
         if self._asked_anywhere(args):
@@ -323,14 +342,14 @@ class StopOnSignal(TrainerCallback):
         return control
 
     def on_epoch_end(
-        self, args: RunOptions, state: TrainerState, control: TrainerControl, **kwargs: object
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Keep the Trainer from scoring the epoch that was broken off, which an uninterrupted run would not do."""
         if self.stopping and not float(state.epoch or 0).is_integer():
             control.should_evaluate = control.should_save = False
         return control
 
-    def _asked_anywhere(self, args: RunOptions) -> bool:
+    def _asked_anywhere(self, args: TrainingArguments) -> bool:
         if world()[1] == 1:
             return self.asked
         flag = torch.tensor(int(self.asked), device=args.device)

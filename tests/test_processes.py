@@ -1,0 +1,97 @@
+"""Recipes under their launchers: two processes, interruption from outside, and what accelerate keeps silent about."""
+
+import hashlib
+import json
+import re
+
+import pytest
+from processes import accelerate_launch, python, run, torchrun
+from recipe_runs import QUICK, call, files, finished
+from safetensors.torch import load_file
+
+pytestmark = pytest.mark.processes
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def words(tiny_data, tiny_checkpoint):
+    """61 rows, which neither two processes nor batches of eight divide; long enough to be interrupted."""
+    model = ["--model_name_or_path", str(tiny_checkpoint("bert"))]
+    return [*QUICK, *files(tiny_data), *model, "--max_train_samples", "61", "--num_train_epochs", "15"]
+
+
+def sealed(folder):
+    """Steps of the checkpoints that were written to their end."""
+    found = folder.glob("checkpoint-*/manifest.json")
+    return sorted(int(path.parent.name.rpartition("-")[2]) for path in found)
+
+
+def test_two_processes_interrupted_and_resumed_give_what_one_process_gives(words, tmp_path):
+    """Scores agree to rounding: sums over two shares are added in another order than sums over the whole."""
+    plan = [*words, "--teacher_num_train_epochs", "2", "--learning_rate", "1e-4"]
+    shares = ["--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
+    student = tmp_path / "two" / "checkpoints" / "distilled-42"
+    command = torchrun("recipes/distill.py", *plan, *shares)
+    broken_off = run(command, interrupt_if=lambda: sealed(student))
+    assert broken_off.returncode != 0
+    assert re.search(r"asked to stop at step \d+ of 120", broken_off.stderr), broken_off.stderr
+    assert sealed(student)
+    assert not (tmp_path / "two" / "report.json").exists()
+
+    one_process = call("distill", tmp_path / "two", *plan, *shares[:2], "--resume_from_checkpoint", "true")
+    assert one_process.code == 2
+    assert "processes: was 2, is 1" in one_process.err
+
+    resumed = run([*command, "--resume_from_checkpoint", "true"])
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout.count("transfer: ") == 1, "one process alone reports"
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "two")] == []
+
+    one = finished("distill", tmp_path / "one", *plan, "--per_device_train_batch_size", "8")
+    names = {path.name for path in one.folder.iterdir()}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names
+    report = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert report["checks"]["processes"] == 2
+    for mine, theirs in zip(report["arms"], one.report["arms"], strict=True):
+        assert mine["name"] == theirs["name"]
+        for name in ("steps", "tokens"):
+            assert mine["details"].get(name) == theirs["details"].get(name), (mine["name"], name)
+        for split in ("validation", "test"):
+            assert mine["metrics"][split]["loss"] == pytest.approx(theirs["metrics"][split]["loss"], rel=1e-4)
+            assert mine["metrics"][split]["accuracy"] == pytest.approx(theirs["metrics"][split]["accuracy"], abs=0.03)
+    weights, expected = (load_file(folder / "model.safetensors") for folder in (tmp_path / "two", one.folder))
+    name = "bert.encoder.layer.0.attention.self.value.weight"
+    start = load_file(tmp_path / "one" / "teacher" / "model.safetensors")[name]
+    moved = (expected[name] - start).norm()
+    assert (weights[name] - expected[name]).norm() < 0.01 * moved
+
+
+def test_a_program_that_is_terminated_can_be_resumed(words, tmp_path):
+    own = [*words, "--learning_rate", "1e-3", "--control_arm", "false"]
+    arm = tmp_path / "out" / "checkpoints" / "fine-tuned-42"
+    command = python("recipes/finetune.py", *own, "--output_dir", tmp_path / "out")
+    done = run(command, interrupt_if=lambda: sealed(arm))
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "--resume_from_checkpoint true" in done.stderr
+    assert len(sealed(arm)) >= 1
+    resumed = finished("finetune", tmp_path / "out", *own, "--resume_from_checkpoint", "true")
+    whole = finished("finetune", tmp_path / "whole", *own)
+    sums = {
+        hashlib.sha256((ended.folder / "model.safetensors").read_bytes()).hexdigest() for ended in (resumed, whole)
+    }
+    assert len(sums) == 1
+    assert resumed.report["metrics"] == whole.report["metrics"]
+
+
+def test_accelerate_with_fewer_processes_than_asked_for_is_refused(words, tmp_path):
+    command = accelerate_launch("--cpu", "--num_processes", "2", "recipes/finetune.py", *words)
+    done = run([*command, "--output_dir", str(tmp_path / "out")])
+    assert done.returncode != 0
+    assert "2 processes were asked for, but 1 is running." in done.stderr
+    assert "torchrun --nproc_per_node 2" in done.stderr
+    assert not (tmp_path / "out").exists()
