@@ -60,7 +60,7 @@ class Size:
     peer_seeds: tuple[int, ...]
 
 
-SMALL = Size(rows=3000, sweep_rows=1504, epochs=3, layers=3, seeds=(42, 43, 44), peer_seeds=(42,))
+SMALL = Size(rows=2000, sweep_rows=992, epochs=3, layers=3, seeds=(42, 43, 44), peer_seeds=(42,))
 SIZES: dict[str, dict[str, Size]] = {
     "small": {"banking77": SMALL, "debian-sections": replace(SMALL, rows=1200, sweep_rows=480)},
     "full": {

@@ -70,15 +70,15 @@ class Size:
 
 
 SMALL = Size(
-    rows=3000,
+    rows=2000,
     stock_epochs=5,
     nlpxfer_epochs=3,
     nlpxfer_seeds=(42, 43, 44),
     stock_seeds=(42,),
     blocks=5,
-    block_steps=25,
-    ablation_rounds=3,
-    ablation_steps=12,
+    block_steps=15,
+    ablation_rounds=2,
+    ablation_steps=8,
 )
 SIZES: dict[str, dict[str, Size]] = {
     "small": {

@@ -326,7 +326,7 @@ def test_faults_that_transformers_finds_are_told_too():
 
 def test_defaults_of_a_run():
     (options,) = parse([RunOptions], [])
-    assert (options.learning_rate, options.num_train_epochs, options.warmup_steps) == (1e-4, 3.0, 0.1)
+    assert (options.learning_rate, options.num_train_epochs, options.warmup_steps) == (1e-4, 2.0, 0.1)
     assert (options.eval_strategy, options.save_strategy, options.report_to) == ("epoch", "epoch", [])
     assert (options.wanted_bf16, options.bf16, options.resume) == (None, False, False)
 

@@ -14,10 +14,10 @@ from transformers import pipeline
 pytestmark = pytest.mark.real
 DATA = ROOT / "data" / "debian-sections"
 BANDS = {
-    "probe": (0.0, 1.0),
-    "fine-tuned": (0.0, 1.0),
-    "no transfer (TF-IDF)": (0.0, 1.0),
-    "distilled": (0.0, 1.0),
+    "probe": (0.57, 0.64),
+    "fine-tuned": (0.68, 0.76),
+    "no transfer (TF-IDF)": (0.59, 0.65),
+    "distilled": (0.48, 0.64),
 }
 """Accuracy on 348 test rows; of the probe on 185 validation rows."""
 
@@ -55,7 +55,6 @@ def test_the_demo_in_small(tmp_path):
     found = run_both(tmp_path)
     outside = {name: found[name] for name, (low, high) in BANDS.items() if not low <= found[name] <= high}
     assert not outside
-    assert found["fine-tuned"] > found["probe"] - 0.05
     classify = pipeline("text-classification", str(tmp_path / "student"), device="cpu")
-    (answer,) = classify("shared library for reading and writing PNG images, development files")
-    assert answer["label"] in ("libs", "libdevel", "graphics")
+    (answer,) = classify("A chess game with a strong computer player and a board in three dimensions.")
+    assert answer["label"] == "games"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import nn
 
 from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
@@ -147,9 +148,10 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
         replace_final_(model, len(names))
     _set_labels_(model, names)
     model.requires_grad_(True)
+    nn.Module.eval(model)
     final = head_of(model)
     fresh = tuple(f"{final.final_name}.{key}" for key, _ in final.final.named_parameters())
-    return replace(source, model=model.eval(), fresh=fresh, head_kept=False)
+    return replace(source, model=model, fresh=fresh, head_kept=False)
 
 
 def load_teacher(

@@ -134,7 +134,7 @@ class RunOptions(TrainingArguments):
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
-    dropout: float | None = option(None, "Dropout while training. Default: the model's own.")
+    dropout: float | None = option(0.0, "Dropout while training; null in a YAML file: the model's own.")
     pooling: Literal["own", "mean"] = option("own", "Which state the head reads: the model's own, or the mean.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better score; 0: never.")
     save_predictions: bool = option(False, "Write predictions/validation.jsonl and predictions/test.jsonl.")
@@ -146,7 +146,7 @@ class RunOptions(TrainingArguments):
         None, "Train in bfloat16. Default: where a measurement finds it faster."
     )
     learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
-    num_train_epochs: float = option(3.0, "Passes over the training rows.")
+    num_train_epochs: float = option(2.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     per_device_train_batch_size: int = option(32, "Rows per process and micro-batch.")
