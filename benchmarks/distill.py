@@ -4,7 +4,7 @@
     NLPXFER_DATA=FOLDER python benchmarks/distill.py --scale full --data banking77
 
 One teacher per data set, fine-tuned by nlpxfer, is shared by all sides and counts on none. The student is its three
-bottom layers with a new head; 3 epochs, batches of 32, temperature and weights alike. Cells of each data set:
+evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and weights alike. Cells of each data set:
 
 - `teacher`, `nlpxfer/<seed>`, and `control/<seed>`: the same student and steps without a teacher
 - `trainer/<seed>`, `textbrewer/<seed>`, `textbrewer-cached/<seed>` (with its own cache of teacher logits)
@@ -112,7 +112,7 @@ class Bench:
         return self._loaded
 
     def student(self, seed: int, source: Checkpoint | None = None) -> Checkpoint:
-        """An untrained student: the bottom layers of the teacher (or of `source`) with a new head."""
+        """An untrained student: evenly spaced layers of the teacher (or of `source`) with a new head."""
         made: Checkpoint = self.recipe.student_of(self.run, self.plan, source or self.taught)(seed)
         return made
 

@@ -44,14 +44,14 @@ class DistillOptions:
     )
     student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
     student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half.")
-    student_layers: str = option("bottom", "Which: bottom, even, or numbers such as 0,2,5.")
+    student_layers: str = option("even", "Which: even, bottom, or numbers such as 0,2,5.")
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
         faults = []
-        if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "bottom"):
+        if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
         if self.student_num_layers is not None and self.student_num_layers < 1:
             faults.append(f"student_num_layers: {self.student_num_layers} is below 1")

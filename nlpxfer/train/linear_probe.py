@@ -155,8 +155,8 @@ def fit_probe(
         accuracy = float(np.mean(fitted.predict(standard_MH) == validation_labels_M))
         if accuracy > best[0]:
             best = (accuracy, penalty, *_rows_per_class(fitted, classes))
-        elif penalty > 9 * best[1]:
-            break  # two strengths in a row were no better
+        elif accuracy < best[0] - 0.02:
+            break  # past the best strength
     accuracy, penalty, weight_CH, bias_C = best
     weight_CH = weight_CH / scale_H
     return weight_CH.astype(np.float32), (bias_C - weight_CH @ mean_H).astype(np.float32), accuracy, penalty
