@@ -123,6 +123,15 @@ def test_it_overfits_one_batch(row, family, tiny_checkpoint, tmp_path):
     assert float(-chosen.mean()) < 0.1
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_training_leaves_no_wrapper_on_the_model(bf16, tiny_checkpoint, tmp_path):
+    """accelerate takes a copy of a prepared model for prepared: without bfloat16, and without its processes' shares."""
+    row = method_row("finetune")
+    before = vars(load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA).model).keys()
+    arm = trained(row, "bert", tiny_checkpoint("bert"), tmp_path, max_steps=1, bf16=bf16)
+    assert vars(arm.model).keys() - before == set()
+
+
 @each_method
 @each_family
 def test_the_saved_folder_gives_the_logits_that_were_scored(row, family, tiny_checkpoint, tmp_path):

@@ -169,15 +169,19 @@ class Collator:
     Attributes:
         pad_token_id: Token that fills the shorter rows.
         padding_side: "right" or "left".
-        multiple_of: Round the padded length up to a multiple of this (8 on GPUs with tensor cores, else 1).
+        multiple_of: Round the padded length up to a multiple of this: see `padding_multiple`.
+        rounded_to: Rounding up stops here: a model may have no position for more.
     """
 
     pad_token_id: int
     padding_side: str = "right"
     multiple_of: int = 1
+    rounded_to: int | None = None
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: PreTrainedTokenizerBase, *, multiple_of: int = 1) -> Collator:
+    def for_tokenizer(
+        cls, tokenizer: PreTrainedTokenizerBase, *, multiple_of: int = 1, rounded_to: int | None = None
+    ) -> Collator:
         """The collator that fits a tokenizer: it pads on the right, whatever side the tokenizer pads.
 
         Left padding, which many decoders' tokenizers ask for, serves generation. In a classifier it moves the first
@@ -188,12 +192,14 @@ class Collator:
         """
         if tokenizer.pad_token_id is None:
             raise DataError("The tokenizer has no padding token.", fix="tokenizer.pad_token = tokenizer.eos_token")
-        return cls(int(tokenizer.pad_token_id), "right", multiple_of)
+        return cls(int(tokenizer.pad_token_id), "right", multiple_of, rounded_to)
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """The batch of B rows: ids, mask and segment ids of shape (B, longest row), and all columns."""
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // self.multiple_of) * self.multiple_of
+        if self.rounded_to is not None:
+            width = max(longest, min(width, self.rounded_to))
         ids = np.full((len(rows), width), self.pad_token_id, dtype=np.int64)
         mask = np.zeros((len(rows), width), dtype=np.int64)
         types = np.zeros((len(rows), width), dtype=np.int64) if "token_type_ids" in rows[0] else None

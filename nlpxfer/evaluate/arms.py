@@ -34,7 +34,7 @@ from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, sea
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
-from nlpxfer.train.regime import set_dropout_
+from nlpxfer.train.regime import float32_head, set_dropout_
 from nlpxfer.train.trainer import TransferTrainer
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 FINISHED = "finished"
+ACCELERATE_MARKS = ("_is_accelerate_prepared", "_original_forward", "forward")
+"""What accelerate leaves on a model. A slice of the model takes them along, and would then be trained as it is: in
+float32 where bfloat16 is meant, and with no gradients from other processes."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,10 @@ def train_arm(
     model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
     model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
-    collator = Collator.for_tokenizer(checkpoint.tokenizer, multiple_of=1 if options.use_cpu else 8)
+    collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
-    probe = _prepare_(model, checkpoint, splits, collator, options)
+    with float32_head(model, enabled=bool(options.bf16)):
+        probe = _prepare_(model, checkpoint, splits, collator, options)
     seed_everything(seed)
     trainer = TransferTrainer(
         model,
@@ -240,6 +244,8 @@ def _plain_model(
     # a DDP wrapper that outlives the process group can hang at exit
     trainer.model_wrapped = trainer.network
     trainer.accelerator.free_memory()
+    for mark in ACCELERATE_MARKS:
+        vars(model).pop(mark, None)
     model.requires_grad_(True)
     model.eval()  # type: ignore[no-untyped-call]
     return model

@@ -33,6 +33,7 @@ from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.train.checkpoints import write_json
 from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.predict import predict
+from nlpxfer.train.regime import float32_head
 
 if TYPE_CHECKING:
     from nlpxfer.checkpoint.load import Checkpoint
@@ -133,15 +134,16 @@ def teacher_logits(
         chosen = [texts[int(row)] for row in rows]
         second = None if pairs is None else [pairs[int(row)] for row in rows]
         tokens = tokenise(teacher.tokenizer, chosen, second, max_length=max_length)
-        return predict(
-            teacher.model,
-            tokens,
-            collator,
-            batch_size=batch_size,
-            bf16=bf16,
-            description="teacher logits",
-            quiet=quiet,
-        )
+        with float32_head(teacher.model, enabled=bf16):
+            return predict(
+                teacher.model,
+                tokens,
+                collator,
+                batch_size=batch_size,
+                bf16=bf16,
+                description="teacher logits",
+                quiet=quiet,
+            )
 
     where = Path(folder) if folder else default_cache_folder(identity)
     logits, computed = cached_logits(where, identity, text_keys(texts, pairs), compute)

@@ -49,8 +49,9 @@ from nlpxfer.methods.base import Batch, Method
 from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal, write_json
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.precision import padding_multiple
 from nlpxfer.train.predict import predict
-from nlpxfer.train.regime import training_attention
+from nlpxfer.train.regime import float32_head, training_attention
 from nlpxfer.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
@@ -105,7 +106,9 @@ class TransferTrainer(Trainer):
         self.score = metrics
         self.tokens_seen = 0
         self.seconds_before = 0.0
-        collator = Collator.for_tokenizer(tokenizer, multiple_of=1 if options.use_cpu else 8)
+        multiple = padding_multiple(options.device, bf16=bool(options.bf16))
+        longest = int(train_rows.lengths.max())
+        collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=longest)
         super().__init__(
             model=model,
             args=options,
@@ -149,7 +152,8 @@ class TransferTrainer(Trainer):
         )  # how patient early stopping still is
         self.started = time.perf_counter()
         attention = training_attention(self.network, bf16=bool(self.args.bf16), device=self.args.device)
-        with self.stop.listening(), attention:
+        head = float32_head(self.network, enabled=bool(self.args.bf16 or self.args.fp16))
+        with self.stop.listening(), attention, head:
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if self.stop.asked:
             raise Interrupted(
