@@ -34,7 +34,7 @@ from nlpxfer.cli import recipe_folder
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.run import Run
-from nlpxfer.train.checkpoints import write_json
+from nlpxfer.strict_json import write_json_whole
 
 logger = logging.getLogger("benchmarks")
 
@@ -182,7 +182,7 @@ class Results:
                 continue
             found |= {"cell_seconds": time.perf_counter() - start, "load_before": load, "date": now()}
             self.cells[key] = tidy(found)
-            write_json(self.partial, {"facts": self.facts, "data": self.data, "cells": self.cells})
+            write_json_whole(self.partial, {"facts": self.facts, "data": self.data, "cells": self.cells})
             logger.info("%s: %.0f s", key, found["cell_seconds"])
 
     def get(self, key: str) -> dict[str, Any] | None:
@@ -207,7 +207,7 @@ class Results:
             "skipped": self.skipped,
             "cells": shown,
         }
-        write_json(self.path, document)
+        write_json_whole(self.path, document)
         return self.path
 
 

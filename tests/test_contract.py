@@ -125,7 +125,7 @@ def test_it_overfits_one_batch(row, family, tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_training_leaves_no_wrapper_on_the_model(bf16, tiny_checkpoint, tmp_path):
-    """accelerate takes a copy of a prepared model for prepared: without bfloat16, and without its processes' shares."""
+    """accelerate takes a copy of a prepared model for prepared, and would train it alone and in float32."""
     row = method_row("finetune")
     before = vars(load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA).model).keys()
     arm = trained(row, "bert", tiny_checkpoint("bert"), tmp_path, max_steps=1, bf16=bf16)

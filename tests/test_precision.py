@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nlpxfer.train import precision
-from nlpxfer.train.precision import Precision, bf16_speed_up, choose_precision, computing_in
+from nlpxfer.train.precision import Precision, bf16_speed_up, choose_precision, computing_in, padding_multiple
 
 CPU = torch.device("cpu")
 
@@ -60,3 +60,8 @@ def test_computing_in(bf16, dtype):
         found = layer(torch.ones(1, 3))
     assert found.dtype == dtype
     assert not found.requires_grad
+
+
+@pytest.mark.parametrize(("device", "bf16", "multiple"), [("cpu", False, 1), ("cpu", True, 16), ("cuda", True, 8)])
+def test_padding_multiple(device, bf16, multiple):
+    assert padding_multiple(torch.device(device), bf16=bf16) == multiple

@@ -223,6 +223,13 @@ def test_batch_by_hand(rows):
     assert left["token_type_ids"].tolist() == [[0, 0, 1], [0, 0, 1]]
 
 
+@pytest.mark.parametrize(("rounded_to", "width"), [(None, 4), (6, 4), (3, 3), (2, 3)])
+def test_rounding_up_stops_where_a_model_has_no_more_positions(rows, rounded_to, width):
+    """The longest of these rows has three tokens: it is never cut."""
+    batch = Collator(99, multiple_of=4, rounded_to=rounded_to)([rows[0], rows[2]])
+    assert batch["input_ids"].shape == (2, width)
+
+
 def test_collator_needs_a_padding_token():
     with pytest.raises(DataError, match="no padding token"):
         Collator.for_tokenizer(build_tokenizer("gpt2"))

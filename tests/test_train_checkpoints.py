@@ -6,6 +6,7 @@ import logging
 import pytest
 
 from nlpxfer.errors import ResumeError
+from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import (
     MANIFEST,
     RunIdentity,
@@ -14,7 +15,6 @@ from nlpxfer.train.checkpoints import (
     require_same_run,
     seal,
     sha256_of,
-    write_json,
 )
 
 FACTS = {"learning_rate": 1e-4, "seed": 1, "model": "abc", "labels": ["a", "b"]}
@@ -51,12 +51,12 @@ def test_sha256_by_a_known_number(tmp_path):
 
 def test_json_is_strict_and_written_whole(tmp_path):
     path = tmp_path / "x.json"
-    write_json(path, {"name": "ä"})
+    write_json_whole(path, {"name": "ä"})
     assert path.read_text(encoding="utf-8") == '{\n  "name": "ä"\n}\n'
     with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"loss": float("nan")})
+        write_json_whole(path, {"loss": float("nan")})
     assert json.loads(path.read_text(encoding="utf-8")) == {"name": "ä"}
-    write_json(path, {"name": "b"})
+    write_json_whole(path, {"name": "b"})
     assert [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith(".")] == ["x.json"]
 
 

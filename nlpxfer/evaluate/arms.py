@@ -30,7 +30,8 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.methods.base import Method
-from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal, write_json
+from nlpxfer.strict_json import write_json_whole
+from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
@@ -217,7 +218,7 @@ def _finish(
         save_classifier(model, tokenizer, schema, folder)
     wait_for_everyone()
     if is_main_process():
-        write_json(folder / "arm.json", dict(record))
+        write_json_whole(folder / "arm.json", dict(record))
         seal(folder, identity, int(record["steps"]))
         for checkpoint in folder.parent.glob("checkpoint-*"):  # three times the model's size each
             shutil.rmtree(checkpoint, ignore_errors=True)

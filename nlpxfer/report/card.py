@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 from nlpxfer.report.privacy import scrub, scrub_text
 from nlpxfer.report.report import Arm, Report
-from nlpxfer.report.strict_json import write_text_whole
+from nlpxfer.strict_json import write_text_whole
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard, ModelCardData

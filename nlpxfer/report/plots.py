@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import DataError, LabelError
 from nlpxfer.evaluate.metrics import ClassScores
-from nlpxfer.report.strict_json import replacing
+from nlpxfer.strict_json import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

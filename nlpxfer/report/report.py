@@ -17,7 +17,7 @@ from nlpxfer.errors import ConfigError, DataError
 from nlpxfer.evaluate.cost import Cost
 from nlpxfer.evaluate.interval import Gain, mean_and_spread
 from nlpxfer.report.privacy import scrub
-from nlpxfer.report.strict_json import plain, write_json_whole
+from nlpxfer.strict_json import plain, write_json_whole
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE: Final = "report.json"

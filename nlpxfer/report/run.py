@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import nlpxfer
 from nlpxfer.report.privacy import scrub
-from nlpxfer.report.strict_json import plain, write_json_whole
+from nlpxfer.strict_json import plain, write_json_whole
 
 RUN_FILE: Final = "run.json"
 _PACKAGES: Final = (

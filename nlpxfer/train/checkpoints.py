@@ -10,13 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nlpxfer.errors import ResumeError
+from nlpxfer.strict_json import write_json_whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +46,6 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write strict JSON so that a crash leaves either the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, allow_nan=False, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def seal(folder: Path, identity: RunIdentity, step: int) -> None:
     """Write the manifest of a finished checkpoint, as its last file."""
     files = {
@@ -65,7 +54,7 @@ def seal(folder: Path, identity: RunIdentity, step: int) -> None:
         if path.is_file() and path != folder / MANIFEST
     }
     manifest = {"step": step, "facts": dict(identity.facts), "topology": dict(identity.topology), "files": files}
-    write_json(folder / MANIFEST, manifest)
+    write_json_whole(folder / MANIFEST, manifest)
 
 
 def damage(folder: Path) -> str:

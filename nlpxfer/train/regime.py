@@ -55,8 +55,8 @@ def training_attention(model: PreTrainedModel, *, bf16: bool, device: torch.devi
 def float32_head(model: PreTrainedModel, *, enabled: bool = True) -> Iterator[None]:
     """Under autocast, compute the linear layers of the classification head in the precision of their weights.
 
-    A head that standardises a state which hardly varies (the first token of a lower layer: a deviation of 0.0006 around
-    1) multiplies by hundreds, and bfloat16 has eight bits: only rounding would be left. The head costs next to nothing.
+    A head that standardises a state which hardly varies (the first token of a lower layer: a deviation of 0.0006)
+    multiplies by hundreds, and bfloat16 has eight bits: only rounding would be left. The head costs next to nothing.
 
     Args:
         model: A sequence classifier.
@@ -65,7 +65,7 @@ def float32_head(model: PreTrainedModel, *, enabled: bool = True) -> Iterator[No
     parts = head_of(model)
     layers = [*parts.transforms.values(), parts.final] if enabled else []
     for layer in layers:
-        layer.forward = _without_autocast(layer)  # type: ignore[method-assign]
+        layer.forward = _without_autocast(layer)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

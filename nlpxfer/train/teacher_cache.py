@@ -30,7 +30,7 @@ from safetensors.numpy import load_file, save_file
 
 from nlpxfer.data.tokenise import Collator, tokenise
 from nlpxfer.errors import NotFiniteError, StaleCacheError
-from nlpxfer.train.checkpoints import write_json
+from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import float32_head
@@ -183,7 +183,7 @@ def cached_logits(
     if is_main_process():
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "manifest.json").is_file():
-            write_json(folder / "manifest.json", identity.as_manifest())
+            write_json_whole(folder / "manifest.json", identity.as_manifest())
     for start in range(0, len(missing), PART_ROWS):
         rows = missing[start : start + PART_ROWS]
         logits = compute(rows)

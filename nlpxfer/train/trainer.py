@@ -46,7 +46,8 @@ from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
-from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal, write_json
+from nlpxfer.strict_json import write_json_whole
+from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.precision import padding_multiple
@@ -289,7 +290,7 @@ class TransferTrainer(Trainer):
         wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main_process() and folder.is_dir():
-            write_json(folder / COST_FILE, {"tokens": self.tokens_seen, "seconds": self.seconds})
+            write_json_whole(folder / COST_FILE, {"tokens": self.tokens_seen, "seconds": self.seconds})
             seal(folder, self.identity, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
