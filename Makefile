@@ -1,4 +1,4 @@
-# make demo   set up, then distil the bundled data with the bundled checkpoint   (ARGS="--seed 1" adds options)
+# make demo   set up, then distil the bundled data with the bundled checkpoint   (ARGS="--overwrite" to do it again)
 # make test   set up, then run the tests with coverage                          (ARGS="-k distill" adds options)
 # make lint   set up, then check format, rules and types
 # make setup  set up all that these need, and no more

@@ -38,7 +38,8 @@ from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.interval import paired_gain
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.run import Run, start_run
+from nlpxfer.run import Run
+from nlpxfer.start import start_run
 from nlpxfer.train.launch import seed_everything
 from nlpxfer.train.predict import predict
 

@@ -9,7 +9,7 @@ Cells of each data set:
 - `sweep/<rate>`: the stock Trainer's learning rate, chosen on validation rows
 - `stock/<seed>`, `nlpxfer/<seed>`: whole runs
 - `probe/<seed>`: test accuracy at the start that the linear probe gives
-- `ablation`: grouping, bfloat16, frozen embeddings
+- `ablation`: grouping, bfloat16, frozen embeddings, no dropout
 
 nlpxfer runs with its defaults, learning rate included. Its seconds hold probe, training, validation after each epoch
 and checkpoints; those of the stock Trainer hold training alone. Loading a model and tokenising count on neither side.
@@ -43,10 +43,12 @@ from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.cost import embedding_parameter_count, gemm_peak_flops, parameter_count, training_flops
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.run import Run, start_run
+from nlpxfer.run import Run
+from nlpxfer.start import start_run
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.linear_probe import start_from_linear_probe_
 from nlpxfer.train.predict import predict
+from nlpxfer.train.regime import set_dropout_
 from nlpxfer.train.trainer import TransferTrainer
 
 SPEED_TARGET = 3.5
@@ -151,7 +153,7 @@ class Bench:
     def steps(self) -> dict[str, Any]:
         """Seconds of both sides on the same rows, in turns, and the share of the measured GEMM peak."""
         model = self.build(42).model
-        ours = {"grouped": True, "bf16": self.run.precision.bf16, "frozen": True}
+        ours = {"grouped": True, "bf16": self.run.precision.bf16, "frozen": True, "dropout": self.run.options.dropout}
         arms = {"stock": self._stock_epoch, "nlpxfer": lambda rows, seed: self._our_epoch(model, rows, seed, **ours)}
         seconds, tokens = self._in_turns(arms, self.size.blocks, self.size.block_steps)
         size = self.size.gemm_size
@@ -179,21 +181,36 @@ class Bench:
         }
 
     def ablation(self) -> dict[str, Any]:
-        """Seconds per step of nlpxfer's Trainer with each of its three switches on and off."""
+        """Seconds per step of nlpxfer's Trainer with three switches on and off, and without dropout at last."""
         model = self.build(42).model
         names = ("grouped", "bf16", "frozen")
         arms = {}
         for values in itertools.product((False, True), repeat=3):
             switches = dict(zip(names, values, strict=True))
             label = "+".join(name for name in names if switches[name]) or "none"
-            arms[label] = lambda rows, seed, s=switches: self._our_epoch(model, rows, seed, **s)
+            arms[label] = lambda rows, seed, s=switches: self._our_epoch(model, rows, seed, dropout=None, **s)
+        pairs = [
+            (off, on, name)
+            for name in names
+            for off in arms
+            if name not in _parts(off)
+            for on in ["+".join(sorted((*_parts(off), name), key=names.index))]
+        ]
+        whole = "+".join(names)
+        arms[f"{whole}, no dropout"] = lambda rows, seed: self._our_epoch(
+            model, rows, seed, dropout=0.0, **dict.fromkeys(names, True)
+        )
+        pairs.append((whole, f"{whole}, no dropout", "no dropout"))
         seconds, _ = self._in_turns(arms, self.size.ablation_rounds, self.size.ablation_steps)
         steps = self._block_rows(self.size.ablation_steps) / 32
         gains = {}
-        for name in names:
-            pairs = [(label, "+".join(sorted((*_parts(label), name), key=names.index))) for label in arms]
-            ratios = [a / b for off, on in pairs if on != off and name not in _parts(off)
-                      for a, b in zip(seconds[off], seconds[on], strict=True)]  # fmt: skip
+        for name in (*names, "no dropout"):
+            ratios = [
+                slow / fast
+                for off, on, switch in pairs
+                if switch == name
+                for slow, fast in zip(seconds[off], seconds[on], strict=True)
+            ]
             gains[name] = median_and_range(ratios)
         return {
             "milliseconds_per_step": {label: 1000 * float(np.median(s)) / steps for label, s in seconds.items()},
@@ -231,10 +248,20 @@ class Bench:
         return epoch_seconds(stock_trainer(model, arguments, rows, self.tokenizer))
 
     def _our_epoch(
-        self, model: torch.nn.Module, rows: TokenisedRows, seed: int, *, grouped: bool, bf16: bool, frozen: bool
+        self,
+        model: torch.nn.Module,
+        rows: TokenisedRows,
+        seed: int,
+        *,
+        grouped: bool,
+        bf16: bool,
+        frozen: bool,
+        dropout: float | None,
     ) -> float:
-        """One pass of nlpxfer's Trainer over the rows, from a copy of the model."""
+        """One pass of nlpxfer's Trainer over the rows, from a copy of the model; dropout None: the model's own."""
         model = copy.deepcopy(model).train()
+        if dropout is not None:
+            set_dropout_(model, dropout)
         if frozen:
             for _, parameter in embedding_parameters(model):
                 parameter.requires_grad_(False)

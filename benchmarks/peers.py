@@ -32,6 +32,7 @@ from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.train.launch import seed_everything
+from nlpxfer.train.trainer import TransferTrainer
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 WARM_UP = 0.1
@@ -133,7 +134,10 @@ def epoch_seconds(trainer: Trainer) -> float:
     """Train for one epoch and return its seconds: batches, forward, backward, optimizer."""
     clock = EpochTime(trainer.args.device)
     trainer.add_callback(clock)
-    trainer.train()
+    if isinstance(trainer, TransferTrainer):
+        trainer.fit()
+    else:
+        trainer.train()
     return clock.seconds
 
 

@@ -2,6 +2,8 @@
 
     nlpxfer methods                               the transfer methods, as a table
     nlpxfer run distill [config.yaml] [--key …]   a recipe, from the checkout or from the installed package
+    nlpxfer predict MODEL FILE --output_file OUT  label the rows of a file of any length
+    nlpxfer evaluate MODEL FILE                   score a classifier on a labelled file
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
 Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 75 interrupted (the run can be
@@ -13,9 +15,12 @@ Nothing heavy is imported before a command needs it: `nlpxfer --version` must no
 from __future__ import annotations
 
 import argparse
+import contextlib
 import runpy
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -38,7 +43,8 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
         SystemExit: Always. 0 when `main` returns; the error's exit code after a `NlpxferError`; 75 after Ctrl-C.
     """
     try:
-        main(argv)
+        with _stopping_on_sigterm():
+            main(argv)
     except NlpxferError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
@@ -46,6 +52,23 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED_EXIT_CODE)
     sys.exit(0)
+
+
+@contextlib.contextmanager
+def _stopping_on_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program as Ctrl-C does: files that are being written are removed. Training has its own way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def recipe_folder() -> Path:
@@ -95,6 +118,8 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         _run(asked.method, words[split:])
     elif asked.command == "push":
         _push(asked)
+    elif asked.command in ("predict", "evaluate"):
+        _classify(asked)
     else:
         _methods()
 
@@ -108,6 +133,20 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("methods", help="show the transfer methods")
     run = commands.add_parser("run", help="run a recipe", usage="nlpxfer run METHOD [config.yaml] [--key value ...]")
     run.add_argument("method", metavar="METHOD", help="one of those that `nlpxfer methods` shows")
+    predict = commands.add_parser("predict", help="label the rows of a file of any length")
+    evaluate = commands.add_parser("evaluate", help="score a classifier on a labelled file")
+    for command in (predict, evaluate):
+        command.add_argument("model", metavar="MODEL", help="output folder of a recipe, or any classifier on the Hub")
+        command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
+        command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        command.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
+        command.add_argument("--max_length", type=int, metavar="N", help="tokens read; default: as in training")
+        command.add_argument("--batch_size", type=int, default=64, metavar="N", help="rows per batch of longest rows")
+        command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
+    predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
+    predict.add_argument("--min_probability", type=float, metavar="P", help="mark rows below it as abstained")
+    predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
+    evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
     push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
     push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
@@ -144,6 +183,31 @@ def _run(method: str, words: Sequence[str]) -> None:
         runpy.run_path(path, run_name="__main__")
     finally:
         sys.argv = before
+
+
+def _classify(asked: argparse.Namespace) -> None:
+    import json
+
+    from nlpxfer.classify import Classifier, evaluate_file, is_quiet, predict_file
+
+    bf16 = None if asked.bf16 is None else asked.bf16 == "true"
+    classifier = Classifier.load(asked.model, max_length=asked.max_length, bf16=bf16, batch_size=asked.batch_size)
+    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
+    if asked.command == "evaluate":
+        found = evaluate_file(classifier, asked.file, label_column=asked.label_column, **columns)
+        sys.stdout.write(json.dumps(found) + "\n")
+        return
+    done = predict_file(
+        classifier,
+        asked.file,
+        asked.output_file,
+        min_probability=asked.min_probability,
+        all_probabilities=asked.all_probabilities,
+        **columns,
+    )
+    sys.stdout.write(f"{asked.output_file}: {done.rows} rows")
+    sys.stdout.write(f", {done.without_text} without a text" if done.without_text else "")
+    sys.stdout.write(f", {done.abstained} abstained\n" if asked.min_probability is not None else "\n")
 
 
 def _push(asked: argparse.Namespace) -> None:

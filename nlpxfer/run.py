@@ -11,15 +11,13 @@ the contract, with `report.json` last, so that its presence means a whole run.
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +26,23 @@ import torch
 
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
-from nlpxfer.checkpoint.save import check_free_space, check_output_folder, ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
-from nlpxfer.config import DataOptions, RunOptions, resolved
-from nlpxfer.data.load import DataRequest, TextData, load_data
+from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
-from nlpxfer.errors import ConfigError, ResumeError
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
+from nlpxfer.evaluate.calibration import calibrate, probabilities, save_temperature
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import classification_metrics, per_class_table
-from nlpxfer.hub import check_push_request, push_folder
+from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.report.card import CardFacts, write_card
 from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import (
-    REPORT_FILE,
     Arm,
     Report,
     SeedResult,
@@ -55,10 +53,9 @@ from nlpxfer.report.report import (
 )
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
-from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
-from nlpxfer.train.precision import Precision, choose_precision
+from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
-from nlpxfer.train.reporters import check_reporters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -74,9 +71,6 @@ NOT_PART_OF_THE_RUN = frozenset(
     "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
-
-BUNDLED_DATA = "debian-sections"
-"""What a recipe trains on if no data is given."""
 
 SPEED_ROWS = 192
 """Test rows that inference speed is measured on, in batches of 32 rows of like length."""
@@ -173,9 +167,21 @@ class Run:
                 seed=seed,
                 facts=identity,
             )
-            logger.info("%s, seed %d: %s", name, seed, _scores(arm, self))
+            self._log_scores(arm)
             arms.append(arm)
         return arms
+
+    def _log_scores(self, arm: TrainedArm) -> None:
+        accuracy = classification_metrics(arm.validation_logits, self.labels("validation"))["accuracy"]
+        cost = f"{arm.steps} steps, {arm.train_seconds:.0f} s"
+        logger.info("%s, seed %d: validation accuracy %.4f, %s", arm.name, arm.seed, accuracy, cost)
+        if arm.probe and accuracy < arm.probe.validation_accuracy:
+            start = arm.probe.validation_accuracy
+            logger.warning(
+                "%s ended below the linear probe it started from (%.4f): try a lower learning rate, or more epochs",
+                arm.name,
+                start,
+            )
 
     def labels(self, split: str) -> Array:
         """Gold class indices of a split."""
@@ -379,7 +385,7 @@ class Run:
         if is_main_process():
             self._write(treated[0], report, description, base_model, parents, tags)
             if self.options.push_to_hub:
-                pushed = push_folder(self.folder, str(self.options.hub_model_id), private=_private(self.options))
+                pushed = push_folder(self.folder, str(self.options.hub_model_id), private=is_private(self.options))
                 logger.warning("pushed to %s", pushed.url)
             table = arms_text(arms, verdict)
             sys.stdout.write(f"\n{table}model:  {self.folder}\nreport: {self.folder / 'report.json'}\n")
@@ -404,12 +410,16 @@ class Run:
         interval = bootstrap_interval((np.argmax(treated[0].test_logits, axis=1), labels))
         clean = np.setdiff1d(np.arange(len(labels)), sorted(_leaking_test_rows(self.data)))
         without = classification_metrics(treated[0].test_logits[clean], labels[clean]) if len(clean) else None
+        calibration = calibrate(
+            treated[0].validation_logits, self.labels("validation"), treated[0].test_logits, labels
+        )
         return {
             "precision": vars(self.precision),
             "processes": world()[1],
             "threads": torch.get_num_threads(),
             "test_accuracy_interval": vars(interval),
             "test_without_leaks": without,
+            "calibration": vars(calibration),
             **self.checks,
         }
 
@@ -424,6 +434,7 @@ class Run:
     ) -> None:
         names, labels = self.data.schema.names, self.labels("test")
         save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
+        save_temperature(self.folder, report.checks["calibration"]["temperature"])
         confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
         per_class_plot(per_class_table(arm.test_logits, labels, names), self.folder / "per_class.png")
         if self.options.save_predictions:
@@ -458,12 +469,10 @@ class Run:
         """One JSON object per row: its number in the file, gold label, predicted label and probability."""
         folder = self.folder / "predictions"
         folder.mkdir(exist_ok=True)
-        shifted = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
-        probabilities = shifted / shifted.sum(axis=1, keepdims=True)
         names, numbers = self.data.schema.names, getattr(self.data, split)["row"][:]
         temporary = folder / f".{split}.jsonl.tmp"
         with temporary.open("w", encoding="utf-8") as file:
-            for number, gold, row in zip(numbers, self.labels(split), probabilities, strict=True):
+            for number, gold, row in zip(numbers, self.labels(split), probabilities(logits), strict=True):
                 best = int(row.argmax())
                 line = {
                     "row": number,
@@ -475,93 +484,9 @@ class Run:
         temporary.replace(folder / f"{split}.jsonl")
 
 
-@contextmanager
-def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *others: Any) -> Iterator[Run]:  # noqa: ANN401
-    """Check everything that can be checked before the work starts, then load the data.
-
-    Args:
-        recipe: Name of the method; the default output folder is `runs/<recipe>`.
-        data_options: Where the rows come from.
-        options: How to train.
-        others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
-
-    Raises:
-        LaunchError: Fewer processes run than were asked for.
-        OutputExistsError: The output folder is in use.
-        ResumeError: The run to resume is finished.
-        ConfigError: `report_to` names what is not installed.
-        PushError: A later push could not work.
-        DataError, LabelError: The data cannot be used.
-    """
-    started = time.perf_counter()
-    gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
-    _show_progress(options)
-    device = options.device  # starts the process group
-    check_process_count()
-    threads = use_threads(options.num_threads)
-    folder = Path(options.chosen_output_dir or f"runs/{recipe}")
-    options.output_dir = str(folder)
-    data_options = _with_bundled_data(data_options)
-    config = resolved(data_options, options, *others)
-    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
-    if is_main_process() and options.push_to_hub:
-        check_push_request(str(options.hub_model_id), private=_private(options))
-    if options.resume and (folder / REPORT_FILE).is_file():
-        raise ResumeError(
-            f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
-        )
-    check_reporters(options.report_to or ())
-    wait_for_everyone()
-    precision = _precision_for_all(options, device)
-    options.bf16 = config["bf16"] = precision.bf16
-    if options.mixed_precision != "fp16":
-        options.mixed_precision = "bf16" if precision.bf16 else "no"
-    unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
-    data = load_data(_request(data_options, unlabelled))
-    logger.info("%s: %s rows, %d classes", recipe, data.facts()["rows"], len(data.schema))
-    run = Run(recipe, folder, data, data_options, options, precision, config, started)
-    run.checks["threads"] = threads
-    try:
-        yield run
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:
-    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file"}
-    shared = {name: getattr(options, name) for name in known}
-    return DataRequest(**shared, seed=options.data_split_seed, unlabelled_file=unlabelled_file)
-
-
-def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:
-    """One choice for all processes: that of the first."""
-    if options.fp16:
-        return Precision(False, None, "user: fp16")
-    wanted = True if options.mixed_precision == "bf16" else options.wanted_bf16
-    choice = [choose_precision(wanted, device)]
-    if world()[1] > 1:
-        torch.distributed.broadcast_object_list(choice, src=0)
-    return choice[0]
-
-
-def _private(options: RunOptions) -> bool:
+def is_private(options: RunOptions) -> bool:
+    """Whether a new repository on the Hub is private: yes, unless the user says otherwise."""
     return True if options.hub_private_repo is None else bool(options.hub_private_repo)
-
-
-def _show_progress(options: RunOptions) -> None:
-    """Show what nlpxfer reports, on the first process only, unless the program already set up logging."""
-    package = logging.getLogger("nlpxfer")
-    if not package.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        package.addHandler(handler)
-        package.setLevel(logging.INFO if options.process_index == 0 else logging.ERROR)
-
-
-def _scores(arm: TrainedArm, run: Run) -> str:
-    accuracy = classification_metrics(arm.validation_logits, run.labels("validation"))["accuracy"]
-    return f"validation accuracy {accuracy:.4f}, {arm.steps} steps, {arm.train_seconds:.0f} s"
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:
@@ -578,11 +503,3 @@ def _leaking_test_rows(data: TextData) -> set[int]:
 
 def _leaking_rows(data: TextData) -> int:
     return len(_leaking_test_rows(data))
-
-
-def _with_bundled_data(options: DataOptions) -> DataOptions:
-    """The options, with the bundled data set if they name no data."""
-    if options.dataset_name or options.train_file:
-        return options
-    logger.info("no data given: using the bundled set %s", BUNDLED_DATA)
-    return replace(options, dataset_name=BUNDLED_DATA)

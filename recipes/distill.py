@@ -25,15 +25,21 @@ from nlpxfer.evaluate.arms import Splits
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.report.report import Arm, Report, Verdict
-from nlpxfer.run import Run, start_run
+from nlpxfer.run import Run
+from nlpxfer.start import start_run
 from nlpxfer.train.teacher_cache import teacher_logits
+
+DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions:
     """Teacher, student and how the one learns from the other."""
 
-    model_name_or_path: str = option("all-MiniLM-L6-v2", "Checkpoint to fine-tune the teacher from, if none is given.")
+    model_name_or_path: str | None = option(
+        None,
+        "Pretrained checkpoint the teacher starts, or started, from. Default for the first: all-MiniLM-L6-v2.",
+    )
     teacher_name_or_path: str | None = option(None, "A classifier fine-tuned on the same labels: folder or Hub id.")
     teacher_num_train_epochs: float | None = option(
         None, "Passes over the training rows for a teacher made on the spot. Default: num_train_epochs."
@@ -61,12 +67,19 @@ class DistillOptions:
                 faults.append(f"{name}: {value} is not positive")
             if value is not None and self.teacher_name_or_path:
                 faults.append(f"{name}: does nothing beside teacher_name_or_path")
+        if self.model_name_or_path and self.teacher_name_or_path and self.student_name_or_path:
+            faults.append("model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path")
         try:
             Distill(temperature=self.temperature, kd_weight=self.kd_weight)
         except ConfigError as error:
             faults += error.faults
         if faults:
             raise ConfigError.from_faults(faults)
+
+    @property
+    def pretrained(self) -> str | None:
+        """The checkpoint that the teacher starts or started from; None if a teacher is given and it is not known."""
+        return self.model_name_or_path or (None if self.teacher_name_or_path else DEFAULT_MODEL)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -76,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
     method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing)
 
     with start_run("distill", data_options, options, plan) as run:
-        base = resolve_checkpoint(plan.student_name_or_path or plan.teacher_name_or_path or plan.model_name_or_path)
-        teacher, teacher_arm = get_teacher(run, plan, smoothing)
+        base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
+        teacher, teacher_arm, pretrained = get_teacher(run, plan, smoothing)
         rows = TransferRows(run, plan, teacher)
         facts = {"teacher": teacher.weights_sha256}
 
@@ -87,9 +100,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
         models = {teacher_arm.name: teacher, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
-            untaught = student_of(run, plan, base_of(run, plan, teacher))
+            untaught = student_of(run, plan, pretrained)
             control = run.train("control", untaught, FineTune(label_smoothing=smoothing), max_steps=student[0].steps)
-            arms.insert(0, run.arm(control, "the same student and number of steps, without a teacher"))
+            description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
+            arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([teacher_arm, *arms], models)
@@ -106,19 +120,25 @@ def main(argv: Sequence[str] | None = None) -> Report:
         )
 
 
-def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Checkpoint, Arm]:
-    """The teacher that was given, or one fine-tuned on the spot and saved in `teacher/` of the output folder."""
+def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Checkpoint, Arm, Checkpoint]:
+    """The teacher, its arm, and where the control student's layers come from.
+
+    The teacher is the one that was given, or is fine-tuned on the spot and saved in `teacher/` of the output folder.
+    The control student's layers are those of the pretrained checkpoint, or the teacher's if that is not known.
+    """
     if plan.teacher_name_or_path:
         teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
+        base = teacher if plan.pretrained is None else start_of(teacher, plan.pretrained, run)
         run.begin(teacher, student_of(run, plan, teacher)(run.seeds[0]), arms=2)
         teacher.model.to(run.options.device)
-        return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given")
+        return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given"), base
+    pretrained = str(plan.pretrained)
 
     def build(seed: int) -> Checkpoint:
-        return load_classifier(plan.model_name_or_path, schema=run.data.schema, seed=seed)
+        return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
-    start = build(run.seeds[0])
-    run.begin(start, student_of(run, plan, start)(run.seeds[0]), arms=3)
+    base = build(run.seeds[0])
+    run.begin(base, student_of(run, plan, base)(run.seeds[0]), arms=3)
     trained = run.train(
         "teacher",
         build,
@@ -127,9 +147,28 @@ def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Check
         num_train_epochs=plan.teacher_num_train_epochs or run.options.num_train_epochs,
         learning_rate=plan.teacher_learning_rate or run.options.learning_rate,
     )
-    name = f"{plan.model_name_or_path} fine-tuned"
+    name = f"{pretrained} fine-tuned"
     teacher = run.keep_beside("teacher", trained[0], as_name=name)
-    return teacher, run.arm(trained, f"{name}, all layers")
+    return teacher, run.arm(trained, f"{name}, all layers"), base
+
+
+def start_of(teacher: Checkpoint, pretrained: str, run: Run) -> Checkpoint:
+    """The pretrained checkpoint of a given teacher.
+
+    Raises:
+        ConfigError: The teacher cannot have started from it: the weights of its body have other shapes.
+    """
+    base = load_classifier(pretrained, schema=run.data.schema)
+    ours, theirs = (
+        {name: tuple(weight.shape) for name, weight in checkpoint.model.base_model.named_parameters()}
+        for checkpoint in (base, teacher)
+    )
+    known = {name: shape for name, shape in theirs.items() if name in ours} == ours
+    if not known or (len(theirs) > len(ours) and not has_mean_layer(teacher.model)):
+        raise ConfigError(
+            f"model_name_or_path: {teacher.name} did not start from {pretrained}: their weights have other shapes."
+        )
+    return base
 
 
 class TransferRows:
@@ -177,13 +216,6 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
         return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
 
     return build
-
-
-def base_of(run: Run, plan: DistillOptions, teacher: Checkpoint) -> Checkpoint:
-    """Where the control student's layers come from: the teacher's pretrained checkpoint, if that is known."""
-    if plan.teacher_name_or_path:
-        return teacher
-    return load_classifier(plan.model_name_or_path, schema=run.data.schema)
 
 
 def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:

@@ -9,16 +9,20 @@ labels are worth without a pretrained model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
-from nlpxfer.methods.finetune import FineTune
+from nlpxfer.errors import ConfigError
+from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares
 from nlpxfer.report.report import Report, Verdict
-from nlpxfer.run import start_run
+from nlpxfer.run import Run
+from nlpxfer.start import start_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +31,27 @@ class FineTuneOptions:
 
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub checkpoint.")
+    class_weights: Literal["none", "balanced"] = option("none", "balanced: all classes count alike, however rare.")
+    focal_gamma: float = option(0.0, "gamma: rows that are right already count (1 - p)^gamma.")
+    logit_adjustment: float = option(0.0, "tau: add tau log(class share) to the logits while training.")
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.class_weights not in ("none", "balanced"):
+            faults.append(f"class_weights: {self.class_weights!r} is not one of none, balanced")
+        if not 0 <= self.focal_gamma < math.inf:
+            faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
+        if not 0 <= self.logit_adjustment < math.inf:
+            faults.append(f"logit_adjustment: {self.logit_adjustment} is not a finite number of at least 0")
+        if self.class_weights == "balanced" and self.logit_adjustment:
+            faults.append("class_weights, logit_adjustment: both make rare classes count more; use one of them")
+        if faults:
+            raise ConfigError.from_faults(faults)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, model_options, options = parse((DataOptions, FineTuneOptions, RunOptions), argv)
-    method = FineTune(label_smoothing=options.label_smoothing_factor)
     name = model_options.model_name_or_path
 
     with start_run("finetune", data_options, options, model_options) as run:
@@ -40,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)
 
+        method = method_for(run, model_options)
         base = resolve_checkpoint(name, revision=model_options.model_revision)
         start = build(options.seed)
         run.begin(start, arms=1)
@@ -60,6 +80,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
             base_model=base,
             parents={"model": parent},
         )
+
+
+def method_for(run: Run, plan: FineTuneOptions) -> FineTune:
+    """The method, with weights and offsets counted on the training rows."""
+    labels, classes = run.labels("train"), len(run.data.schema)
+    tau = plan.logit_adjustment
+    return FineTune(
+        label_smoothing=run.options.label_smoothing_factor,
+        focal_gamma=plan.focal_gamma,
+        class_weights=balanced_weights(labels, classes) if plan.class_weights == "balanced" else (),
+        offsets=tuple(tau * share for share in log_shares(labels, classes)) if tau else (),
+    )
 
 
 if __name__ == "__main__":

@@ -69,7 +69,14 @@ class KeepGradient(TrainerCallback):
 
 
 def gradient_of(
-    model_folder: Path, output: Path, method: str, rows: TokenisedRows, batch: int, micro_batches: int, family="bert"
+    model_folder: Path,
+    output: Path,
+    method: str,
+    rows: TokenisedRows,
+    batch: int,
+    micro_batches: int,
+    family: str = "bert",
+    **changes,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Gradient and logged loss of one step."""
     options = RunOptions(
@@ -85,6 +92,7 @@ def gradient_of(
         load_best_model_at_end=False,
         logging_steps=1,
         disable_tqdm=True,
+        **changes,
     )
     model = AutoModelForSequenceClassification.from_pretrained(model_folder)
     trainer = TransferTrainer(

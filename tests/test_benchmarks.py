@@ -71,7 +71,7 @@ def test_finetune_measures_all_cells(load, sets, words):
     ratios = cells["tiny/steps"]["ratio"]["values"]
     seconds = cells["tiny/steps"]["seconds"]
     assert ratios == pytest.approx(np.divide(seconds["stock"], seconds["nlpxfer"]), rel=1e-4)
-    assert len(cells["tiny/ablation"]["milliseconds_per_step"]) == 8
+    assert len(cells["tiny/ablation"]["milliseconds_per_step"]) == 9
     curve = cells["tiny/nlpxfer/42"]["curve"]
     assert [point["epoch"] for point in curve] == [0, 1]
     assert 0 < curve[0]["seconds"] < curve[1]["seconds"] < cells["tiny/nlpxfer/42"]["train_seconds"]
@@ -197,3 +197,15 @@ def test_gpu_benchmark_refuses_without_a_gpu(load, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="GPU"):
         load("gpu").main([])
+
+
+def test_figures_of_the_pages_are_those_of_the_results(load: Callable[[str], ModuleType]) -> None:
+    """docs/measured.md holds the tables as they are made from benchmarks/results, the README some of their rows."""
+    tables = load("table").main([])
+    page = (BENCHMARKS.parent / "docs" / "measured.md").read_text(encoding="utf-8")
+    assert page.endswith(tables.rstrip("\n") + "\n")
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    measured = readme.partition("## Measured")[2].partition("\nMore: ")[0]
+    rows = [line for line in measured.splitlines() if line.startswith("|")]
+    assert rows
+    assert set(rows) <= set(tables.splitlines())

@@ -67,6 +67,13 @@ def test_folder_holds_the_promised_files_and_no_paths(load, tmp_path):
         assert "/tmp" not in path.read_text()
 
 
+def test_whoever_may_read_one_file_may_read_all(load, tmp_path):
+    checkpoint = load()
+    (tmp_path / "new").write_text("")
+    folder = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(tmp_path / "new").stat().st_mode}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_not_finite_weights_are_not_saved(load, tmp_path, value):
     checkpoint = load()

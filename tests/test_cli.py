@@ -1,5 +1,7 @@
 """The `nlpxfer` command, and the exit codes of every entry point."""
 
+import os
+import signal
 import sys
 from types import SimpleNamespace
 
@@ -58,6 +60,7 @@ def raises(error):
         (raises(ConfigError("no such file", fix="make demo")), 2, "no such file\n  Try: make demo\n"),
         (raises(Interrupted("stopped at step 7")), 75, "stopped at step 7\n"),
         (raises(KeyboardInterrupt()), 75, "Interrupted.\n"),
+        (lambda argv: os.kill(os.getpid(), signal.SIGTERM), 75, "Interrupted.\n"),
     ],
 )
 def test_exit_codes(main, code, said, capsys):

@@ -1,7 +1,8 @@
-"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> cli.
+"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> start ->
+classify -> cli.
 
-A later stage may import an earlier one, never the reverse. `errors`, `losses` and `config` belong to no stage: all may
-import them, and they import only each other.
+A later stage may import an earlier one, never the reverse. `errors`, `strict_json`, `losses` and `config` belong to no
+stage: all may import them, and they import only each other.
 """
 
 import ast
@@ -10,8 +11,8 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nlpxfer"
-STAGES = ("data", "checkpoint", "methods", "train", "evaluate", "report", "hub", "run", "cli")
-FREE = ("errors", "losses", "config")
+STAGES = ("data", "checkpoint", "methods", "train", "evaluate", "report", "hub", "run", "start", "classify", "cli")
+FREE = ("errors", "strict_json", "losses", "config")
 
 
 def modules():

@@ -71,6 +71,37 @@ def test_rows_without_a_label_cost_nothing_and_get_no_gradient(smoothing):
     assert logits.grad[1].abs().min() > 0
 
 
+@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+def test_focal_weighted_and_adjusted_loss_equals_the_formula(gamma):
+    logits, labels = random_logits(), [0, 4, -100, 2, 1, -100, 3]
+    weights, offsets = [0.5, 1.0, 2.0, 0.0, 3.0], [-0.1, -2.0, 0.3, -1.0, -0.7]
+    found = label_loss(
+        torch.from_numpy(logits),
+        torch.tensor(labels),
+        focal_gamma=gamma,
+        class_weights_C=torch.tensor(weights, dtype=torch.float64),
+        offsets_C=torch.tensor(offsets, dtype=torch.float64),
+    )
+    expected = []
+    for row, label in zip(logits, labels, strict=True):
+        p = softmax([value + offset for value, offset in zip(row, offsets, strict=True)])[max(label, 0)]
+        expected.append(0.0 if label == -100 else -weights[label] * (1 - p) ** gamma * math.log(p))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_gradient_of_a_row_that_is_surely_right_is_finite(gamma):
+    logits = torch.tensor([[50.0, 0.0], [0.3, 0.1]], requires_grad=True)
+    label_loss(logits, torch.tensor([0, 0]), focal_gamma=gamma).sum().backward()
+    assert torch.isfinite(logits.grad).all()
+    assert logits.grad[1].abs().min() > 0
+
+
+def test_gradient_of_the_focal_loss():
+    logits = torch.from_numpy(random_logits(rows=3)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: label_loss(x, torch.tensor([0, 1, 2]), focal_gamma=2.0), logits)
+
+
 def test_soft_target_loss_by_hand():
     # T = 1: teacher (1/2, 1/2), student (1/4, 3/4): 1/2 ln 2 + 1/2 ln(2/3)
     teacher, student = torch.log(torch.tensor([[0.5, 0.5]])), torch.log(torch.tensor([[0.25, 0.75]]))

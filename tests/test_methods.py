@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from tiny import make_rows
@@ -12,7 +13,7 @@ from nlpxfer.losses import label_loss, soft_target_loss
 from nlpxfer.methods import REGISTRY, Method, MethodRow, available_methods, method_row
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.methods.distill import Distill
-from nlpxfer.methods.finetune import FineTune
+from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares
 
 
 class Point:
@@ -131,6 +132,44 @@ def test_finetune(model, batch):
     assert terms["label"].weight == 1.0
     torch.testing.assert_close(terms["label"].rows_B, label_loss(logits, batch["labels"], label_smoothing=0.1))
     assert {name: count.item() for name, count in FineTune().counts(batch).items()} == {"label": 4}
+
+
+def test_finetune_for_rare_classes(model, batch):
+    weights, offsets = (1.0, 2.0, 0.5, 1.0), (-1.0, -0.5, -2.0, 0.0)
+    method = FineTune(focal_gamma=1.5, class_weights=weights, offsets=offsets)
+    logits = model.model(**model_inputs(batch)).logits
+    expected = label_loss(
+        logits,
+        batch["labels"],
+        focal_gamma=1.5,
+        class_weights_C=torch.tensor(weights),
+        offsets_C=torch.tensor(offsets),
+    )
+    torch.testing.assert_close(method.loss_terms(model.model, batch)["label"].rows_B, expected)
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"focal_gamma": -1.0}, "focal_gamma: -1.0 is not a finite number"),
+        ({"class_weights": (1.0, float("nan"))}, "class_weights: a weight is not a finite number"),
+        ({"label_smoothing": 1.0}, "label_smoothing_factor: 1.0 is not in [0, 1)"),
+    ],
+)
+def test_finetune_refuses(values, fault):
+    with pytest.raises(ConfigError) as caught:
+        FineTune(**values)
+    assert fault in str(caught.value)
+
+
+def test_weights_and_shares_of_classes():
+    labels = [0] * 6 + [1] * 3 + [3]
+    weights = balanced_weights(labels, classes=4)
+    assert weights == pytest.approx((10 / 18, 10 / 9, 1.0, 10 / 3))
+    assert np.mean([weights[label] for label in labels]) == pytest.approx(1)
+    shares = np.exp(log_shares(labels, classes=4))
+    assert shares.sum() == pytest.approx(1)
+    assert shares == pytest.approx(np.array([6, 3, 0.5, 1]) / 10.5)
 
 
 def test_distill(model, batch):

@@ -17,6 +17,7 @@ from nlpxfer.config import RunOptions
 
 PLAIN_FILES = {
     "README.md",
+    "calibration.json",
     "config.json",
     "confusion.png",
     "labels.json",
@@ -169,6 +170,20 @@ def test_the_order_of_the_teachers_labels_does_not_matter(tiny_data, teacher, tm
     sliced = [distil(tiny_data, tmp_path / f"s{i}", folder) for i, folder in enumerate((teacher, other))]
     assert sha256(sliced[0].folder) == sha256(sliced[1].folder)
     assert sliced[0].report["verdict"] == sliced[1].report["verdict"]
+
+
+def test_the_control_student_starts_from_what_the_teacher_started_from(tiny_data, teacher, bert, tmp_path):
+    unknown = distil(tiny_data, tmp_path / "unknown", teacher)
+    known = distil(tiny_data, tmp_path / "known", teacher, "--model_name_or_path", bert)
+    assert unknown.arm("control")["description"].endswith("from bert")
+    assert known.arm("control")["description"].endswith("from bert-base")
+    assert sha256(unknown.folder) == sha256(known.folder), "the taught student is a slice of the teacher in both"
+    assert unknown.arm("control")["metrics"] != known.arm("control")["metrics"]
+    other = build_checkpoint(tmp_path / "deeper", "bert", layers=5)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--model_name_or_path"]
+    assert "did not start from" in refused("distill", tmp_path / "out", *words, other)
+    message = refused("distill", tmp_path / "out", *words, bert, "--student_name_or_path", bert)
+    assert "model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path" in message
 
 
 def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teacher, tmp_path):
@@ -363,6 +378,11 @@ TRAINING_OPTIONS = {
     "part of an epoch": ["--num_train_epochs", "0.5"],
     "score at the start": ["--eval_on_start", "true"],
     "all deterministic": ["--full_determinism", "true"],
+    "top layers": ["--num_trained_layers", "1"],
+    "rates per layer": ["--layer_decay", "0.8", "--gradual_unfreezing", "0.5"],
+    "pulled to the start": ["--l2_sp_weight", "0.1", "--l2_sp_head_weight", "0.1"],
+    "rare classes": ["--class_weights", "balanced", "--focal_gamma", "1"],
+    "adjusted logits": ["--logit_adjustment", "1"],
 }
 
 

@@ -191,3 +191,11 @@ def test_an_interrupted_run_is_not_overwritten_by_mistake(words, tmp_path, monke
 def test_resuming_without_a_checkpoint_says_so(words, tmp_path, caplog):
     finished("finetune", tmp_path / "out", *words["finetune"], *RESUME, "--control_arm", "false")
     assert "there is nothing to resume" in caplog.text
+
+
+def test_rates_per_layer_and_the_way_from_the_start_resume_too(words, tmp_path, monkeypatch):
+    plan = [*words["finetune"], "--layer_decay", "0.8", "--gradual_unfreezing", "0.7", "--l2_sp_weight", "0.1"]
+    whole = finished("finetune", tmp_path / "whole", *plan)
+    interrupted("finetune", tmp_path / "broken", plan, monkeypatch, 9, "fine-tuned")
+    resumed = finished("finetune", tmp_path / "broken", *plan, *RESUME)
+    assert sha256(resumed.folder) == sha256(whole.folder)

@@ -154,6 +154,18 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
     return replace(source, model=model, fresh=fresh, head_kept=False)
 
 
+def stored_labels(name: str, *, revision: str | None = None) -> list[str]:
+    """Label names of a trained classifier, in the order of its logits.
+
+    Raises:
+        CheckpointError: It is no classifier; or see `load_classifier`.
+    """
+    _, config = _open(name, revision)
+    if not _is_classifier(config):
+        raise CheckpointError(f"{name} is not a classifier (architectures: {config.architectures}).")
+    return _label_names(config)
+
+
 def load_teacher(
     name: str, *, schema: LabelSchema, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> Checkpoint:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 OWN_FILES: Final = frozenset(
     {
         "config.json",
+        "calibration.json",
         "generation_config.json",
         "model.safetensors",
         "model.safetensors.index.json",
@@ -140,9 +141,11 @@ def _move_into(staging: Path, folder: Path) -> None:
     for stale in ("model.safetensors.index.json", *(path.name for path in folder.glob("model-*-of-*.safetensors"))):
         if not (staging / stale).exists():
             (folder / stale).unlink(missing_ok=True)
+    mode = (staging / "config.json").stat().st_mode  # safetensors' own files can only be read by their owner
     for path in sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
         with path.open("rb") as file:
             os.fsync(file.fileno())
+        path.chmod(mode)
         path.replace(folder / path.name)
 
 
@@ -170,7 +173,7 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: 
         raise OutputExistsError(
             f"The output folder {folder} is not empty.",
             why="An earlier run wrote to it.",
-            fix="choose another --output_dir, resume that run, or allow overwriting",
+            fix="another --output_dir, --resume_from_checkpoint true if it was interrupted, or --overwrite",
             available=[entry.name for entry in entries],
         )
     foreign = [entry.name for entry in entries if not _is_own(entry)]

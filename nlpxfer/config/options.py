@@ -134,6 +134,11 @@ class RunOptions(TrainingArguments):
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
+    num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
+    layer_decay: float = option(1.0, "Learning rate of a layer over that of the layer above it.")
+    gradual_unfreezing: float = option(0.0, "Share of the steps after which all layers learn; they join from the top.")
+    l2_sp_weight: float = option(0.0, "a in the penalty a/2 |w - w0|^2 on the way from the start (L2-SP).")
+    l2_sp_head_weight: float = option(0.0, "b in the penalty b/2 |w_head|^2 on the head (L2-SP).")
     dropout: float | None = option(0.0, "Dropout while training; null in a YAML file: the model's own.")
     pooling: Literal["own", "mean"] = option("own", "Which state the head reads: the model's own, or the mean.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better score; 0: never.")
@@ -205,6 +210,15 @@ class RunOptions(TrainingArguments):
         require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")
         require(faults, self.num_train_epochs > 0, f"num_train_epochs: {self.num_train_epochs} is not positive")
         require(faults, self.dropout is None or 0 <= self.dropout < 1, f"dropout: {self.dropout} is not in [0, 1)")
+        layers = self.num_trained_layers
+        require(faults, layers is None or layers >= 0, f"num_trained_layers: {layers} is negative")
+        require(faults, 0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay} is not above 0 and up to 1")
+        share = self.gradual_unfreezing
+        require(faults, 0 <= share <= 1, f"gradual_unfreezing: {share} is not between 0 and 1")
+        for name in ("l2_sp_weight", "l2_sp_head_weight"):
+            value = getattr(self, name)
+            require(faults, 0 <= value < math.inf, f"{name}: {value} is not a finite number of at least 0")
+            require(faults, not (value and self.fp16), f"{name}: does not work with fp16; use bf16")
         require(faults, self.learning_rate > 0, f"learning_rate: {self.learning_rate} is not positive")
         require(faults, self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

@@ -12,7 +12,7 @@ import csv
 import io
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -80,7 +80,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
     lines: list[int] = []
     faults: list[str] = []
     header: list[str] = []
-    for line, fields in _csv_rows(path, _read_text(path), delimiter):
+    for line, fields in csv_rows(path, io.StringIO(_read_text(path), newline=""), delimiter):
         if not header:
             header = fields
             continue
@@ -98,12 +98,21 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
     return Raw(header, {name: [row[place] for row in rows] for name, place in places.items()}, lines)
 
 
-def _csv_rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line on which it starts, fields) for each line that is not blank."""
-    usual = csv.field_size_limit(min(len(text) + 1, MAX_FIELD))  # the default refuses fields over 128 KiB
+def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which it starts, fields) for each row that is not blank, the header included.
+
+    Args:
+        path: For messages.
+        lines: Lines with their line ends.
+        delimiter: Between fields.
+
+    Raises:
+        DataError: A quote is not doubled or not closed; names the row and its line.
+    """
+    usual = csv.field_size_limit(MAX_FIELD)  # the default refuses fields over 128 KiB
     line, row = 1, -1
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for fields in reader:
             if fields:
                 row += 1

@@ -33,6 +33,7 @@ from nlpxfer.methods.base import Method
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
+from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import float32_head, set_dropout_
@@ -180,6 +181,8 @@ def _prepare_(
     if options.freeze_embeddings:
         for _, parameter in embedding_parameters(model):
             parameter.requires_grad_(False)
+    if options.num_trained_layers is not None:
+        freeze_below_(model, options.num_trained_layers)
     frozen = [name for name, p in model.named_parameters() if name in checkpoint.fresh and not p.requires_grad]
     if frozen:
         raise CheckpointError(

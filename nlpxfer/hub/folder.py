@@ -26,7 +26,9 @@ VOCABULARY_FILES: Final = frozenset(
 TOKENIZER_FILES: Final = VOCABULARY_FILES | frozenset(
     "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt chat_template.jinja".split()
 )
-REPORT_FILES: Final = frozenset("README.md report.json run.json labels.json confusion.png per_class.png".split())
+REPORT_FILES: Final = frozenset(
+    "README.md report.json run.json labels.json calibration.json confusion.png per_class.png".split()
+)
 UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | {"config.json"}
 SINGLE_WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"

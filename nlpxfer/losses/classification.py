@@ -15,26 +15,47 @@ IGNORED_LABEL = -100
 """Label of a row without a label; its loss is 0 and it is not counted."""
 
 
-def label_loss(logits_BC: Tensor, labels_B: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
+def label_loss(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    class_weights_C: Tensor | None = None,
+    offsets_C: Tensor | None = None,
+) -> Tensor:
     """Cross-entropy with the gold label, in nats; shape B, 0 where the label is -100.
 
     Args:
         logits_BC: Class logits of any float type; computed in float32 or above.
         labels_B: Class indices, or -100 for a row without a label.
         label_smoothing: Share of the target spread evenly over all classes, in [0, 1).
+        focal_gamma: Each row counts (1 - p)^gamma, with p the probability of its gold label.
+        class_weights_C: Each row counts the weight of its gold label.
+        offsets_C: Added to the logits first: tau times the log of the class shares is logit adjustment.
 
-    Source: Szegedy et al. 2016, arXiv:1512.00567, section 7 (smoothing).
+    Sources: Szegedy et al. 2016, arXiv:1512.00567, section 7 (smoothing); Lin et al. 2017, arXiv:1708.02002,
+    equation 4 (focal); Menon et al. 2021, arXiv:2007.07314, equation 10 (logit adjustment).
 
     >>> label_loss(torch.tensor([[0.0, 0.0], [3.0, 1.0]]), torch.tensor([0, -100]))
     tensor([0.6931, 0.0000])
+    >>> label_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), focal_gamma=2.0)  # a quarter of 0.6931
+    tensor([0.1733])
     """
-    return functional.cross_entropy(
-        _at_least_float32(logits_BC),
-        labels_B,
-        ignore_index=IGNORED_LABEL,
-        reduction="none",
-        label_smoothing=label_smoothing,
+    logits_BC = _at_least_float32(logits_BC)
+    if offsets_C is not None:
+        logits_BC = logits_BC + offsets_C
+    loss_B = functional.cross_entropy(
+        logits_BC, labels_B, ignore_index=IGNORED_LABEL, reduction="none", label_smoothing=label_smoothing
     )
+    gold_B = labels_B.clamp(min=0)
+    if focal_gamma:
+        share_B = functional.softmax(logits_BC, dim=-1).gather(1, gold_B[:, None])[:, 0]
+        # away from 1, where the power has no gradient for a gamma below 1
+        loss_B = loss_B * (1 - share_B).clamp(min=1e-6) ** focal_gamma
+    if class_weights_C is not None:
+        loss_B = loss_B * class_weights_C[gold_B]
+    return loss_B
 
 
 def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:

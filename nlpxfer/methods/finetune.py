@@ -5,9 +5,13 @@ Source: Howard and Ruder 2018, arXiv:1801.06146; start from a linear probe: Kuma
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
@@ -18,27 +22,74 @@ from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
 @final
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Method):
-    """Cross-entropy with the gold labels.
+    """Cross-entropy with the gold labels, and what helps where some classes are rare.
 
     Args:
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
+        focal_gamma: Rows that are right already count less, by (1 - p)^gamma; at least 0.
+        class_weights: Weight of the rows of each class, in schema order; empty for none.
+        offsets: Added to the logits of each class while training; empty for none.
 
     Raises:
-        ConfigError: `label_smoothing` is outside [0, 1).
+        ConfigError: A value is outside its range; all such values are listed.
     """
 
     label_smoothing: float = 0.0
+    focal_gamma: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    offsets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        faults = []
         if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
+            faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
+        if not 0 <= self.focal_gamma < math.inf:
+            faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
+        if not all(0 <= weight < math.inf for weight in self.class_weights):
+            faults.append("class_weights: a weight is not a finite number of at least 0")
+        if faults:
+            raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Label loss of each row."""
         logits_BC = model(**model_inputs(batch)).logits
-        rows_B = label_loss(logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
+        rows_B = label_loss(
+            logits_BC,
+            batch["labels"],
+            label_smoothing=self.label_smoothing,
+            focal_gamma=self.focal_gamma,
+            class_weights_C=_tensor(self.class_weights, logits_BC),
+            offsets_C=_tensor(self.offsets, logits_BC),
+        )
         return {"label": LossTerm(rows_B, 1.0)}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Rows with a label."""
         return {"label": batch["labels"].ne(IGNORED_LABEL).sum()}
+
+
+def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:
+    """Weights with which all classes count alike: rows / (classes that occur * rows of the class); 1 for unseen ones.
+
+    Their mean over the rows is 1, so the loss keeps its size.
+
+    >>> balanced_weights([0, 0, 0, 1], classes=2)
+    (0.6666666666666666, 2.0)
+    """
+    counts = np.bincount(np.asarray(labels), minlength=classes)
+    seen = int((counts > 0).sum())
+    return tuple(float(counts.sum() / (seen * count)) if count else 1.0 for count in counts)
+
+
+def log_shares(labels: Sequence[int], classes: int) -> tuple[float, ...]:
+    """Log of the share of each class among the rows; an unseen class counts half a row.
+
+    >>> [round(value, 3) for value in log_shares([0, 0, 0, 1], classes=2)]
+    [-0.288, -1.386]
+    """
+    counts = np.maximum(np.bincount(np.asarray(labels), minlength=classes), 0.5)
+    return tuple(np.log(counts / counts.sum()).tolist())
+
+
+def _tensor(values: Sequence[float], like: Tensor) -> Tensor | None:
+    return torch.tensor(values, device=like.device, dtype=torch.float32) if values else None

@@ -76,12 +76,10 @@ def _wait(device: torch.device) -> None:
 def padding_multiple(device: torch.device, *, bf16: bool) -> int:
     """What the padded length of a training batch is rounded up to.
 
-    8 suits the tensor cores of GPUs. On a CPU, oneDNN compiles its bfloat16 kernels anew for every new shape: with 16,
-    a run has a dozen shapes instead of a hundred, and is a seventh faster for a tenth more padding.
+    8 suits the tensor cores of GPUs. On a CPU, oneDNN compiles its bfloat16 kernels anew for every new shape, and a
+    run whose batches have sixteen lengths instead of a hundred is an eighth faster. float32 needs no kernels made.
     """
-    if device.type != "cpu":
-        return 8
-    return 16 if bf16 else 1
+    return 8 if bf16 or device.type != "cpu" else 1
 
 
 @contextlib.contextmanager

@@ -44,12 +44,20 @@ from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.save import refuse_not_finite
 from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.errors import Interrupted, NotFiniteError
+from nlpxfer.errors import ConfigError, Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.layerwise import (
+    DEPTH,
+    StartPenalty,
+    is_layerwise,
+    parameter_depths,
+    split_groups_by_depth_,
+    unfreeze_gradually_,
+)
 from nlpxfer.train.precision import padding_multiple
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import float32_head, training_attention
@@ -120,6 +128,8 @@ class TransferTrainer(Trainer):
         )
         self.pad = collator
         self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.depths = parameter_depths(model) if is_layerwise(options) else {}
+        self.penalty = self._start_penalty(model)
         self.remove_callback(PrinterCallback)
         if not options.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -177,6 +187,33 @@ class TransferTrainer(Trainer):
         cost = json.loads((checkpoint / COST_FILE).read_text(encoding="utf-8"))
         self.tokens_seen, self.seconds_before = int(cost["tokens"]), float(cost["seconds"])
 
+    def _start_penalty(self, model: PreTrainedModel) -> StartPenalty | None:
+        weight, head_weight = self.options.l2_sp_weight, self.options.l2_sp_head_weight
+        if not weight and not head_weight:
+            return None
+        if self.is_fsdp_enabled:
+            raise ConfigError("l2_sp_weight: does not work with FSDP, which shards the weights.")
+        return StartPenalty(model, weight=weight, head_weight=head_weight)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:  # noqa: ANN401 - as in transformers
+        """The optimizer, with a parameter group per depth where depths are trained differently."""
+        optimizer = super().create_optimizer(model)
+        if self.depths and not any(DEPTH in group for group in optimizer.param_groups):
+            named = (self.network if model is None else model).named_parameters()
+            split_groups_by_depth_(optimizer, named, self.depths, decay=self.options.layer_decay)
+        return optimizer
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """The scheduler; with gradual unfreezing, a layer's rate is 0 until its turn."""
+        made = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        share = self.options.gradual_unfreezing
+        if made and share:
+            unfreeze_gradually_(scheduler, top=max(self.depths.values()), steps=share * num_training_steps)
+        return scheduler
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -232,6 +269,8 @@ class TransferTrainer(Trainer):
                 why="the learning rate is too high for this model",
                 fix=f"--learning_rate {self.args.learning_rate / 10:g}",
             )
+        if self.penalty is not None and self.accelerator.sync_gradients:
+            self.penalty.add_gradient_(self.network)
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - a number or a tensor

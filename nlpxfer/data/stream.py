@@ -1,0 +1,255 @@
+"""Read and write rows of any number in windows: constant memory, order and other columns kept.
+
+Unlike the readers for training (`nlpxfer.data.formats`), which look at the whole file before anything starts, a fault
+is found when its row is reached; the error names it, and no output is left.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from nlpxfer.data.formats import csv_rows
+from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
+from nlpxfer.strict_json import replacing
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+Row = dict[str, Any]
+STREAMED: Final = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+class RowReader:
+    """Rows of a csv, tsv, jsonl or parquet file.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        columns: Names of the columns; None for jsonl, where each row has its own.
+        arrow_schema: Types of a parquet file's columns, else None.
+
+    Raises:
+        DataNotFoundError: There is no such file.
+        DataError: The format is none of these, or the header cannot be used.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise DataNotFoundError(f"{self.path} is no file.")
+        self.kind = self.path.suffix.lower()
+        if self.kind not in STREAMED:
+            fix = "write one object per line, and name it .jsonl" if self.kind == ".json" else ""
+            raise DataError(f"{self.path} cannot be read row by row.", fix=fix, available=STREAMED)
+        if not self.path.stat().st_size:
+            raise DataError(f"{self.path} is empty.")
+        self.columns: list[str] | None = None
+        self.arrow_schema: pa.Schema | None = None
+        self.bytes_read = 0
+        if self.kind == ".parquet":
+            self._open_parquet()
+        elif self.kind != ".jsonl":
+            self.columns = next((fields for _, fields in self._csv_lines()), [])
+            self.bytes_read = 0
+        if self.columns and len(set(self.columns)) < len(self.columns):
+            twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
+            raise DataError(f"{self.path}: the header has {', '.join(twice)} twice.")
+
+    @property
+    def size(self) -> int:
+        """What `bytes_read` comes to at the end."""
+        return self.path.stat().st_size
+
+    def windows(self, count: int) -> Iterator[list[Row]]:
+        """Lists of up to `count` rows, in the order of the file."""
+        rows: Iterator[Row] = {".jsonl": self._jsonl_rows, ".parquet": self._parquet_rows}.get(
+            self.kind, self._csv_rows
+        )()
+        window: list[Row] = []
+        for row in rows:
+            window.append(row)
+            if len(window) == count:
+                yield window
+                window = []
+        if window:
+            yield window
+
+    def _lines(self) -> Iterator[str]:
+        """Lines with their line ends, checked one by one."""
+        self.bytes_read = 0
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                self.bytes_read += len(line)
+                if b"\0" in line:
+                    raise DataError(f"{self.path}, line {number}: holds a NUL byte, which no text has.")
+                try:
+                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+                except UnicodeDecodeError as error:
+                    byte = line[error.start]
+                    raise DataError(
+                        f"{self.path}, line {number}: byte 0x{byte:02x} is not valid UTF-8.",
+                        why="the file was saved in another encoding, such as Latin-1 or Windows-1252",
+                        fix="save the file as UTF-8",
+                    ) from None
+
+    def _csv_lines(self) -> Iterator[tuple[int, list[str]]]:
+        return csv_rows(self.path, self._lines(), "\t" if self.kind == ".tsv" else ",")
+
+    def _csv_rows(self) -> Iterator[Row]:
+        header = self.columns or []
+        for index, (line, fields) in enumerate(self._csv_lines()):
+            if index == 0:
+                continue
+            if len(fields) != len(header):
+                raise DataError(
+                    f"{self.path}, row {index} (line {line}): {len(fields)} fields, the header has {len(header)}.",
+                    why="a text that holds the separator or a line break is not quoted",
+                    fix='write such a field as "...", with quotes inside it doubled',
+                )
+            yield dict(zip(header, fields, strict=True))
+
+    def _jsonl_rows(self) -> Iterator[Row]:
+        number = 0
+        for line_number, line in enumerate(self._lines(), start=1):
+            if not line.strip():
+                continue
+            number += 1
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise DataError(
+                    f"{self.path}, row {number} (line {line_number}): not valid JSON: {message}."
+                ) from None
+            if not isinstance(row, dict):
+                raise DataError(f"{self.path}, row {number} (line {line_number}): an object is needed.")
+            yield row
+
+    def _open_parquet(self) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            self.arrow_schema = pq.read_schema(self.path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+        self.columns = list(self.arrow_schema.names)
+
+    def _parquet_rows(self) -> Iterator[Row]:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.bytes_read = 0
+        try:
+            with pq.ParquetFile(self.path) as file:
+                total = max(1, file.metadata.num_rows)
+                done = 0
+                for batch in file.iter_batches(batch_size=4096):
+                    yield from batch.to_pylist()
+                    done += len(batch)
+                    self.bytes_read = self.size * done // total
+        except (pa.ArrowInvalid, OSError) as error:
+            raise DataError(f"{self.path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+class RowWriter(Protocol):
+    """Takes rows in order."""
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Append rows."""
+
+
+class _JsonLines:
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("x", encoding="utf-8", newline="\n")
+
+    def write(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+    def close(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+class _Csv(_JsonLines):
+    def __init__(self, path: Path, columns: Sequence[str], delimiter: str) -> None:
+        self.file = path.open("x", encoding="utf-8", newline="")
+        self.writer = csv.DictWriter(self.file, list(columns), delimiter=delimiter, lineterminator="\n")
+        self.writer.writeheader()
+
+    def write(self, rows: Sequence[Row]) -> None:
+        self.writer.writerows(rows)
+
+
+class _Parquet:
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        import pyarrow.parquet as pq
+
+        self.schema, self.writer = schema, pq.ParquetWriter(path, schema)
+
+    def write(self, rows: Sequence[Row]) -> None:
+        import pyarrow as pa
+
+        self.writer.write_table(pa.Table.from_pylist(list(rows), schema=self.schema))
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@contextmanager
+def row_writer(path: str | Path, reader: RowReader, new: dict[str, type]) -> Iterator[RowWriter]:
+    """Write rows to a csv, tsv, jsonl or parquet file, which appears whole at the end or not at all.
+
+    Args:
+        path: The file; its ending names the format.
+        reader: Where the rows come from; its columns are kept.
+        new: Further columns and their types: str, float or bool.
+
+    Raises:
+        ConfigError: The format cannot hold the rows, or a new column has the name of an old one.
+    """
+    path = Path(path)
+    kind = path.suffix.lower()
+    if kind not in STREAMED:
+        raise ConfigError(f"output_file: {path} has no known ending.", available=STREAMED)
+    taken = sorted(set(new) & set(reader.columns or ()))
+    if taken:
+        raise ConfigError(
+            f"{reader.path} already has {', '.join(taken)}.", why="the file may be the result of an earlier prediction"
+        )
+    if kind != ".jsonl" and reader.columns is None:
+        raise ConfigError(
+            f"output_file: {path.name} needs the same columns in all rows; {reader.path.name} promises none.",
+            fix=f"--output_file {path.with_suffix('.jsonl').name}",
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        writer = _writer(temporary, kind, reader, new)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def _writer(path: Path, kind: str, reader: RowReader, new: dict[str, type]) -> _JsonLines | _Parquet:
+    if kind == ".jsonl":
+        return _JsonLines(path)
+    columns = [*(reader.columns or ()), *new]
+    if kind != ".parquet":
+        return _Csv(path, columns, "\t" if kind == ".tsv" else ",")
+    import pyarrow as pa
+
+    old = reader.arrow_schema or pa.schema([(name, pa.string()) for name in reader.columns or ()])
+    types = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
+    for name, kind_of in new.items():
+        old = old.append(pa.field(name, types[kind_of]))
+    return _Parquet(path, old)

@@ -1,0 +1,118 @@
+"""The start of a run: everything that can be refused is refused, and the data is loaded, before any work is done."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nlpxfer.checkpoint.save import check_output_folder
+from nlpxfer.config import DataOptions, RunOptions, resolved
+from nlpxfer.data.load import DataRequest, load_data
+from nlpxfer.errors import ResumeError
+from nlpxfer.hub import check_push_request
+from nlpxfer.report.report import REPORT_FILE
+from nlpxfer.run import Run, is_private
+from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
+from nlpxfer.train.precision import Precision, choose_precision
+from nlpxfer.train.reporters import check_reporters
+
+logger = logging.getLogger(__name__)
+
+BUNDLED_DATA = "debian-sections"
+"""What a recipe trains on if no data is given."""
+
+
+@contextmanager
+def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *others: Any) -> Iterator[Run]:  # noqa: ANN401
+    """Check everything that can be checked before the work starts, then load the data.
+
+    Args:
+        recipe: Name of the method; the default output folder is `runs/<recipe>`.
+        data_options: Where the rows come from.
+        options: How to train.
+        others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
+
+    Raises:
+        LaunchError: Fewer processes run than were asked for.
+        OutputExistsError: The output folder is in use.
+        ResumeError: The run to resume is finished.
+        ConfigError: `report_to` names what is not installed.
+        PushError: A later push could not work.
+        DataError, LabelError: The data cannot be used.
+    """
+    started = time.perf_counter()
+    gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
+    _show_progress(options)
+    device = options.device  # starts the process group
+    check_process_count()
+    threads = use_threads(options.num_threads)
+    folder = Path(options.chosen_output_dir or f"runs/{recipe}")
+    options.output_dir = str(folder)
+    data_options = _with_bundled_data(data_options)
+    config = resolved(data_options, options, *others)
+    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    if is_main_process() and options.push_to_hub:
+        check_push_request(str(options.hub_model_id), private=is_private(options))
+    if options.resume and (folder / REPORT_FILE).is_file():
+        raise ResumeError(
+            f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
+        )
+    check_reporters(options.report_to or ())
+    wait_for_everyone()
+    precision = _precision_for_all(options, device)
+    options.bf16 = config["bf16"] = precision.bf16
+    if options.mixed_precision != "fp16":
+        options.mixed_precision = "bf16" if precision.bf16 else "no"
+    unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
+    data = load_data(_request(data_options, unlabelled))
+    logger.info("%s: %s rows, %d classes", recipe, data.facts()["rows"], len(data.schema))
+    run = Run(recipe, folder, data, data_options, options, precision, config, started)
+    run.checks["threads"] = threads
+    try:
+        yield run
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:
+    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file"}
+    shared = {name: getattr(options, name) for name in known}
+    return DataRequest(**shared, seed=options.data_split_seed, unlabelled_file=unlabelled_file)
+
+
+def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:
+    """One choice for all processes: that of the first."""
+    if options.fp16:
+        return Precision(False, None, "user: fp16")
+    wanted = True if options.mixed_precision == "bf16" else options.wanted_bf16
+    choice = [choose_precision(wanted, device)]
+    if world()[1] > 1:
+        torch.distributed.broadcast_object_list(choice, src=0)
+    return choice[0]
+
+
+def _show_progress(options: RunOptions) -> None:
+    """Show what nlpxfer reports, on the first process only, unless the program already set up logging."""
+    package = logging.getLogger("nlpxfer")
+    if not package.handlers and not logging.getLogger().handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        package.addHandler(handler)
+        package.setLevel(logging.INFO if options.process_index == 0 else logging.ERROR)
+
+
+def _with_bundled_data(options: DataOptions) -> DataOptions:
+    """The options, with the bundled data set if they name no data."""
+    if options.dataset_name or options.train_file:
+        return options
+    logger.info("no data given: using the bundled set %s", BUNDLED_DATA)
+    return replace(options, dataset_name=BUNDLED_DATA)

@@ -1,0 +1,185 @@
+"""`nlpxfer predict` and `nlpxfer evaluate`: what they answer is what the model says, row by row and in order."""
+
+import csv
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from tiny import LABELS, make_rows, write_csv
+from transformers import pipeline
+
+from nlpxfer import classify
+from nlpxfer.checkpoint import load_classifier, save_classifier
+from nlpxfer.classify import Classifier, evaluate_file, predict_file
+from nlpxfer.cli import main
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.errors import CheckpointError, ConfigError, DataError, LabelError
+
+SCHEMA = LabelSchema(tuple(sorted(LABELS)))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint, tmp_path_factory):
+    checkpoint = load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA)
+    texts = [row["text"] for row in make_rows(50, seed=9)]
+    with torch.no_grad():  # so that rows get different labels
+        checkpoint.model.classifier.weight.mul_(50)
+        logits = checkpoint.model(**checkpoint.tokenizer(texts, padding=True, return_tensors="pt")).logits
+        checkpoint.model.classifier.bias.sub_(logits.mean(dim=0))
+    out = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path_factory.mktemp("model") / "out")
+    (out / "run.json").write_text(json.dumps({"config": {"max_length": 24}}))
+    return out
+
+
+@pytest.fixture
+def classifier(folder):
+    return Classifier.load(str(folder), bf16=False)
+
+
+@pytest.fixture
+def rows():
+    made = make_rows(50, seed=9)
+    return [{"id": str(i), **row} for i, row in enumerate(made)]
+
+
+def read(path):
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("window", [7, 8192])
+def test_answers_are_those_of_a_pipeline(classifier, folder, rows, tmp_path, monkeypatch, window):
+    monkeypatch.setattr(classify, "WINDOW", window)
+    source = write_csv(tmp_path / "in.csv", rows)
+    done = predict_file(classifier, source, tmp_path / "out.csv", all_probabilities=True)
+    assert (done.rows, done.without_text, done.abstained) == (50, 0, 0)
+    found = read(tmp_path / "out.csv")
+    ask = pipeline("text-classification", model=str(folder), top_k=None)
+    for row, answer, scores in zip(
+        rows, found, ask([r["text"] for r in rows], truncation=True, max_length=24), strict=True
+    ):
+        assert {key: answer[key] for key in row} == row, "other columns and the order are kept"
+        shares = {score["label"]: score["score"] for score in scores}
+        assert answer["predicted_label"] == max(shares, key=shares.get)
+        assert float(answer["probability"]) == pytest.approx(max(shares.values()), abs=1e-5)
+        for name in SCHEMA.names:
+            assert float(answer[f"probability_{name}"]) == pytest.approx(shares[name], abs=1e-5)
+    assert len({row["predicted_label"] for row in found}) > 1
+
+
+def test_max_length_is_that_of_the_training(classifier, folder):
+    assert classifier.max_length == 24
+    assert Classifier.load(str(folder), max_length=12, bf16=False).max_length == 12
+    for length in (3, 10_000):
+        with pytest.raises(ConfigError, match=f"max_length: {length} is not between 4 and"):
+            Classifier.load(str(folder), max_length=length)
+
+
+def test_rows_without_a_text_get_no_label(classifier, rows, tmp_path, caplog):
+    source = tmp_path / "in.jsonl"
+    texts = [rows[0]["text"], "", None, "  ", rows[1]["text"]]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    done = predict_file(classifier, source, tmp_path / "out.jsonl", min_probability=0.5)
+    assert (done.rows, done.without_text) == (5, 3)
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["predicted_label"] is None for row in found] == [False, True, True, True, False]
+    assert [row["abstained"] is None for row in found] == [False, True, True, True, False]
+    assert "3 of 5 rows have no text" in caplog.text
+
+
+def test_abstaining(classifier, rows, tmp_path):
+    source = write_csv(tmp_path / "in.csv", rows)
+    plain = classifier.probabilities([row["text"] for row in rows]).max(axis=1)
+    least = float(np.median(plain))
+    done = predict_file(classifier, source, tmp_path / "out.csv", min_probability=least)
+    flags = [row["abstained"] == "True" for row in read(tmp_path / "out.csv")]
+    assert flags == (plain < least).tolist()
+    assert done.abstained == sum(flags) == 25
+    with pytest.raises(ConfigError, match="min_probability: 1.5"):
+        predict_file(classifier, source, tmp_path / "again.csv", min_probability=1.5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("words\na\n", "there is no column text"),
+        ("text\n", "has no rows"),
+        ("text,probability\na,b\n", "already has probability"),
+        ("text\nfine\nbad,row\n", r"row 2 \(line 3\): 2 fields"),
+    ],
+)
+def test_faults_leave_no_output(classifier, content, message, tmp_path):
+    source = tmp_path / "in.csv"
+    source.write_text(content)
+    with pytest.raises((DataError, ConfigError), match=message):
+        predict_file(classifier, source, tmp_path / "out.csv")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_numbers_are_no_text_and_nothing_is_overwritten(classifier, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": 7}\n')
+    with pytest.raises(DataError, match="row 1: text holds a int"):
+        predict_file(classifier, source, tmp_path / "out.jsonl")
+    (tmp_path / "out.jsonl").write_text("mine")
+    with pytest.raises(ConfigError, match="exists"):
+        predict_file(classifier, source, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+def test_scores(classifier, rows, tmp_path):
+    source = write_csv(tmp_path / "in.csv", rows)
+    found = evaluate_file(classifier, source)
+    answers = classifier.probabilities([row["text"] for row in rows])
+    gold = np.array([SCHEMA.encode(row["label"]) for row in rows])
+    assert found["rows"] == 50
+    assert found["accuracy"] == pytest.approx(np.mean(answers.argmax(axis=1) == gold))
+    assert found["loss"] == pytest.approx(-np.log(answers[range(50), gold]).mean(), rel=1e-5)
+    with pytest.raises(LabelError, match="row 2: the label 'other' is none of the classifier's"):
+        evaluate_file(classifier, write_csv(tmp_path / "bad.csv", [rows[0], {**rows[1], "label": "other"}]))
+    with pytest.raises(DataError, match="there is no column gold"):
+        evaluate_file(classifier, source, label_column="gold")
+
+
+def test_memory_does_not_grow_with_the_file(classifier, tmp_path, monkeypatch):
+    monkeypatch.setattr(classify, "WINDOW", 64)
+    monkeypatch.setattr(Classifier, "logits", lambda self, texts, pairs=None: np.zeros((len(texts), 4), np.float32))
+    peaks = []
+    for count in (1_000, 20_000):
+        source = tmp_path / f"{count}.csv"
+        with source.open("w") as file:
+            file.write("id,text\n")
+            file.writelines(f"{i},some words in row {i}\n" for i in range(count))
+        tracemalloc.start()
+        predict_file(classifier, source, tmp_path / f"out-{count}.csv")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert [row["id"] for row in read(tmp_path / f"out-{count}.csv")] == [str(i) for i in range(count)]
+    assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_a_checkpoint_that_does_not_classify_is_refused(tiny_checkpoint):
+    with pytest.raises(CheckpointError, match="is not a classifier"):
+        Classifier.load(str(tiny_checkpoint("bert")))
+    with pytest.raises(CheckpointError, match="gives a number, not a class"):
+        Classifier.load(str(tiny_checkpoint("bert", "classifier", ("score",))))
+
+
+def test_commands(folder, rows, tmp_path, capsys):
+    source = write_csv(tmp_path / "in.csv", rows)
+    words = [str(folder), str(source), "--bf16", "false"]
+    with pytest.raises(SystemExit) as left:
+        main(["predict", *words, "--output_file", str(tmp_path / "out.csv"), "--min_probability", "0.9"])
+    assert left.value.code == 0
+    assert "out.csv: 50 rows, " in capsys.readouterr().out
+    assert len(read(tmp_path / "out.csv")) == 50
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", *words])
+    assert left.value.code == 0
+    assert json.loads(capsys.readouterr().out)["rows"] == 50
+    with pytest.raises(SystemExit) as left:
+        main(["evaluate", str(folder), str(tmp_path / "none.csv")])
+    assert left.value.code == 2
+    assert "is no file" in capsys.readouterr().err
