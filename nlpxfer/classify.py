@@ -35,7 +35,6 @@ from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.train.launch import use_threads
 from nlpxfer.train.precision import choose_precision, padding_multiple
 from nlpxfer.train.predict import predict
-from nlpxfer.train.regime import float32_head
 
 logger = logging.getLogger(__name__)
 
@@ -114,8 +113,7 @@ class Classifier:
         rows = tokenise(tokenizer, texts, pairs, max_length=self.max_length)
         multiple = padding_multiple(model.device, bf16=self.bf16)
         collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=self.max_length)
-        with float32_head(model, enabled=self.bf16):
-            return predict(model, rows, collator, batch_size=self.batch_size, bf16=self.bf16)
+        return predict(model, rows, collator, batch_size=self.batch_size, bf16=self.bf16)
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
         """Calibrated class probabilities, shape (N, C), float64; each row sums to 1."""
@@ -195,9 +193,8 @@ def predict_file(
                     abstained += row[ABSTAINED]
             writer.write(window)
             rows += len(window)
-    if not rows:
-        Path(output).unlink()
-        raise DataError(f"{source} has no rows.")
+        if not rows:
+            raise DataError(f"{source} has no rows.")
     if blank:
         logger.warning("%s: %d of %d rows have no text and got no label", source, blank, rows)
     return Predicted(rows, blank, abstained)

@@ -56,6 +56,20 @@ def step_tokenizer(family: str):
     return tokenizer
 
 
+def step_trainer(model, method, options: RunOptions, rows: TokenisedRows, family: str) -> TransferTrainer:
+    """A Trainer that trains and scores on the same rows."""
+    return TransferTrainer(
+        model,
+        method,
+        options,
+        train_rows=rows,
+        validation_rows=rows,
+        tokenizer=step_tokenizer(family),
+        metrics=classification_metrics,
+        identity=RunIdentity({}, {}),
+    )
+
+
 class KeepGradient(TrainerCallback):
     """Copies the gradient just before the first optimizer step."""
 
@@ -95,16 +109,7 @@ def gradient_of(
         **changes,
     )
     model = AutoModelForSequenceClassification.from_pretrained(model_folder)
-    trainer = TransferTrainer(
-        model,
-        METHODS[method],
-        options,
-        train_rows=rows,
-        validation_rows=rows,
-        tokenizer=step_tokenizer(family),
-        metrics=classification_metrics,
-        identity=RunIdentity({}, {}),
-    )
+    trainer = step_trainer(model, METHODS[method], options, rows, family)
     keep = KeepGradient()
     trainer.add_callback(keep)
     trainer.fit()

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from gradients import gradient_of, step_rows, step_tokenizer
+from gradients import gradient_of, step_rows, step_trainer
 from tiny import LABELS, MAIN_FAMILIES
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
@@ -16,11 +16,8 @@ from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.evaluate.arms import Splits, train_arm
-from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.layerwise import StartPenalty, freeze_below_, parameter_depths
-from nlpxfer.train.trainer import TransferTrainer
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 FAMILIES = ["bert", "gpt2"]
@@ -37,17 +34,7 @@ def options_for(folder, **changes):
 
 
 def trainer_of(model, family, options):
-    rows = step_rows(family)
-    return TransferTrainer(
-        model,
-        FineTune(),
-        options,
-        train_rows=rows,
-        validation_rows=rows,
-        tokenizer=step_tokenizer(family),
-        metrics=classification_metrics,
-        identity=RunIdentity({}, {}),
-    )
+    return step_trainer(model, FineTune(), options, step_rows(family), family)
 
 
 def trained(family, checkpoint, folder, **changes):

@@ -36,7 +36,7 @@ from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_ever
 from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
-from nlpxfer.train.regime import float32_head, set_dropout_
+from nlpxfer.train.regime import set_dropout_
 from nlpxfer.train.trainer import TransferTrainer
 
 if TYPE_CHECKING:
@@ -137,8 +137,7 @@ def train_arm(
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
-    with float32_head(model, enabled=bool(options.bf16)):
-        probe = _prepare_(model, checkpoint, splits, collator, options)
+    probe = _prepare_(model, checkpoint, splits, collator, options)
     seed_everything(seed)
     trainer = TransferTrainer(
         model,

@@ -9,7 +9,7 @@ Shapes: N rows, B batch rows, D outputs per row (classes or features).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import gather_object
@@ -20,6 +20,10 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.launch import world
 from nlpxfer.train.precision import computing_in
+from nlpxfer.train.regime import float32_head
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Array = np.ndarray[Any, Any]
 Output = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -32,7 +36,7 @@ def class_logits(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def predict(
-    model: nn.Module,
+    model: PreTrainedModel,
     rows: TokenisedRows,
     collator: Collator,
     *,
@@ -52,7 +56,7 @@ def predict(
         rows: N tokenised rows.
         collator: Pads a batch.
         batch_size: Rows of the longest length per batch; shorter rows come in batches of up to twice as many.
-        bf16: Compute in bfloat16.
+        bf16: Compute in bfloat16, the head in float32 all the same.
         output: What of the model to keep.
         description: Shown beside the progress bar.
         quiet: No progress bar.
@@ -68,17 +72,18 @@ def predict(
     mine = [batches[i * processes + rank] if i * processes + rank < len(batches) else None for i in range(rounds)]
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     found: list[tuple[Array, Array]] = []
     try:
-        for indices in tqdm(mine, desc=description, disable=quiet or rank > 0, leave=False):
-            # every process makes the same number of forward passes: a sharded model needs all of them
-            asked = batches[0] if indices is None else indices
-            batch = model_inputs(collator([rows[int(i)] for i in asked]))
-            with computing_in(bf16, device):
-                values = output(model, {name: tensor.to(device) for name, tensor in batch.items()})
-            if indices is not None:
-                found.append((indices, values.float().cpu().numpy()))
+        with float32_head(model, enabled=bf16):
+            for indices in tqdm(mine, desc=description, disable=quiet or rank > 0, leave=False):
+                # every process makes the same number of forward passes: a sharded model needs all of them
+                asked = batches[0] if indices is None else indices
+                batch = model_inputs(collator([rows[int(i)] for i in asked]))
+                with computing_in(bf16, device):
+                    values = output(model, {name: tensor.to(device) for name, tensor in batch.items()})
+                if indices is not None:
+                    found.append((indices, values.float().cpu().numpy()))
     finally:
         for module, mode in modes:
             module.training = mode

@@ -62,15 +62,20 @@ def float32_head(model: PreTrainedModel, *, enabled: bool = True) -> Iterator[No
         model: A sequence classifier.
         enabled: False changes nothing.
     """
+    if not enabled:
+        yield
+        return
     parts = head_of(model)
-    layers = [*parts.transforms.values(), parts.final] if enabled else []
-    for layer in layers:
+    before = [(layer, vars(layer).get("forward")) for layer in (*parts.transforms.values(), parts.final)]
+    for layer, _ in before:
         layer.forward = _without_autocast(layer)  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        for layer, forward in before:
+            vars(layer).pop("forward")
+            if forward is not None:  # the context stands inside another one
+                vars(layer)["forward"] = forward
 
 
 def _without_autocast(layer: nn.Linear) -> Callable[[Tensor], Tensor]:

@@ -33,7 +33,6 @@ from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.predict import predict
-from nlpxfer.train.regime import float32_head
 
 if TYPE_CHECKING:
     from nlpxfer.checkpoint.load import Checkpoint
@@ -134,16 +133,15 @@ def teacher_logits(
         chosen = [texts[int(row)] for row in rows]
         second = None if pairs is None else [pairs[int(row)] for row in rows]
         tokens = tokenise(teacher.tokenizer, chosen, second, max_length=max_length)
-        with float32_head(teacher.model, enabled=bf16):
-            return predict(
-                teacher.model,
-                tokens,
-                collator,
-                batch_size=batch_size,
-                bf16=bf16,
-                description="teacher logits",
-                quiet=quiet,
-            )
+        return predict(
+            teacher.model,
+            tokens,
+            collator,
+            batch_size=batch_size,
+            bf16=bf16,
+            description="teacher logits",
+            quiet=quiet,
+        )
 
     where = Path(folder) if folder else default_cache_folder(identity)
     logits, computed = cached_logits(where, identity, text_keys(texts, pairs), compute)
