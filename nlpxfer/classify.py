@@ -24,14 +24,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from nlpxfer.checkpoint.load import Checkpoint, load_teacher, stored_labels
+from nlpxfer.checkpoint.load import Checkpoint, load_teacher, stored_schema
 from nlpxfer.checkpoint.tokenizer import max_positions
+from nlpxfer.data.files import Table
+from nlpxfer.data.rows import read_labels
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, row_writer
 from nlpxfer.data.tokenise import Collator, tokenise
-from nlpxfer.errors import CheckpointError, ConfigError, DataError, LabelError
-from nlpxfer.evaluate.calibration import load_temperature, probabilities
-from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.errors import ConfigError, DataError, LabelError
+from nlpxfer.evaluate.calibration import load_temperature, load_thresholds, probabilities
+from nlpxfer.evaluate.task import label_f1s, task_metrics
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.train.launch import use_threads
 from nlpxfer.train.precision import choose_precision, padding_multiple
 from nlpxfer.train.predict import predict
@@ -43,6 +46,9 @@ Array = np.ndarray[Any, Any]
 WINDOW = 8192
 """Rows that are sorted by length and answered together."""
 LABEL, PROBABILITY, ABSTAINED = "predicted_label", "probability", "abstained"
+LABELS, NUMBER = "predicted_labels", "predicted_number"
+SEPARATOR = "|"
+"""Between the labels of a multi-label row, in and out."""
 DEFAULT_LENGTH = 128
 
 
@@ -55,7 +61,8 @@ class Classifier:
         schema: Its labels.
         max_length: Tokens that are read of each text.
         bf16: Whether it computes in bfloat16.
-        temperature: T of its probabilities, softmax(logits / T); fitted on the validation rows of the training.
+        temperature: T of its probabilities, softmax(logits / T) or sigmoid(logits / T); fitted on the validation rows.
+        thresholds_C: Multi-label: the probability above which a label is given; fitted likewise.
         batch_size: Rows of the longest length per batch.
     """
 
@@ -63,7 +70,8 @@ class Classifier:
     schema: LabelSchema
     max_length: int
     bf16: bool
-    temperature: float = 1.0
+    temperature: float
+    thresholds_C: Array
     batch_size: int = 64
 
     @classmethod
@@ -79,15 +87,13 @@ class Classifier:
             batch_size: Rows of the longest length per batch.
 
         Raises:
-            CheckpointError: It is no single-label classifier, or damaged.
+            CheckpointError: It is no classifier, or damaged.
             ConfigError: `max_length` is more than the model can read.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
         use_threads(None)
-        schema = LabelSchema(tuple(stored_labels(model)))
-        if len(schema) < 2:
-            raise CheckpointError(f"{model} has a single output: it gives a number, not a class.")
+        schema = stored_schema(model)
         checkpoint = load_teacher(model, schema=schema)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or torch.device("cpu")
@@ -104,11 +110,12 @@ class Classifier:
             max_length=length,
             bf16=choose_precision(bf16, device).bf16,
             temperature=load_temperature(checkpoint.folder),
+            thresholds_C=load_thresholds(checkpoint.folder, schema.names),
             batch_size=batch_size,
         )
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
-        """Class logits, shape (N, C), float32, columns in the order of `schema`."""
+        """Logits, shape (N, C), float32, columns in the order of `schema`; of a regression the number."""
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
         rows = tokenise(tokenizer, texts, pairs, max_length=self.max_length)
         multiple = padding_multiple(model.device, bf16=self.bf16)
@@ -116,8 +123,74 @@ class Classifier:
         return predict(model, rows, collator, batch_size=self.batch_size, bf16=self.bf16)
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
-        """Calibrated class probabilities, shape (N, C), float64; each row sums to 1."""
-        return probabilities(self.logits(texts, pairs), self.temperature)
+        """Calibrated probabilities, shape (N, C), float64; each row sums to 1, but not those of a multi-label task.
+
+        Raises:
+            ConfigError: The model gives numbers.
+        """
+        if self.schema.problem_type == REGRESSION:
+            raise ConfigError("A regression has no probabilities.", fix="logits(texts)[:, 0] are its numbers")
+        return probabilities(self.logits(texts, pairs), self.temperature, self.schema.problem_type)
+
+
+class AnswerColumns:
+    """The columns that a prediction adds to a row, and their values.
+
+    Args:
+        classifier: Gives the kind of task, labels, temperature and thresholds.
+        min_probability: Rows below it abstain; for tasks with one class per row.
+        all_probabilities: A column for each label.
+        label_separator: Between the labels of a multi-label row.
+
+    Raises:
+        ConfigError: An option means nothing for the kind of task, or a label holds the separator.
+    """
+
+    def __init__(
+        self, classifier: Classifier, min_probability: float | None, all_probabilities: bool, label_separator: str
+    ) -> None:
+        self.classifier, self.schema, self.separator = classifier, classifier.schema, label_separator
+        self.min_probability = min_probability
+        kind, faults = self.schema.problem_type, []
+        if min_probability is not None and kind != SINGLE_LABEL:
+            faults.append("min_probability: is for models that give one label to each row")
+        if all_probabilities and kind == REGRESSION:
+            faults.append("all_probabilities: the model gives numbers")
+        ambiguous = [name for name in self.schema.names if label_separator in name]
+        if kind == MULTI_LABEL and ambiguous:
+            faults.append(f"label_separator: {label_separator!r} stands in the label {ambiguous[0]!r}; choose another")
+        if faults:
+            raise ConfigError.from_faults(faults)
+        self.each = [f"{PROBABILITY}_{name}" for name in self.schema.names] if all_probabilities else []
+        own: dict[ProblemType, dict[str, type]] = {
+            SINGLE_LABEL: {LABEL: str, PROBABILITY: float},
+            MULTI_LABEL: {LABELS: str},
+            REGRESSION: {NUMBER: float},
+        }
+        self.types = own[kind] | dict.fromkeys(self.each, float)
+        if min_probability is not None:
+            self.types[ABSTAINED] = bool
+
+    def of(self, logits_NC: Array) -> Iterator[dict[str, Any]]:
+        """The columns' values for each row."""
+        kind = self.schema.problem_type
+        if kind == REGRESSION:
+            yield from ({NUMBER: round(float(number), 6)} for number in logits_NC[:, 0])
+            return
+        for shares_C in probabilities(logits_NC, self.classifier.temperature, kind):
+            row = self._label(shares_C) if kind == SINGLE_LABEL else {LABELS: self._labels(shares_C)}
+            yield row | {name: round(float(share), 6) for name, share in zip(self.each, shares_C, strict=False)}
+
+    def _label(self, shares_C: Array) -> dict[str, Any]:
+        best = int(shares_C.argmax())
+        row = {LABEL: self.schema.names[best], PROBABILITY: round(float(shares_C[best]), 6)}
+        if self.min_probability is not None:
+            row[ABSTAINED] = bool(shares_C[best] < self.min_probability)
+        return row
+
+    def _labels(self, shares_C: Array) -> str:
+        given = shares_C > self.classifier.thresholds_C
+        return self.separator.join(name for name, one in zip(self.schema.names, given, strict=True) if one)
 
 
 @dataclass(frozen=True)
@@ -144,11 +217,14 @@ def predict_file(
     text_pair_column: str | None = None,
     min_probability: float | None = None,
     all_probabilities: bool = False,
+    label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> Predicted:
-    """Label the rows of a file: `predicted_label` and `probability` beside the columns that are there.
+    """Label the rows of a file, in new columns beside those that are there.
 
-    A row whose text is missing or blank gets neither. Nothing is written where `output` is until all rows are done.
+    The columns are `predicted_label` and `probability`; of a multi-label model `predicted_labels`, of a regression
+    `predicted_number`. A row whose text is missing or blank gets nothing in them. Nothing is written where `output` is
+    until all rows are done.
 
     Args:
         classifier: See `Classifier.load`.
@@ -158,39 +234,30 @@ def predict_file(
         text_pair_column: Column with the second text, for tasks on pairs.
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
         all_probabilities: Also a column `probability_<label>` per label.
+        label_separator: Between the labels of a multi-label row.
         quiet: No progress bar.
 
     Raises:
         DataError: A row cannot be read, named with its line; or a column is missing.
-        ConfigError: `output` cannot hold the rows, exists, or `min_probability` is not between 0 and 1.
+        ConfigError: `output` cannot hold the rows, exists, `min_probability` is not between 0 and 1, or an option
+            means nothing for this kind of model.
     """
     if min_probability is not None and not 0 < min_probability <= 1:
         raise ConfigError(f"min_probability: {min_probability} is not above 0 and up to 1")
     if Path(output).exists():
         raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
     reader = RowReader(source)
-    each = [f"{PROBABILITY}_{name}" for name in classifier.schema.names] if all_probabilities else []
-    new: dict[str, type] = {LABEL: str, PROBABILITY: float} | dict.fromkeys(each, float)
-    if min_probability is not None:
-        new[ABSTAINED] = bool
+    columns = AnswerColumns(classifier, min_probability, all_probabilities, label_separator)
     rows = blank = abstained = 0
-    with row_writer(output, reader, new) as writer:
+    with row_writer(output, reader, columns.types) as writer:
         for window in _windows(reader, quiet):
             texts, pairs, known = _texts(reader, window, rows, text_column, text_pair_column)
-            shares_NC = classifier.probabilities(texts, pairs) if texts else np.zeros((0, len(classifier.schema)))
-            answers = iter(shares_NC)
+            logits_NC = classifier.logits(texts, pairs) if texts else np.zeros((0, len(classifier.schema)))
+            answers = iter(columns.of(logits_NC))
             for row, has_text in zip(window, known, strict=True):
-                if not has_text:
-                    row.update(dict.fromkeys(new))
-                    blank += 1
-                    continue
-                shares_C = next(answers)
-                best = int(shares_C.argmax())
-                row[LABEL], row[PROBABILITY] = classifier.schema.names[best], round(float(shares_C[best]), 6)
-                row.update(zip(each, (round(float(share), 6) for share in shares_C), strict=False))
-                if min_probability is not None:
-                    row[ABSTAINED] = bool(shares_C[best] < min_probability)
-                    abstained += row[ABSTAINED]
+                row.update(next(answers) if has_text else dict.fromkeys(columns.types))
+                blank += not has_text
+                abstained += row.get(ABSTAINED) is True
             writer.write(window)
             rows += len(window)
         if not rows:
@@ -207,12 +274,15 @@ def evaluate_file(
     text_column: str = "text",
     text_pair_column: str | None = None,
     label_column: str = "label",
+    label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Scores of a classifier on a labelled file: `rows`, `accuracy`, `macro_f1` and `loss`.
+    """Scores of a classifier on a labelled file: `rows`, and the metrics of its kind of task (`problem.METRICS`).
+
+    For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
     Raises:
-        DataError: A row has no text, or cannot be read; or a column is missing.
+        DataError: A row has no text or label, or cannot be read; or a column is missing.
         LabelError: A label is none of the classifier's.
     """
     reader = RowReader(source)
@@ -221,20 +291,46 @@ def evaluate_file(
         texts, pairs, known = _texts(reader, window, seen, text_column, text_pair_column)
         if not all(known):
             raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
-        for number, row in enumerate(window, start=seen + 1):
-            if label_column not in row:
-                raise DataError(f"{source}, row {number}: there is no column {label_column}.", available=sorted(row))
-            if str(row[label_column]) not in classifier.schema.names:
-                raise LabelError(
-                    f"{source}, row {number}: the label {row[label_column]!r} is none of the classifier's.",
-                    available=classifier.schema.names,
-                )
-            labels.append(classifier.schema.encode(str(row[label_column])))
+        labels += _gold(classifier.schema, reader, window, seen, label_column, label_separator)
         logits.append(classifier.logits(texts, pairs))
         seen += len(window)
     if not seen:
         raise DataError(f"{source} has no rows.")
-    return {"rows": seen, **classification_metrics(np.concatenate(logits), np.asarray(labels))}
+    schema, found_NC = classifier.schema, np.concatenate(logits)
+    scores: dict[str, Any] = {"rows": seen, **task_metrics(schema.problem_type, found_NC, schema.array(labels))}
+    if schema.problem_type == MULTI_LABEL:
+        given_NC = probabilities(found_NC, classifier.temperature, MULTI_LABEL) > classifier.thresholds_C
+        micro, macro = label_f1s(given_NC, schema.array(labels))
+        scores["with_thresholds"] = {"micro_f1": micro, "macro_f1": macro}
+    return scores
+
+
+def _gold(
+    schema: LabelSchema, reader: RowReader, window: Sequence[Row], before: int, column: str, separator: str
+) -> list[Any]:
+    """The labels of a window's rows, as `LabelSchema.array` takes them."""
+    for number, row in enumerate(window, start=before + 1):
+        if column not in row:
+            raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
+    table = Table(source=str(reader.path), name=reader.path.name, columns={column: [row[column] for row in window]})
+    split = separator if any(isinstance(row[column], str) for row in window) else None
+    found, faults = read_labels(table, column, schema.problem_type, split)
+    if faults:
+        index, fault = faults[0]
+        raise DataError(f"{reader.path}, row {before + 1 + index}: {fault}.")
+    if schema.problem_type == REGRESSION:
+        return found
+    several = schema.problem_type == MULTI_LABEL
+    for number, names in enumerate(found, start=before + 1):
+        unknown = [name for name in (names if several else [names]) if name not in schema]
+        if unknown:
+            raise LabelError(
+                f"{reader.path}, row {number}: the label {unknown[0]!r} is none of the classifier's.",
+                available=schema.names,
+            )
+    if several:
+        return [[schema.encode(name) for name in names] for names in found]
+    return [schema.encode(name) for name in found]
 
 
 def _windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:

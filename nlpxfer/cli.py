@@ -143,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max_length", type=int, metavar="N", help="tokens read; default: as in training")
         command.add_argument("--batch_size", type=int, default=64, metavar="N", help="rows per batch of longest rows")
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
+        command.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
     predict.add_argument("--min_probability", type=float, metavar="P", help="mark rows below it as abstained")
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
@@ -192,7 +193,8 @@ def _classify(asked: argparse.Namespace) -> None:
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
     classifier = Classifier.load(asked.model, max_length=asked.max_length, bf16=bf16, batch_size=asked.batch_size)
-    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
+    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column}
+    columns |= {"label_separator": asked.label_separator, "quiet": is_quiet()}
     if asked.command == "evaluate":
         found = evaluate_file(classifier, asked.file, label_column=asked.label_column, **columns)
         sys.stdout.write(json.dumps(found) + "\n")

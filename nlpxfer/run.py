@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -34,12 +34,14 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
-from nlpxfer.evaluate.calibration import calibrate, probabilities, save_temperature
+from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
-from nlpxfer.evaluate.metrics import classification_metrics, per_class_table
+from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
 from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
+from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.card import CardFacts, write_card
 from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import (
@@ -74,6 +76,14 @@ NOT_PART_OF_THE_RUN = frozenset(
 
 SPEED_ROWS = 192
 """Test rows that inference speed is measured on, in batches of 32 rows of like length."""
+
+
+_CONSTANT: Final[Mapping[ProblemType, tuple[str, str]]] = {
+    SINGLE_LABEL: ("majority class", "the most frequent training label"),
+    MULTI_LABEL: ("majority class", "the labels that most training rows have"),
+    REGRESSION: ("mean number", "the mean of the training rows"),
+}
+"""Name and description of the arm that always gives the same answer."""
 
 
 @dataclass
@@ -111,7 +121,7 @@ class Run:
         """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it."""
         texts, pairs = self.texts(split)
         rows = getattr(self.data, split)
-        labels = rows["label"][:] if "label" in rows.column_names else None
+        labels = self.labels(split) if "label" in rows.column_names else self.data.schema.unlabelled(len(rows))
         return tokenise(tokenizer, texts, pairs, max_length=self.data_options.max_length, labels=labels)
 
     def texts(self, split: str) -> tuple[list[str], list[str] | None]:
@@ -172,35 +182,58 @@ class Run:
         return arms
 
     def _log_scores(self, arm: TrainedArm) -> None:
-        accuracy = classification_metrics(arm.validation_logits, self.labels("validation"))["accuracy"]
-        cost = f"{arm.steps} steps, {arm.train_seconds:.0f} s"
-        logger.info("%s, seed %d: validation accuracy %.4f, %s", arm.name, arm.seed, accuracy, cost)
-        if arm.probe and accuracy < arm.probe.validation_accuracy:
-            start = arm.probe.validation_accuracy
+        scores = self._scores(arm.validation_logits, "validation")
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+        logger.info(
+            "%s, seed %d: validation %s; %d steps, %.0f s", arm.name, arm.seed, shown, arm.steps, arm.train_seconds
+        )
+        if arm.probe is None or self.problem_type == MULTI_LABEL:
+            return
+        name, start = "loss", arm.probe.validation_loss
+        if self.problem_type == SINGLE_LABEL:
+            name, start = "accuracy", float(arm.probe.validation_accuracy or 0.0)
+        if scores[name] > start if name in LOWER_IS_BETTER else scores[name] < start:
             logger.warning(
-                "%s ended below the linear probe it started from (%.4f): try a lower learning rate, or more epochs",
+                "%s ended with a worse %s than the linear probe it started from (%.4f): "
+                "try a lower learning rate, or more epochs",
                 arm.name,
+                name,
                 start,
             )
 
+    @property
+    def problem_type(self) -> ProblemType:
+        """What a row's label is."""
+        return self.data.schema.problem_type
+
     def labels(self, split: str) -> Array:
-        """Gold class indices of a split."""
-        return np.asarray(getattr(self.data, split)["label"][:])
+        """Gold labels of a split, as `LabelSchema.array` gives them."""
+        return self.data.schema.array(getattr(self.data, split)["label"][:])
+
+    def _scores(self, logits: Array, split: str, rows: Array | None = None) -> dict[str, float]:
+        """Scores of predictions for a split, or for some of its rows."""
+        labels = self.labels(split)
+        part = slice(None) if rows is None else rows
+        return task_metrics(self.problem_type, logits[part], labels[part])
 
     def metrics(self, validation_logits: Array, test_logits: Array) -> dict[str, dict[str, float]]:
         """Scores of predictions on both evaluation splits."""
         return {
-            "validation": classification_metrics(validation_logits, self.labels("validation")),
-            "test": classification_metrics(test_logits, self.labels("test")),
+            "validation": self._scores(validation_logits, "validation"),
+            "test": self._scores(test_logits, "test"),
         }
 
     def majority_arm(self) -> Arm:
-        """The arm that always gives the most frequent training label."""
+        """The arm that always gives the same answer: the most frequent training label, or the mean number."""
         counts = {split: len(self.labels(split)) for split in ("validation", "test")}
         labels, classes = self.labels("train"), len(self.data.schema)
-        logits = {split: majority(labels, rows=rows, classes=classes) for split, rows in counts.items()}
+        logits = {
+            split: majority(labels, rows=rows, classes=classes, problem_type=self.problem_type)
+            for split, rows in counts.items()
+        }
         metrics = self.metrics(logits["validation"], logits["test"])
-        return Arm(name="majority class", metrics=metrics, seconds=0.0, description="the most frequent training label")
+        name, description = _CONSTANT[self.problem_type]
+        return Arm(name=name, metrics=metrics, seconds=0.0, description=description)
 
     def arm(self, trained: Sequence[TrainedArm], description: str, *, name: str | None = None) -> Arm:
         """A report's arm from the repetitions of a trained one."""
@@ -226,7 +259,7 @@ class Run:
         )
 
     def no_transfer_arm(self) -> tuple[Arm, Array]:
-        """Control arm without any pretrained model, TF-IDF and logistic regression, and its test log-probabilities."""
+        """Control arm without any pretrained model, TF-IDF and logistic or ridge regression, and its test logits."""
         texts = {split: _joined(*self.texts(split)) for split in ("train", "validation", "test")}
         found = tfidf_arm(
             texts.pop("train"),
@@ -234,14 +267,16 @@ class Run:
             texts,
             validation_labels=self.labels("validation"),
             classes=len(self.data.schema),
+            problem_type=self.problem_type,
         )
-        logits = found.log_probabilities
+        logits = found.logits
+        regression = "ridge" if self.problem_type == REGRESSION else "logistic"
         arm = Arm(
             name="no transfer (TF-IDF)",
             metrics=self.metrics(logits["validation"], logits["test"]),
             seconds=found.seconds,
             parameters=found.parameters,
-            description="TF-IDF of words and characters with logistic regression: no pretrained model",
+            description=f"TF-IDF of words and characters with {regression} regression: no pretrained model",
             details={"strength": found.strength, "converged": found.converged},
         )
         return arm, logits["test"]
@@ -253,11 +288,15 @@ class Run:
         return predict(model, self.tokenise(tokenizer, split), collator, batch_size=size, quiet=quiet)
 
     def gain(self, treated: Sequence[TrainedArm], control: Sequence[Array], *, versus: str) -> Verdict:
-        """Verdict on the accuracy gained on the test rows over a control arm's logits, one array per seed."""
+        """Verdict on what was gained on the test rows over a control arm's logits, one array per seed.
+
+        The gain is in accuracy, for multi-label in the mean F1 of the rows, for numbers in the mean absolute error.
+        """
         labels = self.labels("test")
-        ours = [np.argmax(arm.test_logits, axis=1) == labels for arm in treated]
-        theirs = [np.argmax(logits, axis=1) == labels for logits in control]
-        return Verdict.of(paired_gain(ours, theirs), treated=treated[0].name, versus=versus)
+        ours = [row_scores(self.problem_type, arm.test_logits, labels) for arm in treated]
+        theirs = [row_scores(self.problem_type, logits, labels) for logits in control]
+        found = paired_gain(ours, theirs, metric=GAIN[self.problem_type])
+        return Verdict.of(found, treated=treated[0].name, versus=versus)
 
     def with_speed(self, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:
         """The arms with their rows per second on the CPU in float32, measured in turns on the same test rows."""
@@ -406,22 +445,34 @@ class Run:
 
     def _all_checks(self, treated: Sequence[TrainedArm]) -> dict[str, Any]:
         """What was verified or decided, and how sure the test score is."""
-        labels = self.labels("test")
-        interval = bootstrap_interval((np.argmax(treated[0].test_logits, axis=1), labels))
+        logits, labels, kind = treated[0].test_logits, self.labels("test"), self.problem_type
+        size = np.abs(row_scores(kind, logits, labels).astype(np.float64))  # of an error its size
+        interval = bootstrap_interval(size, metric=GAIN[kind])
         clean = np.setdiff1d(np.arange(len(labels)), sorted(_leaking_test_rows(self.data)))
-        without = classification_metrics(treated[0].test_logits[clean], labels[clean]) if len(clean) else None
-        calibration = calibrate(
-            treated[0].validation_logits, self.labels("validation"), treated[0].test_logits, labels
-        )
-        return {
+        checks: dict[str, Any] = {
             "precision": vars(self.precision),
             "processes": world()[1],
             "threads": torch.get_num_threads(),
-            "test_accuracy_interval": vars(interval),
-            "test_without_leaks": without,
-            "calibration": vars(calibration),
-            **self.checks,
+            f"test_{GAIN[kind]}_interval": vars(interval),
+            "test_without_leaks": self._scores(logits, "test", clean) if len(clean) else None,
         }
+        if kind != REGRESSION:
+            validation_labels = self.labels("validation")
+            found = calibrate(treated[0].validation_logits, validation_labels, logits, labels, kind)
+            checks["calibration"] = vars(found)
+        if kind == MULTI_LABEL:
+            checks["thresholds"] = self._threshold_check(treated[0], found.temperature)
+        return checks | self.checks
+
+    def _threshold_check(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
+        """A threshold per label, fitted on the validation rows, and the test scores with them."""
+        shares = [
+            probabilities(logits, temperature, MULTI_LABEL) for logits in (arm.validation_logits, arm.test_logits)
+        ]
+        thresholds_C = fit_thresholds(shares[0], self.labels("validation"))
+        micro, macro = label_f1s(shares[1] > thresholds_C, self.labels("test") > 0.5)
+        by_label = dict(zip(self.data.schema.names, thresholds_C.tolist(), strict=True))
+        return {"by_label": by_label, "test": {"micro_f1": micro, "macro_f1": macro}}
 
     def _write(
         self,
@@ -434,9 +485,12 @@ class Run:
     ) -> None:
         names, labels = self.data.schema.names, self.labels("test")
         save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
-        save_temperature(self.folder, report.checks["calibration"]["temperature"])
-        confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
-        per_class_plot(per_class_table(arm.test_logits, labels, names), self.folder / "per_class.png")
+        if self.problem_type != REGRESSION:
+            thresholds = report.checks.get("thresholds", {}).get("by_label")
+            save_calibration(self.folder, report.checks["calibration"]["temperature"], thresholds)
+            per_class_plot(self.per_class(arm.test_logits, "test"), self.folder / "per_class.png")
+        if self.problem_type == SINGLE_LABEL:
+            confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
         if self.options.save_predictions:
             for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
                 self._write_predictions(split, logits)
@@ -458,6 +512,7 @@ class Run:
             base_model_kind=base_model.kind,
             dataset_name=self.data_options.dataset_name or str(self.data_options.train_file),
             text_pairs=self.data_options.text_pair_column is not None,
+            problem_type=self.problem_type,
             tags=tags,
             options={key: value for key, value in self.config.items() if value is not None},
         )
@@ -465,23 +520,36 @@ class Run:
         write_report(self.folder, report)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
+    def per_class(self, logits: Array, split: str) -> list[ClassScores]:
+        """Precision, recall and F1 of each class or label."""
+        names, labels = self.data.schema.names, self.labels(split)
+        if self.problem_type == MULTI_LABEL:
+            return per_label_table(logits > 0, labels > 0.5, names)
+        return per_class_table(logits, labels, names)
+
     def _write_predictions(self, split: str, logits: Array) -> None:
-        """One JSON object per row: its number in the file, gold label, predicted label and probability."""
+        """One JSON object per row: its number in the file, the gold label or labels or number, and the prediction."""
         folder = self.folder / "predictions"
         folder.mkdir(exist_ok=True)
         names, numbers = self.data.schema.names, getattr(self.data, split)["row"][:]
         temporary = folder / f".{split}.jsonl.tmp"
         with temporary.open("w", encoding="utf-8") as file:
-            for number, gold, row in zip(numbers, self.labels(split), probabilities(logits), strict=True):
-                best = int(row.argmax())
-                line = {
-                    "row": number,
-                    "label": names[gold],
-                    "predicted": names[best],
-                    "probability": round(float(row[best]), 6),
-                }
+            for number, gold, row in zip(numbers, self.labels(split), logits, strict=True):
+                line = {"row": number, **_prediction(self.problem_type, names, gold, row)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         temporary.replace(folder / f"{split}.jsonl")
+
+
+def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: Array) -> dict[str, Any]:  # noqa: ANN401
+    """The gold and the predicted label, labels or number of one row, and the probability."""
+    if problem_type == REGRESSION:
+        return {"label": round(float(gold), 6), "predicted": round(float(logits_C[0]), 6)}
+    shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
+    if problem_type == MULTI_LABEL:
+        predicted = {name: round(float(p), 6) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
+        return {"label": [name for name, one in zip(names, gold, strict=True) if one], "predicted": predicted}
+    best = int(shares_C.argmax())
+    return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), 6)}
 
 
 def is_private(options: RunOptions) -> bool:

@@ -16,8 +16,9 @@ import torch
 from nlpxfer.checkpoint.save import check_output_folder
 from nlpxfer.config import DataOptions, RunOptions, resolved
 from nlpxfer.data.load import DataRequest, load_data
-from nlpxfer.errors import ResumeError
+from nlpxfer.errors import ConfigError, ResumeError
 from nlpxfer.hub import check_push_request
+from nlpxfer.problem import BEST, METRICS, ProblemType
 from nlpxfer.report.report import REPORT_FILE
 from nlpxfer.run import Run, is_private
 from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
@@ -73,7 +74,14 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
         options.mixed_precision = "bf16" if precision.bf16 else "no"
     unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
     data = load_data(_request(data_options, unlabelled))
-    logger.info("%s: %s rows, %d classes", recipe, data.facts()["rows"], len(data.schema))
+    _choose_metric(options, data.schema.problem_type)
+    config["metric_for_best_model"], config["greater_is_better"] = (
+        options.metric_for_best_model,
+        options.greater_is_better,
+    )
+    logger.info(
+        "%s: %s rows, %d classes (%s)", recipe, data.facts()["rows"], len(data.schema), data.schema.problem_type
+    )
     run = Run(recipe, folder, data, data_options, options, precision, config, started)
     run.checks["threads"] = threads
     try:
@@ -81,6 +89,17 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _choose_metric(options: RunOptions, problem_type: ProblemType) -> None:
+    """Choose the best weights by the metric that was asked for, if the task has it, or by the task's own."""
+    asked = options.wanted_metric
+    if asked is not None and asked.removeprefix("eval_") not in METRICS[problem_type]:
+        raise ConfigError(
+            f"metric_for_best_model: a task of the kind {problem_type} has no {asked}.",
+            available=METRICS[problem_type],
+        )
+    options.set_best_metric(asked or BEST[problem_type])
 
 
 def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:

@@ -24,6 +24,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
+from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
@@ -85,12 +86,20 @@ class DistillOptions:
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, plan, options = parse((DataOptions, DistillOptions, RunOptions), argv)
-    smoothing = options.label_smoothing_factor
-    method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing)
 
     with start_run("distill", data_options, options, plan) as run:
+        kind = run.problem_type
+        if kind == REGRESSION and plan.temperature != DistillOptions.temperature:
+            raise ConfigError("temperature: means nothing for a regression.")
+        alone = FineTune(problem_type=kind, label_smoothing=options.label_smoothing_factor)
+        method = Distill(
+            problem_type=kind,
+            temperature=plan.temperature,
+            kd_weight=plan.kd_weight,
+            label_smoothing=options.label_smoothing_factor,
+        )
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
-        teacher, teacher_arm, pretrained = get_teacher(run, plan, smoothing)
+        teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
         rows = TransferRows(run, plan, teacher)
         facts = {"teacher": teacher.weights_sha256}
 
@@ -101,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
             untaught = student_of(run, plan, pretrained)
-            control = run.train("control", untaught, FineTune(label_smoothing=smoothing), max_steps=student[0].steps)
+            control = run.train("control", untaught, alone, max_steps=student[0].steps)
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
@@ -120,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         )
 
 
-def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Checkpoint, Arm, Checkpoint]:
+def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Checkpoint, Arm, Checkpoint]:
     """The teacher, its arm, and where the control student's layers come from.
 
     The teacher is the one that was given, or is fine-tuned on the spot and saved in `teacher/` of the output folder.
@@ -142,7 +151,7 @@ def get_teacher(run: Run, plan: DistillOptions, smoothing: float) -> tuple[Check
     trained = run.train(
         "teacher",
         build,
-        FineTune(label_smoothing=smoothing),
+        method,
         seeds=run.seeds[:1],
         num_train_epochs=plan.teacher_num_train_epochs or run.options.num_train_epochs,
         learning_rate=plan.teacher_learning_rate or run.options.learning_rate,
@@ -219,8 +228,13 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
 
 
 def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:
-    """Share of the teacher's test accuracy that the student keeps; None if the teacher gets nothing right."""
-    kept, of = (arm.metrics["test"]["accuracy"] for arm in (distilled, teacher))
+    """Share of the teacher's test score that the student keeps; None if the teacher gets nothing right.
+
+    The score is the accuracy, for multi-label the micro-F1, for numbers the rank correlation.
+    """
+    have = teacher.metrics["test"]
+    metric = next(name for name in ("micro_f1", "spearman", "accuracy") if name in have)
+    kept, of = (arm.metrics["test"][metric] for arm in (distilled, teacher))
     return {"retention": kept / of if of else None}
 
 

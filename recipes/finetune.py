@@ -19,7 +19,8 @@ from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.errors import ConfigError
-from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares
+from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares, positive_weights
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
@@ -86,10 +87,19 @@ def method_for(run: Run, plan: FineTuneOptions) -> FineTune:
     """The method, with weights and offsets counted on the training rows."""
     labels, classes = run.labels("train"), len(run.data.schema)
     tau = plan.logit_adjustment
+    if tau and run.problem_type != SINGLE_LABEL:
+        raise ConfigError("logit_adjustment: is for tasks with one class per row.")
+    if plan.class_weights == "balanced" and run.problem_type == REGRESSION:
+        raise ConfigError("class_weights: means nothing for a regression.")
+    weights: tuple[float, ...] = ()
+    if plan.class_weights == "balanced":
+        several = run.problem_type == MULTI_LABEL
+        weights = positive_weights(labels) if several else balanced_weights(labels, classes)
     return FineTune(
+        problem_type=run.problem_type,
         label_smoothing=run.options.label_smoothing_factor,
         focal_gamma=plan.focal_gamma,
-        class_weights=balanced_weights(labels, classes) if plan.class_weights == "balanced" else (),
+        class_weights=weights,
         offsets=tuple(tau * share for share in log_shares(labels, classes)) if tau else (),
     )
 

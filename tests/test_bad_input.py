@@ -336,14 +336,14 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tiny_data, bert, out, monke
     """The loss is fine and its gradient is not: the step must not be taken, or all weights are lost."""
     from nlpxfer.losses import classification
 
-    plain = classification.label_loss
+    plain = classification.gold_loss
 
-    def steep(logits_BC, labels_B, **options):
-        rows_B = plain(logits_BC, labels_B, **options)
+    def steep(*arguments, **options):
+        rows_B = plain(*arguments, **options)
         zero_B = (rows_B - rows_B.detach()).clamp(min=0)
         return rows_B + zero_B.sqrt()  # 0, with an infinite slope
 
-    monkeypatch.setattr("nlpxfer.methods.finetune.label_loss", steep)
+    monkeypatch.setattr("nlpxfer.methods.finetune.gold_loss", steep)
     message = refused("finetune", out, *tiny_words(tiny_data, bert))
     assert "gradient" in message
     assert not list(out.rglob("*.safetensors"))
@@ -353,7 +353,7 @@ def test_a_fault_of_the_program_is_not_hidden(tiny_data, bert, out, monkeypatch)
     def broken(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("nlpxfer.methods.finetune.label_loss", broken)
+    monkeypatch.setattr("nlpxfer.methods.finetune.gold_loss", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         call("finetune", out, *tiny_words(tiny_data, bert))
     assert not (out / "report.json").exists()

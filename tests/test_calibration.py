@@ -15,7 +15,7 @@ from nlpxfer.evaluate.calibration import (
     fit_temperature,
     load_temperature,
     probabilities,
-    save_temperature,
+    save_calibration,
 )
 
 
@@ -75,7 +75,7 @@ def test_calibrating_mends_what_is_too_sure():
 def test_a_folder_keeps_its_temperature(tmp_path):
     assert load_temperature(tmp_path) == 1.0
     assert load_temperature(None) == 1.0
-    save_temperature(tmp_path, 1.7)
+    save_calibration(tmp_path, 1.7)
     assert load_temperature(tmp_path) == 1.7
 
 
@@ -87,4 +87,4 @@ def test_a_damaged_file_is_refused(content, tmp_path):
 
 
 def test_the_file_is_plain(tmp_path):
-    assert json.loads(save_temperature(tmp_path, 2.0).read_text()) == {"temperature": 2.0}
+    assert json.loads(save_calibration(tmp_path, 2.0).read_text()) == {"temperature": 2.0}

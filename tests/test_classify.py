@@ -163,8 +163,6 @@ def test_memory_does_not_grow_with_the_file(classifier, tmp_path, monkeypatch):
 def test_a_checkpoint_that_does_not_classify_is_refused(tiny_checkpoint):
     with pytest.raises(CheckpointError, match="is not a classifier"):
         Classifier.load(str(tiny_checkpoint("bert")))
-    with pytest.raises(CheckpointError, match="gives a number, not a class"):
-        Classifier.load(str(tiny_checkpoint("bert", "classifier", ("score",))))
 
 
 def test_commands(folder, rows, tmp_path, capsys):

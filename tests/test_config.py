@@ -292,7 +292,11 @@ def test_data_options_out_of_range(values, fault):
             {"train_sampling_strategy": "sequential"},
             "train_sampling_strategy: 'sequential' is not one of group_by_length, random",
         ),
-        ({"metric_for_best_model": "f1"}, "metric_for_best_model: 'f1' is not one of accuracy, macro_f1, loss"),
+        (
+            {"metric_for_best_model": "f1"},
+            "metric_for_best_model: 'f1' is not one of accuracy, macro_f1, loss, micro_f1, sample_f1, "
+            "mean_absolute_error, mean_squared_error, pearson, spearman",
+        ),
         ({"push_to_hub": True}, "push_to_hub: needs hub_model_id, such as --hub_model_id team/name"),
         (
             {"neftune_noise_alpha": 5.0},

@@ -47,30 +47,30 @@ def test_tfidf_learns_and_repeats(tiny_data):
         return tfidf_arm(train, labels, texts, validation_labels=validation_labels, classes=4)
 
     arm = run()
-    metrics = classification_metrics(arm.log_probabilities["test"], test_labels)
+    metrics = classification_metrics(arm.logits["test"], test_labels)
     assert metrics["accuracy"] > 0.8
     assert metrics["loss"] < math.log(4) / 2
-    assert np.exp(arm.log_probabilities["test"]).sum(axis=1) == pytest.approx(1.0)
-    assert set(arm.validation_accuracy) == {1.0, 10.0, 100.0}
-    assert arm.validation_accuracy[arm.strength] == max(arm.validation_accuracy.values())
-    reached = classification_metrics(arm.log_probabilities["validation"], validation_labels)["accuracy"]
-    assert reached == arm.validation_accuracy[arm.strength]
+    assert np.exp(arm.logits["test"]).sum(axis=1) == pytest.approx(1.0)
+    assert set(arm.validation_scores) == {1.0, 10.0, 100.0}
+    assert arm.validation_scores[arm.strength] == max(arm.validation_scores.values())
+    reached = classification_metrics(arm.logits["validation"], validation_labels)["accuracy"]
+    assert reached == arm.validation_scores[arm.strength]
     assert arm.parameters % 4 == 0
     assert arm.converged
-    assert np.array_equal(run().log_probabilities["test"], arm.log_probabilities["test"])
+    assert np.array_equal(run().logits["test"], arm.logits["test"])
 
 
 def test_columns_follow_the_schema_where_training_lacks_a_class():
     texts = ["red apple", "blue sea"] * 4
     arm = tfidf_arm(texts, [0, 2] * 4, {"validation": texts, "new": ["?!"]}, validation_labels=[0, 2] * 4, classes=3)
-    assert arm.log_probabilities["validation"].argmax(axis=1).tolist() == [0, 2] * 4
+    assert arm.logits["validation"].argmax(axis=1).tolist() == [0, 2] * 4
     assert arm.strength == 100.0  # all strengths are right on every row: the loss decides
-    assert np.exp(arm.log_probabilities["new"][:, 1]) == pytest.approx([1e-12], rel=1e-6)
+    assert np.exp(arm.logits["new"][:, 1]) == pytest.approx([1e-12], rel=1e-6)
 
 
 def test_texts_of_signs_alone_are_words_too():
     arm = tfidf_arm(["?", "!"] * 3, [0, 1] * 3, {"validation": ["!", "?"]}, validation_labels=[1, 0], classes=2)
-    assert arm.log_probabilities["validation"].argmax(axis=1).tolist() == [1, 0]
+    assert arm.logits["validation"].argmax(axis=1).tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> start ->
 classify -> cli.
 
-A later stage may import an earlier one, never the reverse. `errors`, `strict_json`, `losses` and `config` belong to no
-stage: all may import them, and they import only each other.
+A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
+belong to no stage: all may import them, and they import only each other.
 """
 
 import ast
@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nlpxfer"
 STAGES = ("data", "checkpoint", "methods", "train", "evaluate", "report", "hub", "run", "start", "classify", "cli")
-FREE = ("errors", "strict_json", "losses", "config")
+FREE = ("errors", "problem", "strict_json", "losses", "config")
 
 
 def modules():

@@ -162,7 +162,7 @@ def test_fewer_than_two_classes_are_refused(task, family):
     one = train.select(train.columns["labels"] == 2)
     none = train.with_columns(labels=np.full(len(train), -100))
     for rows in (one, none):
-        with pytest.raises(DataError, match="two classes"):
+        with pytest.raises(DataError, match="the same label"):
             start_from_linear_probe_(model, rows, validation, collator)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -190,22 +190,21 @@ def test_probe_learns_separable_rows():
     labels = np.arange(300) % 3
     offsets = np.array([[100.0, 5.0], [103.0, 5.0], [100.0, 5.03]])  # far from zero, and of unlike scales
     rows = (offsets[labels] + random.normal(size=(300, 2)) * [0.3, 0.003]).astype(np.float32)
-    weight, bias, accuracy, penalty = fit_probe(
-        rows[:200], labels[:200], rows[200:], labels[200:], classes=3, intercept=True
-    )
+    found = fit_probe(rows[:200], labels[:200], rows[200:], labels[200:], classes=3, intercept=True)
+    weight, bias = found.weight_CH, found.bias_C
     assert weight.shape == (3, 2)
     assert weight.dtype == bias.dtype == np.float32
     logits = rows[200:].astype(np.float64) @ weight.T.astype(np.float64) + bias
-    assert accuracy == 1.0
+    assert found.accuracy == 1.0
     assert np.mean(logits.argmax(axis=1) == labels[200:]) == 1.0
-    assert penalty in linear_probe.PENALTIES
+    assert found.penalty in linear_probe.PENALTIES
 
 
 def test_features_that_never_vary_are_no_trouble():
     rows = np.random.default_rng(0).normal(size=(90, 4)).astype(np.float32)
     rows[:, 2] = 7.0
     labels = (rows[:, 0] > 0).astype(int)
-    weight, bias, accuracy, _ = fit_probe(rows[:60], labels[:60], rows[60:], labels[60:], classes=2, intercept=True)
-    assert np.isfinite(weight).all()
-    assert np.isfinite(bias).all()
-    assert accuracy > 0.9
+    found = fit_probe(rows[:60], labels[:60], rows[60:], labels[60:], classes=2, intercept=True)
+    assert np.isfinite(found.weight_CH).all()
+    assert np.isfinite(found.bias_C).all()
+    assert found.accuracy > 0.9

@@ -26,12 +26,12 @@ from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
 from nlpxfer.checkpoint.student import slice_layers
 from nlpxfer.checkpoint.tokenizer import align_pad_token_, load_tokenizer
+from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, LabelError
+from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from nlpxfer.data.schema import LabelSchema
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def load_classifier(
     model, missing = _load_model(resolved, config, dtype=dtype, seed=seed)
     tokenizer = load_tokenizer(resolved.folder, name=name)
     align_pad_token_(model, tokenizer, name=name)
-    kept = head == "auto" and _keeps_head(config, schema.names, name=name)
+    kept = head == "auto" and _keeps_head(config, schema, name=name)
     final_name = head_of(model).final_name
     if kept:
         _refuse_missing_head(missing, name)
@@ -113,7 +113,7 @@ def load_classifier(
     else:
         with _seeded(seed):
             replace_final_(model, len(schema.names))
-    _set_labels_(model, schema.names)
+    _set_labels_(model, schema.names, schema.problem_type)
     replaced = set() if kept else {f"{final_name}.{key}" for key, _ in head_of(model).final.named_parameters()}
     fresh = tuple(key for key, _ in model.named_parameters() if key in missing or key in replaced)
     logger.info("%s: %d newly initialised parameters: %s", name, len(fresh), ", ".join(fresh) or "none")
@@ -146,7 +146,7 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
     model = slice_layers(source.model, keep)
     with _seeded(seed):
         replace_final_(model, len(names))
-    _set_labels_(model, names)
+    _set_labels_(model, names, _problem_type(source.model.config))
     model.requires_grad_(True)
     nn.Module.eval(model)
     final = head_of(model)
@@ -154,8 +154,8 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
     return replace(source, model=model, fresh=fresh, head_kept=False)
 
 
-def stored_labels(name: str, *, revision: str | None = None) -> list[str]:
-    """Label names of a trained classifier, in the order of its logits.
+def stored_schema(name: str, *, revision: str | None = None) -> LabelSchema:
+    """Labels of a trained classifier, in the order of its logits, and its kind of task.
 
     Raises:
         CheckpointError: It is no classifier; or see `load_classifier`.
@@ -163,7 +163,13 @@ def stored_labels(name: str, *, revision: str | None = None) -> list[str]:
     _, config = _open(name, revision)
     if not _is_classifier(config):
         raise CheckpointError(f"{name} is not a classifier (architectures: {config.architectures}).")
-    return _label_names(config)
+    return LabelSchema(tuple(_label_names(config)), _problem_type(config))
+
+
+def _problem_type(config: PreTrainedConfig) -> ProblemType:
+    """The kind of task; transformers takes a single output without one for a regression."""
+    found: ProblemType | None = config.problem_type
+    return found or (REGRESSION if len(config.id2label or {}) == 1 else SINGLE_LABEL)
 
 
 def load_teacher(
@@ -173,7 +179,7 @@ def load_teacher(
 
     Raises:
         LabelError: The label names differ as sets, or are mere placeholders (both sides are listed).
-        CheckpointError: It is no single-label classifier, or as for `load_classifier`.
+        CheckpointError: It is no classifier, or one for another kind of task; or as for `load_classifier`.
     """
     _, config = _open(name, revision)
     if not _is_classifier(config):
@@ -182,11 +188,12 @@ def load_teacher(
             why="A teacher must be fine-tuned on the labels first.",
             fix="train it on the same labels and pass its output folder as --teacher_name_or_path",
         )
-    if config.problem_type not in (None, "single_label_classification"):
+    if _problem_type(config) != schema.problem_type:
         raise CheckpointError(
-            f"The teacher {name} was trained with problem_type={config.problem_type!r}.",
-            why="Its logits are no softmax over the classes, so they cannot be distilled as one.",
-            fix="use a teacher trained for single-label classification",
+            f"The teacher {name} was trained with problem_type={_problem_type(config)!r}, "
+            f"the data need {schema.problem_type!r}.",
+            why="Its logits mean something else.",
+            fix="use a teacher trained on the same kind of task",
         )
     names = _label_names(config)
     if sorted(names) != sorted(schema.names):
@@ -301,15 +308,15 @@ def _are_placeholders(names: Sequence[str]) -> bool:
     return all(_PLACEHOLDER.fullmatch(name) for name in names)
 
 
-def _keeps_head(config: PreTrainedConfig, wanted: Sequence[str], *, name: str) -> bool:
+def _keeps_head(config: PreTrainedConfig, wanted: LabelSchema, *, name: str) -> bool:
     """Whether the final layer may be kept; logs why, either way."""
     names = _label_names(config)
     if not _is_classifier(config):
         logger.info("%s is no classifier: new final layer.", name)
-    elif sorted(names) == sorted(wanted):
+    elif _problem_type(config) != wanted.problem_type:
+        logger.info("%s was trained with problem_type=%s: new final layer.", name, _problem_type(config))
+    elif sorted(names) == sorted(wanted.names):
         logger.info("%s already has these %d labels: its final layer is kept, matched by name.", name, len(names))
-        if config.problem_type not in (None, "single_label_classification"):
-            logger.warning("%s was trained with problem_type=%s.", name, config.problem_type)
         return True
     elif _are_placeholders(names):
         logger.info("%s names its labels LABEL_0, ...: positions are not trusted, new final layer.", name)
@@ -325,10 +332,10 @@ def _permute_final_(model: PreTrainedModel, order: Sequence[int]) -> None:
             parameter.copy_(parameter[list(order)].clone())
 
 
-def _set_labels_(model: PreTrainedModel, names: Sequence[str]) -> None:
+def _set_labels_(model: PreTrainedModel, names: Sequence[str], problem_type: ProblemType) -> None:
     model.config.id2label = dict(enumerate(names))
     model.config.label2id = {label: index for index, label in enumerate(names)}
-    model.config.problem_type = "single_label_classification"
+    model.config.problem_type = problem_type
     setattr(model, "num_labels", len(names))  # noqa: B010 - read by the loss; nn.Module's types allow no int
 
 

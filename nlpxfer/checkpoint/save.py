@@ -77,7 +77,7 @@ def save_classifier(
     _check_savable(model, schema)
     model.config.id2label = dict(enumerate(schema.names))
     model.config.label2id = {label: index for index, label in enumerate(schema.names)}
-    model.config.problem_type = "single_label_classification"
+    model.config.problem_type = schema.problem_type
     folder.mkdir(parents=True, exist_ok=True)
     _remove_old_staging(folder)
     staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))

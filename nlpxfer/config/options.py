@@ -12,6 +12,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments
 
 from nlpxfer.errors import ConfigError
+from nlpxfer.problem import LOWER_IS_BETTER, METRICS
 
 REFUSED_OPTIONS = {
     "hub_token": "a token on the command line stays in the shell's history; set HF_TOKEN or run `hf auth login`",
@@ -87,7 +88,12 @@ class DataOptions:
     test_file: str | None = option(None, "Test rows; without it a stratified share of the training rows.")
     text_column: str = option("text", "Column with the text.")
     text_pair_column: str | None = option(None, "Column with a second text, for tasks on pairs.")
-    label_column: str = option("label", "Column with the label name.")
+    label_column: str = option("label", "Column with the label's name, a list of labels, or a number.")
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = option(
+        "auto", "What a label is. auto: multi-label if the column holds lists, else one class."
+    )
+    label_separator: str | None = option(None, "Splits the labels of a row that are one text, as in 'a|b'.")
+    min_label_rows: int = option(1, "Multi-label: leave out labels with fewer training rows.")
     validation_share: float = option(0.1, "Share of the training rows held out if there is no validation file.")
     test_share: float = option(0.1, "Share of the training rows held out if there is no test file.")
     max_length: int = option(128, "Longest input in tokens; longer texts are cut at the end.")
@@ -160,7 +166,10 @@ class RunOptions(TrainingArguments):
     save_strategy: str = option("epoch", "When to save a checkpoint.", choices=["no", "steps", "epoch", "best"])
     save_total_limit: int | None = option(2, "Checkpoints to keep: the best and the newest.")
     load_best_model_at_end: bool = option(True, "Keep the weights with the best validation score.")
-    metric_for_best_model: str | None = option("accuracy", "Validation score that chooses the best weights.")
+    metric_for_best_model: str | None = option(
+        None,
+        "Validation score that chooses the best weights. Default: accuracy; multi-label: micro_f1, numbers: loss.",
+    )
     logging_steps: float = option(50, "Steps between two log lines.")
     train_sampling_strategy: str = option(
         "group_by_length",
@@ -176,6 +185,8 @@ class RunOptions(TrainingArguments):
         self._check()
         self.chosen_output_dir = self.output_dir  # transformers puts a name of its own where there is none
         self.wanted_bf16 = self.bf16
+        self.wanted_metric = self.metric_for_best_model
+        self.set_best_metric(self.wanted_metric or "accuracy")
         if self.bf16 is None:
             self.bf16 = False
         if self.disable_tqdm is None:
@@ -184,9 +195,13 @@ class RunOptions(TrainingArguments):
             self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
 
+    def set_best_metric(self, name: str) -> None:
+        """Choose the best weights by this validation score."""
+        self.metric_for_best_model = name.removeprefix("eval_")
+        self.greater_is_better = self.metric_for_best_model not in LOWER_IS_BETTER
+
     def _check(self) -> None:
         faults: list[str] = []
-        metrics = ("accuracy", "macro_f1", "loss")
         for f in dataclasses.fields(self):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.name in REFUSED_OPTIONS and f.name != "do_eval":  # which transformers itself sets
@@ -227,9 +242,13 @@ class RunOptions(TrainingArguments):
             faults, self.num_threads is None or self.num_threads >= 1, f"num_threads: {self.num_threads} is below 1"
         )
         require(faults, self.early_stopping_patience >= 0, "early_stopping_patience: it cannot be negative")
-        metric = (self.metric_for_best_model or "").removeprefix("eval_")
-        known = ", ".join(metrics)
-        require(faults, metric in metrics, f"metric_for_best_model: {metric!r} is not one of {known}")
+        metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
+        metrics = dict.fromkeys(name for names in METRICS.values() for name in names)
+        require(faults, metric in metrics, f"metric_for_best_model: {metric!r} is not one of {', '.join(metrics)}")
+        direction = metric not in LOWER_IS_BETTER
+        given = self.greater_is_better
+        fault = f"greater_is_better: {given} is wrong for {metric}; leave it out"
+        require(faults, metric not in metrics or given in (None, direction), fault)
         resume = self.resume_from_checkpoint
         require(
             faults,

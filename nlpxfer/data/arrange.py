@@ -9,14 +9,22 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from nlpxfer.data.formats import SHOWN_FAULTS
 from nlpxfer.data.leaks import find_leaks
 from nlpxfer.data.rows import Rows
 from nlpxfer.data.schema import LabelSchema, natural_order
-from nlpxfer.data.splits import stratified_sample, stratified_split
+from nlpxfer.data.splits import (
+    iterative_sample,
+    iterative_split,
+    quantile_bins,
+    stratified_sample,
+    stratified_split,
+)
 from nlpxfer.errors import DataError, LabelError, nearest
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 LOGGER = logging.getLogger(__name__)
 COMPARED: Final = (("train", "validation"), ("train", "test"), ("validation", "test"))
@@ -56,6 +64,48 @@ def freeze_schema(train: Rows, *, carved: Sequence[str], warnings: list[str]) ->
     return LabelSchema(names)
 
 
+def freeze_label_set(train: Rows, *, min_rows: int, warnings: list[str]) -> LabelSchema:
+    """The labels of a multi-label task that have enough training rows, in the order of the file, or else natural.
+
+    Args:
+        train: All training rows.
+        min_rows: Training rows that a label needs.
+        warnings: Gets a line for the labels left out.
+
+    Raises:
+        DataError: No label has that many rows.
+    """
+    counts = Counter(name for names in train.names_by_row() for name in names)
+    kept = {name for name, count in counts.items() if count >= min_rows}
+    if not kept:
+        most = max(counts.values(), default=0)
+        raise DataError(
+            f"{train.source}: no label has {min_rows} training rows; the most frequent has {most}.",
+            fix="--label_column names the column of labels; --min_label_rows asks for fewer rows",
+        )
+    if len(kept) < len(counts):
+        warnings.append(f"{train.name}: {len(counts) - len(kept)} labels with fewer than {min_rows} rows are left out")
+    listed = train.class_names or natural_order(kept)
+    return LabelSchema(tuple(name for name in listed if name in kept), MULTI_LABEL)
+
+
+def drop_rare_labels(rows: Rows, schema: LabelSchema) -> Rows:
+    """The rows of a multi-label task without the labels that the schema does not have."""
+    kept = [tuple(name for name in names if name in schema) for names in rows.names_by_row()]
+    return replace(rows, labels=kept)
+
+
+def freeze_number(train: Rows, *, label_column: str) -> LabelSchema:
+    """The schema of a regression: the name of its column.
+
+    Raises:
+        DataError: All training rows have the same number.
+    """
+    if len(set(train.labels or ())) < 2:
+        raise DataError(f"{train.source}: all {len(train)} rows have the same number; there is nothing to learn.")
+    return LabelSchema((label_column,), REGRESSION)
+
+
 def _check_class_sizes(train: Rows, counts: Counter[str], carved: Sequence[str], warnings: list[str]) -> None:
     labels = list(train.labels or ())
     needed = 1 + len(carved)
@@ -87,9 +137,10 @@ def check_labels(splits: Mapping[str, Rows], schema: LabelSchema) -> None:
     unknown: list[str] = []
     for rows in splits.values():
         places: dict[str, list[str]] = {}
-        for index, name in enumerate(rows.labels or ()):
-            if name not in schema:
-                places.setdefault(name, []).append(rows.place(index))
+        for index, names in enumerate(rows.names_by_row()):
+            for name in names:
+                if name not in schema:
+                    places.setdefault(name, []).append(rows.place(index))
         for name, found in places.items():
             more = f" and {len(found) - SHOWN_FAULTS} more" if len(found) > SHOWN_FAULTS else ""
             faults.append(f"{rows.source}, {', '.join(found[:SHOWN_FAULTS])}{more}: {name!r}")
@@ -101,15 +152,19 @@ def check_labels(splits: Mapping[str, Rows], schema: LabelSchema) -> None:
             if (near := nearest(name, schema.names))
         ]
         listed = "\n  - ".join(["Labels that no training row has:", *faults])
-        raise LabelError(listed, fix=", ".join(dict.fromkeys(hints)), available=schema.names)
+        rare = "--min_label_rows 2 leaves rare labels out" if schema.problem_type == MULTI_LABEL else ""
+        raise LabelError(listed, fix=", ".join(dict.fromkeys(hints)) or rare, available=schema.names)
 
 
-def carve(splits: dict[str, Rows], shares: Mapping[str, float], seed: int) -> dict[str, str]:
+def carve(
+    splits: dict[str, Rows], shares: Mapping[str, float], seed: int, *, problem_type: str = SINGLE_LABEL
+) -> dict[str, str]:
     """Carve the missing splits out of the training rows, in place.
 
     Args:
         splits: Has 'train'; gets the other two.
         shares: Which part of all training rows a missing split becomes.
+        problem_type: What keeps its share: each class, each of several labels, or each tenth of the numbers.
         seed: Draws the rows.
 
     Returns:
@@ -125,7 +180,11 @@ def carve(splits: dict[str, Rows], shares: Mapping[str, float], seed: int) -> di
             continue
         train = splits["train"]
         try:
-            kept, taken = stratified_split(train.labels or (), train.keys(), share=shares[split] / left, seed=seed)
+            share = shares[split] / left
+            if problem_type == MULTI_LABEL:
+                kept, taken = iterative_split(list(train.names_by_row()), train.keys(), share=share, seed=seed)
+            else:
+                kept, taken = stratified_split(_strata(train, problem_type), train.keys(), share=share, seed=seed)
         except DataError as error:
             raise DataError(
                 f"{train.source}: no {split} split can be carved out. {error.what}",
@@ -136,6 +195,12 @@ def carve(splits: dict[str, Rows], shares: Mapping[str, float], seed: int) -> di
         sources[split] = f"carved from {train.name}"
         LOGGER.info("%s: %d of %d rows of %s", split, len(taken), len(train), train.name)
     return sources
+
+
+def _strata(rows: Rows, problem_type: str) -> Sequence[Any]:
+    """The class of each row, or the tenth that its number lies in."""
+    labels = rows.labels or ()
+    return quantile_bins(labels) if problem_type == REGRESSION else labels
 
 
 def keep_apart(unlabelled: Rows, splits: Mapping[str, Rows]) -> Rows:
@@ -171,7 +236,8 @@ def check_classes_left(train: Rows, schema: LabelSchema) -> None:
     Raises:
         DataError: Names the classes.
     """
-    lost = [name for name in schema.names if name not in set(train.labels or ())]
+    found = {name for names in train.names_by_row() for name in names}
+    lost = [name for name in schema.names if name not in found]
     if lost:
         raise DataError(
             f"{train.source}: every training row of {', '.join(map(repr, lost))} also stands in validation or test; "
@@ -180,13 +246,15 @@ def check_classes_left(train: Rows, schema: LabelSchema) -> None:
         )
 
 
-def sample(train: Rows, count: int, seed: int) -> Rows:
-    """Draw training rows so that each class keeps its share.
+def sample(train: Rows, count: int, seed: int, *, problem_type: str = SINGLE_LABEL) -> Rows:
+    """Draw training rows so that each class, label or tenth of the numbers keeps its share.
 
     Raises:
         DataError: Fewer rows than classes are asked for.
     """
-    return train.take(stratified_sample(train.labels or (), train.keys(), count=count, seed=seed))
+    if problem_type == MULTI_LABEL:
+        return train.take(iterative_sample(list(train.names_by_row()), train.keys(), count=count, seed=seed))
+    return train.take(stratified_sample(_strata(train, problem_type), train.keys(), count=count, seed=seed))
 
 
 def compare(splits: Mapping[str, Rows], unlabelled: Rows | None) -> dict[str, dict[str, Any]]:
@@ -205,7 +273,7 @@ def compare(splits: Mapping[str, Rows], unlabelled: Rows | None) -> dict[str, di
 
 def count_contradictions(train: Rows) -> int:
     """How many distinct texts stand in the training rows with more than one label."""
-    labels: dict[str, set[str]] = {}
+    labels: dict[str, set[Any]] = {}
     for key, label in zip(train.keys(), train.labels or (), strict=True):
         labels.setdefault(key, set()).add(label)
     return sum(len(found) > 1 for found in labels.values())
@@ -215,7 +283,8 @@ def absent_classes(splits: Mapping[str, Rows], schema: LabelSchema) -> list[str]
     """A line for each evaluation split in which a class has no row."""
     lines = []
     for split in ("validation", "test"):
-        absent = [name for name in schema.names if name not in set(splits[split].labels or ())]
+        found = {name for names in splits[split].names_by_row() for name in names}
+        absent = [name for name in schema.names if name not in found]
         if absent:
             lines.append(f"{split} has no row of {len(absent)} classes: {', '.join(absent)}")
     return lines

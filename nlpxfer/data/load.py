@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from itertools import chain
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import numpy as np
 
 from nlpxfer.data.arrange import (
     absent_classes,
@@ -19,16 +23,20 @@ from nlpxfer.data.arrange import (
     compare,
     count_contradictions,
     drop_leaks,
+    drop_rare_labels,
+    freeze_label_set,
+    freeze_number,
     freeze_schema,
     keep_apart,
     sample,
 )
 from nlpxfer.data.files import Table, read_table
 from nlpxfer.data.pack import fingerprint, to_dataset
-from nlpxfer.data.rows import Rows, check_rows
+from nlpxfer.data.rows import Rows, check_rows, problem_type_of
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.sources import SPLITS, UNLABELLED_FILE, find_folder, read_folder, read_hub
 from nlpxfer.errors import ConfigError
+from nlpxfer.problem import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +57,11 @@ class DataRequest:
         test_file: Test rows; carved out of the training rows if missing.
         text_column: The column of texts.
         text_pair_column: The column of second texts, for pairs.
-        label_column: The column of labels, one per row.
+        label_column: The column of labels: one per row, a list of them, or a number.
+        problem_type: What a label is; 'auto': multi-label where the column holds lists or `label_separator` is given,
+            else one class.
+        label_separator: Between the labels of a row that are written as one text.
+        min_label_rows: Multi-label: labels with fewer training rows are left out of all splits.
         unlabelled_file: Texts without labels: .txt with one text per line, or another format with the text columns.
             'auto' takes unlabelled.txt of the folder or bundled set that `dataset_name` names.
         max_train_samples: Train on this many rows, drawn so that each class keeps its share.
@@ -67,6 +79,9 @@ class DataRequest:
     text_column: str = "text"
     text_pair_column: str | None = None
     label_column: str = "label"
+    problem_type: ProblemType | Literal["auto"] = "auto"
+    label_separator: str | None = None
+    min_label_rows: int = 1
     unlabelled_file: str | None = None
     max_train_samples: int | None = None
     validation_share: float = 0.1
@@ -85,7 +100,8 @@ class TextData:
     """Checked rows in memory.
 
     `train`, `validation` and `test` have the columns `text`, `text_pair` (only for pairs), `label` (index into
-    `schema`) and `row` (the row's number in its file, from 1; carved rows keep that of the training file).
+    `schema`; a list of them for multi-label; a number for regression) and `row` (the row's number in its file, from 1;
+    carved rows keep that of the training file).
     `unlabelled` has no `label`.
 
     Args:
@@ -118,21 +134,38 @@ class TextData:
     def facts(self) -> dict[str, Any]:
         """What a report says about the data; the leaks without their rows."""
         splits = {"train": self.train, "validation": self.validation, "test": self.test}
-        counts = {split: Counter(rows["label"]) for split, rows in splits.items()}
         return {
+            "problem_type": self.schema.problem_type,
             "rows": {split: len(rows) for split, rows in splits.items()}
             | ({} if self.unlabelled is None else {"unlabelled": len(self.unlabelled)}),
             "classes": len(self.schema),
-            "class_rows": {
-                split: {name: found[index] for index, name in enumerate(self.schema.names)}
-                for split, found in counts.items()
-            },
+            **self._label_facts(splits),
             "leaks": {pair: {k: v for k, v in found.items() if k != "rows"} for pair, found in self.leaks.items()},
             "contradictions": self.contradictions,
             "removed": dict(self.removed),
             "warnings": list(self.warnings),
             "sources": dict(self.sources),
             "fingerprint": self.fingerprint,
+        }
+
+    def _label_facts(self, splits: Mapping[str, Dataset]) -> dict[str, Any]:
+        """How often each class occurs in each split; of numbers, their mean, deviation and range."""
+        if self.schema.problem_type == REGRESSION:
+            numbers = {split: np.asarray(rows["label"][:]) for split, rows in splits.items()}
+            return {
+                "numbers": {
+                    split: {"mean": found.mean(), "deviation": found.std(), "low": found.min(), "high": found.max()}
+                    for split, found in numbers.items()
+                }
+            }
+        counts = {}
+        for split, rows in splits.items():
+            labels = rows["label"][:]
+            several = self.schema.problem_type == MULTI_LABEL
+            counts[split] = Counter(chain.from_iterable(labels) if several else labels)
+        names = list(enumerate(self.schema.names))
+        return {
+            "class_rows": {split: {name: found[index] for index, name in names} for split, found in counts.items()}
         }
 
 
@@ -148,17 +181,27 @@ def load_data(request: DataRequest) -> TextData:
     _check_request(request)
     tables, extra = _read(request)
     text, pair, label = request.text_column, request.text_pair_column, request.label_column
-    splits = {split: check_rows(table, text=text, pair=pair, label=label) for split, table in tables.items()}
+    separator = request.label_separator
+    kind = request.problem_type
+    if kind == "auto":
+        kind = problem_type_of(tables["train"], label, separator=separator)
+    if request.min_label_rows > 1 and kind != MULTI_LABEL:
+        raise ConfigError("min_label_rows: is for multi-label data; here each row has one label.")
+    splits = {
+        split: check_rows(table, text=text, pair=pair, label=label, problem_type=kind, separator=separator)
+        for split, table in tables.items()
+    }
     unlabelled = None if extra is None else check_rows(extra, text=text, pair=pair, label=None)
     warnings: list[str] = []
     carved = [split for split in ("validation", "test") if split not in splits]
-    schema = freeze_schema(splits["train"], carved=carved, warnings=warnings)
-    check_labels(splits, schema)
-    sources = carve(splits, {"validation": request.validation_share, "test": request.test_share}, request.seed)
+    schema = _freeze(splits, request, kind, carved, warnings)
+    shares = {"validation": request.validation_share, "test": request.test_share}
+    sources = carve(splits, shares, request.seed, problem_type=kind)
     if unlabelled is not None:
         sources["unlabelled"] = unlabelled.name
     splits["train"], unlabelled, removed = _reduce(splits, unlabelled, request, schema)
-    warnings += absent_classes(splits, schema)
+    if kind != REGRESSION:
+        warnings += absent_classes(splits, schema)
     for line in warnings:
         LOGGER.warning(line)
     return TextData(
@@ -176,6 +219,23 @@ def load_data(request: DataRequest) -> TextData:
     )
 
 
+def _freeze(
+    splits: dict[str, Rows], request: DataRequest, kind: ProblemType, carved: list[str], warnings: list[str]
+) -> LabelSchema:
+    """The schema of the training rows, which the labels of all splits must keep to."""
+    train = splits["train"]
+    if kind == REGRESSION:
+        return freeze_number(train, label_column=request.label_column)
+    if kind == SINGLE_LABEL:
+        schema = freeze_schema(train, carved=carved, warnings=warnings)
+    else:
+        schema = freeze_label_set(train, min_rows=request.min_label_rows, warnings=warnings)
+        if request.min_label_rows > 1:
+            splits.update({split: drop_rare_labels(rows, schema) for split, rows in splits.items()})
+    check_labels(splits, schema)
+    return schema
+
+
 def _reduce(
     splits: dict[str, Rows], unlabelled: Rows | None, request: DataRequest, schema: LabelSchema
 ) -> tuple[Rows, Rows | None, dict[str, int]]:
@@ -187,7 +247,8 @@ def _reduce(
         unlabelled = rest
     if request.drop_leaks:
         clean = drop_leaks(train, splits)
-        check_classes_left(clean, schema)
+        if schema.problem_type == SINGLE_LABEL:
+            check_classes_left(clean, schema)
         removed["train_leaks"] = len(train) - len(clean)
         train = clean
         if unlabelled is not None:
@@ -195,7 +256,7 @@ def _reduce(
             removed["unlabelled_leaks"] = len(unlabelled) - len(rest)
             unlabelled = rest
     if request.max_train_samples is not None:
-        drawn = sample(train, request.max_train_samples, request.seed)
+        drawn = sample(train, request.max_train_samples, request.seed, problem_type=schema.problem_type)
         removed["train_sample"] = len(train) - len(drawn)
         train = drawn
     LOGGER.info("rows taken out: %s", removed or "none")
@@ -223,6 +284,13 @@ def _check_request(request: DataRequest) -> None:
         faults.append("validation_share and test_share together must be less than 1")
     if request.max_train_samples is not None and request.max_train_samples < 1:
         faults.append(f"max_train_samples must be at least 1, not {request.max_train_samples}")
+    kind = request.problem_type
+    if kind not in (*PROBLEM_TYPES, "auto"):
+        faults.append(f"problem_type: {kind!r} is not one of auto, {', '.join(PROBLEM_TYPES)}")
+    if request.label_separator is not None and (kind not in (MULTI_LABEL, "auto") or not request.label_separator):
+        faults.append("label_separator: needs multi-label data, and cannot be empty")
+    if request.min_label_rows < 1:
+        faults.append(f"min_label_rows: {request.min_label_rows} is below 1")
     if faults:
         raise ConfigError.from_faults(faults)
 

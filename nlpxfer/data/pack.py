@@ -8,22 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 from nlpxfer.data.rows import Rows
 from nlpxfer.data.schema import LabelSchema
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 def to_dataset(rows: Rows, schema: LabelSchema) -> Dataset:
-    """Pack rows: `text`, `text_pair` (only for pairs), `label` (index into the schema, only if labelled), `row`."""
-    from datasets import Dataset, Features, Value
+    """Pack rows: `text`, `text_pair` (only for pairs), `label` (only if labelled), `row`.
+
+    A label is an index into the schema, a list of such indices for multi-label, or a number for regression.
+    """
+    from datasets import Dataset, Features, List, Value
 
     columns: dict[str, list[Any]] = {"text": list(rows.texts)}
+    kinds: dict[str, Any] = {"text": Value("string")}
     if rows.pairs is not None:
-        columns["text_pair"] = list(rows.pairs)
-    if rows.labels is not None:
-        columns["label"] = [schema.encode(name) for name in rows.labels]
-    columns["row"] = list(rows.numbers)
-    kinds = {name: Value("string" if name.startswith("text") else "int64") for name in columns}
+        columns["text_pair"], kinds["text_pair"] = list(rows.pairs), Value("string")
+    if rows.labels is not None and schema.problem_type == REGRESSION:
+        columns["label"], kinds["label"] = list(rows.labels), Value("float64")
+    elif rows.labels is not None and schema.problem_type == MULTI_LABEL:
+        columns["label"] = [[schema.encode(name) for name in names] for names in rows.labels]
+        kinds["label"] = List(Value("int64"))
+    elif rows.labels is not None:
+        columns["label"], kinds["label"] = [schema.encode(name) for name in rows.labels], Value("int64")
+    columns["row"], kinds["row"] = list(rows.numbers), Value("int64")
     return Dataset.from_dict(columns, features=Features(kinds))
 
 
@@ -47,5 +56,8 @@ def fingerprint(schema: LabelSchema, splits: Mapping[str, Rows | None]) -> str:
         add(split, str(len(rows)), str(rows.pairs is not None), str(rows.labels is not None))
         add(*rows.texts)
         add(*(rows.pairs or ()))
-        add(*(rows.labels or ()))
+        if schema.problem_type == SINGLE_LABEL:
+            add(*(rows.labels or ()))
+        else:
+            add(schema.problem_type, *map(repr, rows.labels or ()))
     return state.hexdigest()

@@ -1,7 +1,8 @@
-"""Checked rows: texts that hold something, and labels as names.
+"""Checked rows: texts that hold something, and labels as names, tuples of names (multi-label) or numbers (regression).
 
 A label is named by its value: `str(value)` for texts, whole numbers and booleans, with leading and trailing blanks of
-texts taken off, and the class's name where the column says so (`ClassLabel`). Texts stay as they are written.
+texts taken off, and the class's name where the column says so (`ClassLabel`). Several labels of a row are a list, or
+one text that `label_separator` splits; both may be empty. Texts stay as they are written.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from nlpxfer.data.files import Table
 from nlpxfer.data.formats import SHOWN_FAULTS, list_faults
 from nlpxfer.errors import DataError
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 LOGGER = logging.getLogger(__name__)
 PAIR_MARK: Final = "\x1f"  # counts as white space, so that no normalised text holds it
@@ -43,7 +45,7 @@ class Rows:
         name: How reports name it.
         texts: One text per row.
         pairs: The second texts, if asked for.
-        labels: Label names; None for unlabelled rows.
+        labels: Label names, sorted tuples of them for multi-label, numbers for regression; None for unlabelled rows.
         numbers: Which row of its file each is, from 1.
         lines: On which line of its file each starts, where known.
         class_names: The order of the names, if the file gives one.
@@ -53,7 +55,7 @@ class Rows:
     name: str
     texts: Sequence[str]
     pairs: Sequence[str] | None
-    labels: Sequence[str] | None
+    labels: Sequence[Any] | None
     numbers: Sequence[int]
     lines: Sequence[int] | None
     class_names: tuple[str, ...] | None = None
@@ -83,12 +85,31 @@ class Rows:
             return [normalise_text(text) for text in self.texts]
         return [normalise_text(text, pair) for text, pair in zip(self.texts, self.pairs, strict=True)]
 
+    def names_by_row(self) -> Iterator[tuple[str, ...]]:
+        """The label names of each row: one, or for multi-label any number."""
+        for label in self.labels or ():
+            yield label if isinstance(label, tuple) else (label,)
+
     def place(self, index: int) -> str:
         """Name a row as people count: 'row 3 (line 4)'."""
         return f"row {self.numbers[index]}" + (f" (line {self.lines[index]})" if self.lines is not None else "")
 
 
-def check_rows(table: Table, *, text: str, pair: str | None, label: str | None) -> Rows:
+def problem_type_of(table: Table, label: str, *, separator: str | None) -> ProblemType:
+    """The kind of task that a label column tells of: multi-label if its values are lists, or texts to be split."""
+    lists = any(isinstance(value, list | tuple) for value in table.columns[label])
+    return MULTI_LABEL if lists or separator is not None else SINGLE_LABEL
+
+
+def check_rows(
+    table: Table,
+    *,
+    text: str,
+    pair: str | None,
+    label: str | None,
+    problem_type: ProblemType = SINGLE_LABEL,
+    separator: str | None = None,
+) -> Rows:
     """Check every row of a table and name its labels.
 
     Args:
@@ -96,6 +117,8 @@ def check_rows(table: Table, *, text: str, pair: str | None, label: str | None) 
         text: The column of texts.
         pair: The column of second texts, or None.
         label: The column of labels, or None for unlabelled rows.
+        problem_type: What a label is.
+        separator: Between the labels of a row, where they are one text; for multi-label only.
 
     Raises:
         DataError: Texts or labels that are missing, blank or of a wrong kind: one error for all of them.
@@ -106,7 +129,7 @@ def check_rows(table: Table, *, text: str, pair: str | None, label: str | None) 
             faults += _text_faults(table.columns[column], column)
     labels = None
     if label is not None:
-        labels, found = _name_labels(table, label)
+        labels, found = read_labels(table, label, problem_type, separator)
         faults += found
     if faults:
         raise _faulty(table, faults)
@@ -159,18 +182,52 @@ def _encodable(value: str) -> bool:
     return True
 
 
-def _name_labels(table: Table, column: str) -> tuple[list[str], list[tuple[int, str]]]:
-    values = table.columns[column]
-    _refuse_other_tasks(table, column)
+def read_labels(
+    table: Table, column: str, problem_type: ProblemType, separator: str | None
+) -> tuple[list[Any], list[tuple[int, str]]]:
+    """The label of each row of a table, and what is wrong with them: (index of the row, fault).
+
+    Raises:
+        DataError: Lists or fractions where each row has one class.
+    """
     names = table.class_names.get(column)
-    labels: list[str] = []
+    if problem_type == SINGLE_LABEL:
+        _refuse_other_tasks(table, column)
+    labels: list[Any] = []
     faults: list[tuple[int, str]] = []
-    for index, value in enumerate(values):
-        name, fault = _name_of(value, names)
-        labels.append(name)
+    read: dict[ProblemType, Callable[[object], tuple[Any, str]]] = {
+        SINGLE_LABEL: lambda value: _name_of(value, names),
+        MULTI_LABEL: lambda value: _names_of(value, names, separator),
+        REGRESSION: _number_of,
+    }
+    for index, value in enumerate(table.columns[column]):
+        label, fault = read[problem_type](value)
+        labels.append(label)
         if fault:
             faults.append((index, f"{column!r} {fault}"))
     return labels, faults
+
+
+def _names_of(value: object, names: tuple[str, ...] | None, separator: str | None) -> tuple[tuple[str, ...], str]:
+    """The names of a row's labels, sorted, and what is wrong with them."""
+    if isinstance(value, str) and separator is not None:
+        value = [part for part in value.split(separator) if part.strip()]
+    if isinstance(value, str):
+        return (), "is a text, a list of labels is needed (or --label_separator, which splits a text)"
+    if not isinstance(value, list | tuple):
+        return (), "is missing" if value is None else f"is of type {type(value).__name__}, a list of labels is needed"
+    found = [_name_of(item, names) for item in value]
+    return tuple(sorted({name for name, _ in found})), next((f"holds a label that {f}" for _, f in found if f), "")
+
+
+def _number_of(value: object) -> tuple[float, str]:
+    """A regression target, and what is wrong with it."""
+    if value is None or value == "":
+        return 0.0, "is missing"
+    number = _as_number(value) if isinstance(value, str) else value
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return 0.0, "is no number"
+    return float(number), "" if math.isfinite(number) else "is NaN or infinite"
 
 
 def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
@@ -196,21 +253,19 @@ def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
 
 
 def _refuse_other_tasks(table: Table, column: str) -> None:
-    """Refuse lists of labels and regression targets, which need other losses and metrics."""
+    """Refuse lists of labels and numbers that are not whole where each row has one class."""
     values = table.columns[column]
     for index, value in enumerate(values):
         if isinstance(value, list | tuple):
             raise DataError(
-                f"{table.source}, {table.place(index)}: {column!r} holds a list of labels; "
-                "multi-label is not supported yet.",
-                fix="one label per row",
+                f"{table.source}, {table.place(index)}: {column!r} holds a list of labels.",
+                fix="one label per row, or --problem_type multi_label_classification",
             )
     fraction = _first_fraction(values)
     if fraction is not None:
         raise DataError(
-            f"{table.source}, {table.place(fraction)}: {column!r} is the number {values[fraction]}; "
-            "regression is not supported yet.",
-            fix="name the classes with words, such as 'low' and 'high'",
+            f"{table.source}, {table.place(fraction)}: {column!r} is the number {values[fraction]}, not a class.",
+            fix="--problem_type regression, or name the classes with words, such as 'low' and 'high'",
         )
 
 

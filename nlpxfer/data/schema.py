@@ -1,6 +1,8 @@
-"""The label schema: the names of the classes in one fixed order.
+"""The label schema: the names of the classes in one fixed order, and what kind of task they belong to.
 
 Labels are matched by name everywhere; a position means something only together with a schema.
+
+Shapes: N rows, C classes.
 """
 
 from __future__ import annotations
@@ -9,13 +11,18 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
 
 from nlpxfer.errors import DataNotFoundError, LabelError, nearest
+from nlpxfer.problem import MULTI_LABEL, PROBLEM_TYPES, REGRESSION, SINGLE_LABEL, ProblemType
+
+Array = np.ndarray[Any, Any]
 
 LABELS_FILE: Final = "labels.json"
 _INTEGER: Final = re.compile(r"-?[0-9]+")
@@ -47,13 +54,15 @@ class LabelSchema:
     """Names of the classes; the position in `names` is the label's index.
 
     Args:
-        names: At least one name; unique, not blank.
+        names: At least one name; unique, not blank. A regression has one, the name of the number.
+        problem_type: What a row's label is.
 
     Raises:
-        LabelError: A name is blank, not a string, or stands twice, or there is none.
+        LabelError: A name is blank, not a string, or stands twice, there is none, or a regression has several.
     """
 
     names: tuple[str, ...]
+    problem_type: ProblemType = SINGLE_LABEL
 
     def __post_init__(self) -> None:
         """Freeze and check the names."""
@@ -68,6 +77,10 @@ class LabelSchema:
         if len(set(self.names)) < len(self.names):
             twice = [name for name in dict.fromkeys(self.names) if self.names.count(name) > 1]
             raise LabelError(f"Label names stand twice in one schema: {', '.join(twice)}.")
+        if self.problem_type not in PROBLEM_TYPES:
+            raise LabelError(f"{self.problem_type!r} is no problem type.", available=PROBLEM_TYPES)
+        if self.problem_type == REGRESSION and len(self.names) > 1:
+            raise LabelError(f"A regression has one output, not {len(self.names)}: {_shown(self.names)}.")
 
     def __len__(self) -> int:
         """Number of classes."""
@@ -105,6 +118,31 @@ class LabelSchema:
                 f"{name!r} is not a label of this schema.", fix=f"{close!r}" if close else "", available=self.names
             ) from None
 
+    def array(self, labels: Sequence[Any]) -> Array:
+        """Labels as a model learns them.
+
+        Args:
+            labels: Of N rows, as `data.pack.to_dataset` keeps them: class indices, lists of class indices, or numbers.
+
+        Returns:
+            int64 indices (N); for multi-label float32 zeros and ones (N, C); for regression float32 numbers (N).
+        """
+        if self.problem_type == SINGLE_LABEL:
+            return np.asarray(labels, dtype=np.int64)
+        if self.problem_type == REGRESSION:
+            return np.asarray(labels, dtype=np.float32)
+        hot_NC = np.zeros((len(labels), len(self)), dtype=np.float32)
+        for row, found in enumerate(labels):
+            hot_NC[row, list(found)] = 1
+        return hot_NC
+
+    def unlabelled(self, rows: int) -> Array:
+        """What stands for the labels of rows without any: -100, or NaN where labels are floats."""
+        if self.problem_type == SINGLE_LABEL:
+            return np.full(rows, -100, dtype=np.int64)
+        shape = (rows, len(self)) if self.problem_type == MULTI_LABEL else (rows,)
+        return np.full(shape, np.nan, dtype=np.float32)
+
     def reorder(self, other: LabelSchema) -> list[int]:
         """Where each of our labels stands in `other`.
 
@@ -130,7 +168,8 @@ class LabelSchema:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `labels.json` into an existing folder, atomically, and return its path."""
         target = Path(folder) / LABELS_FILE
-        content = json.dumps({"schema_version": 1, "names": list(self.names)}, ensure_ascii=False, indent=2) + "\n"
+        facts = {"schema_version": 1, "problem_type": self.problem_type, "names": list(self.names)}
+        content = json.dumps(facts, ensure_ascii=False, indent=2) + "\n"
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{LABELS_FILE}.")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -158,11 +197,12 @@ class LabelSchema:
             names = content["names"]
             if not isinstance(names, list):
                 raise TypeError("'names' is no list")
+            problem_type = content.get("problem_type", SINGLE_LABEL)  # older folders know no other
         except FileNotFoundError:
             raise DataNotFoundError(f"{path} does not exist.", why="the folder was not written by nlpxfer") from None
         except (ValueError, KeyError, TypeError) as error:
             raise LabelError(f"{path} is damaged: {error}.", fix="restore it, or train again") from error
-        return cls(tuple(names))
+        return cls(tuple(names), problem_type)
 
 
 def _shown(names: Iterable[str]) -> str:

@@ -192,9 +192,6 @@ def _from_hub(dataset: Dataset, source: str, columns: Sequence[str]) -> Table:
     if not len(dataset):
         raise DataError(f"{source} has no rows.")
     values: dict[str, list[Any]] = {name: list(dataset[name]) for name in columns}
-    named = {
-        name: tuple(kind.names)
-        for name, kind in dataset.features.items()
-        if name in columns and isinstance(kind, ClassLabel)
-    }
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in dataset.features.items() if name in columns}
+    named = {name: tuple(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
     return Table(source=source, name=source, columns=values, class_names=named)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
+
+import numpy as np
 
 from nlpxfer.errors import DataError
 
@@ -140,3 +142,92 @@ def _quotas(totals: Counter[Hashable], count: int) -> dict[Hashable, int]:
         rich = [label for label in exact if quota[label] > 1]
         quota[max(rich, key=lambda label: quota[label] - exact[label])] -= 1
     return quota
+
+
+def iterative_split(
+    label_sets: Sequence[Collection[Hashable]], keys: Sequence[str], *, share: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Split rows with any number of labels each, so that each label keeps its share and equal texts stay together.
+
+    The rarest label is dealt out first: each of its rows goes to the side that lacks this label most.
+
+    Args:
+        label_sets: The labels of each row; may be empty.
+        keys: One key per row (see `normalise_text`).
+        share: Part of the rows, and of each label's rows, that is held out, between 0 and 1.
+        seed: Another seed draws other rows.
+
+    Returns:
+        (kept, held out): row indices in ascending order, together all of them. A label of one row is on one side only.
+
+    Source: Sechidis, Tsoumakas and Vlahavas 2011, On the Stratification of Multi-Label Data, algorithm 1.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must lie between 0 and 1, not {share}")
+    groups = _groups(keys, seed)
+    counts = [Counter(label for index in group for label in label_sets[index]) for group in groups]
+    sides = (1 - share, share)
+    totals = sum(counts, Counter())
+    lacking = [{label: part * total for label, total in totals.items()} for part in sides]
+    rows_lacking = [part * len(keys) for part in sides]
+    holders: dict[Hashable, list[int]] = {label: [] for label in totals}
+    for number, inside in enumerate(counts):
+        for label in inside:
+            holders[label].append(number)
+    held: set[int] = set()
+    open_groups = dict.fromkeys(range(len(groups)))
+
+    def deal(number: int, label: Hashable | None) -> None:
+        wish = [rows_lacking[side] if label is None else lacking[side][label] for side in (0, 1)]
+        out = (wish[1], rows_lacking[1]) > (wish[0], rows_lacking[0])
+        for name, count in counts[number].items():
+            lacking[out][name] -= count
+        rows_lacking[out] -= len(groups[number])
+        if out:
+            held.add(number)
+        del open_groups[number]
+
+    for label in sorted(totals, key=lambda label: (totals[label], str(label))):
+        for number in holders[label]:
+            if number in open_groups:
+                deal(number, label)
+    for number in list(open_groups):
+        deal(number, None)
+    taken = sorted(index for number in held for index in groups[number])
+    out = set(taken)
+    return [index for index in range(len(keys)) if index not in out], taken
+
+
+def iterative_sample(
+    label_sets: Sequence[Collection[Hashable]], keys: Sequence[str], *, count: int, seed: int
+) -> list[int]:
+    """Draw `count` rows with any number of labels each, so that each label about keeps its share (`iterative_split`).
+
+    Returns:
+        Row indices in ascending order; all rows if there are no more than `count`.
+    """
+    if count >= len(keys):
+        return list(range(len(keys)))
+    kept, taken = iterative_split(label_sets, keys, share=count / len(keys), seed=seed)
+
+    def drawn(rows: Sequence[int]) -> list[int]:
+        return sorted(rows, key=lambda index: (draw_order(keys[index], seed), index))
+
+    return sorted((drawn(taken) + drawn(kept))[:count])
+
+
+def quantile_bins(values: Sequence[float], *, bins: int = 10, rows: int = 10) -> list[int]:
+    """The bin of each number, with about equally many rows in each: classes to stratify a regression by.
+
+    Args:
+        values: N numbers.
+        bins: Most bins.
+        rows: Fewest rows per bin.
+
+    >>> quantile_bins([3.0, 1.0, 2.0, 4.0], bins=2, rows=1)
+    [1, 0, 0, 1]
+    """
+    count = max(1, min(bins, len(values) // rows))
+    edges = np.quantile(values, np.linspace(0, 1, count + 1)[1:-1])
+    found: list[int] = np.searchsorted(edges, values, side="left").tolist()
+    return found

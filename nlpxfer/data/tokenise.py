@@ -29,7 +29,8 @@ class TokenisedRows(torch.utils.data.Dataset[dict[str, Any]]):
         tokens: Flat token ids of all rows, int32.
         token_types: Flat segment ids, uint8, or None if the tokenizer gives none.
         starts: N + 1 offsets into `tokens`.
-        columns: Arrays with N rows each: `labels` (int64, -100 for none), `teacher_logits` (float32), …
+        columns: Arrays with N rows each: `labels` (int64, -100 for none; or float32, NaN for none),
+            `teacher_logits` (float32), …
     """
 
     tokens: Array
@@ -115,7 +116,8 @@ def tokenise(
         texts: N texts.
         pairs: N second texts, if the task is on pairs; the longer of the two is cut first.
         max_length: Longest row, in tokens.
-        labels: N class indices, or -100 for rows without a label. Without it all rows get -100.
+        labels: Of N rows: class indices, or what `LabelSchema.array` and `unlabelled` give. Without it all rows get
+            -100.
 
     Raises:
         DataError: A text has no tokens, or there are other numbers of texts, second texts and labels.
@@ -145,7 +147,7 @@ def tokenise(
         np.concatenate([np.zeros(0, dtype=np.int32), *chunks]),
         np.concatenate([np.zeros(0, dtype=np.uint8), *type_chunks]) if typed else None,
         np.asarray(starts, dtype=np.int64),
-    ).with_columns(labels=gold.astype(np.int64))
+    ).with_columns(labels=gold if gold.dtype.kind == "f" else gold.astype(np.int64))
 
 
 def _refuse_empty(lengths: Array) -> None:

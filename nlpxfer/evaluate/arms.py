@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,9 @@ from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError
-from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.methods.base import Method
+from nlpxfer.problem import ProblemType
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
@@ -137,7 +139,7 @@ def train_arm(
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
-    probe = _prepare_(model, checkpoint, splits, collator, options)
+    probe = _prepare_(model, checkpoint, splits, collator, options, schema.problem_type)
     seed_everything(seed)
     trainer = TransferTrainer(
         model,
@@ -146,7 +148,7 @@ def train_arm(
         train_rows=splits.train,
         validation_rows=splits.validation,
         tokenizer=checkpoint.tokenizer,
-        metrics=classification_metrics,
+        metrics=partial(task_metrics, schema.problem_type),
         identity=identity,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -166,14 +168,25 @@ def train_arm(
 
 
 def _prepare_(
-    model: PreTrainedModel, checkpoint: Checkpoint, splits: Splits, collator: Collator, options: RunOptions
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    splits: Splits,
+    collator: Collator,
+    options: RunOptions,
+    problem_type: ProblemType,
 ) -> Probe | None:
     """Start the head from a probe and freeze the embeddings, as asked for; nothing new may stay frozen."""
     probe = None
     if options.linear_probe and not checkpoint.head_kept:
-        quiet = bool(options.disable_tqdm)
-        bf16 = bool(options.bf16)
-        probe = start_from_linear_probe_(model, splits.train, splits.validation, collator, bf16=bf16, quiet=quiet)
+        probe = start_from_linear_probe_(
+            model,
+            splits.train,
+            splits.validation,
+            collator,
+            problem_type=problem_type,
+            bf16=bool(options.bf16),
+            quiet=bool(options.disable_tqdm),
+        )
     model.requires_grad_(True)
     if options.dropout is not None:
         set_dropout_(model, options.dropout)

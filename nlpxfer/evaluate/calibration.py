@@ -9,6 +9,7 @@ Brier score over all classes, Brier 1950.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,12 +19,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.metrics import cross_entropy
+from nlpxfer.evaluate.task import binary_cross_entropy
+from nlpxfer.problem import MULTI_LABEL, SINGLE_LABEL, ProblemType
 from nlpxfer.strict_json import write_json_whole
 
 CALIBRATION_FILE: Final = "calibration.json"
 BINS: Final = 15
 RANGE: Final = (0.05, 20.0)
 """Temperatures that are looked at."""
+THRESHOLD_ROWS: Final = 5
+"""Validation rows with and without a label that its threshold needs."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,23 @@ class Calibration:
     after: dict[str, float]
 
 
-def probabilities(logits_NC: ArrayLike, temperature: float = 1.0) -> NDArray[np.float64]:
-    """softmax(logits / temperature) in float64, shape (N, C).
+def probabilities(
+    logits_NC: ArrayLike, temperature: float = 1.0, problem_type: ProblemType = SINGLE_LABEL
+) -> NDArray[np.float64]:
+    """softmax(logits / temperature) in float64, shape (N, C); for multi-label the sigmoid of each.
 
     >>> probabilities([[0.0, 0.0]]).tolist()
     [[0.5, 0.5]]
     """
     scaled_NC = np.asarray(logits_NC, dtype=np.float64) / temperature
+    if problem_type == MULTI_LABEL:
+        return np.exp(-np.logaddexp(0, -scaled_NC))
     shares_NC = np.exp(scaled_NC - scaled_NC.max(axis=1, keepdims=True))
     return np.asarray(shares_NC / shares_NC.sum(axis=1, keepdims=True))
 
 
-def fit_temperature(logits_NC: ArrayLike, labels_N: ArrayLike) -> float:
-    """The T in [0.05, 20] with the lowest mean cross-entropy of softmax(logits / T).
+def fit_temperature(logits_NC: ArrayLike, labels: ArrayLike, problem_type: ProblemType = SINGLE_LABEL) -> float:
+    """The T in [0.05, 20] with the lowest mean cross-entropy of softmax(logits / T), or of each label's sigmoid.
 
     The loss is convex in 1/T, so a bounded search finds its one minimum. Rows that are all right, or all wrong, have
     none; the end of the range is returned for them.
@@ -66,7 +75,7 @@ def fit_temperature(logits_NC: ArrayLike, labels_N: ArrayLike) -> float:
     logits = np.asarray(logits_NC, dtype=np.float64)
     low, high = (1 / end for end in reversed(RANGE))
     found = minimize_scalar(
-        lambda inverse: cross_entropy(logits * inverse, labels_N), bounds=(low, high), options={"xatol": 1e-5}
+        lambda inverse: _loss(logits * inverse, labels, problem_type), bounds=(low, high), options={"xatol": 1e-5}
     )
     return float(1 / found.x)
 
@@ -98,25 +107,89 @@ def brier_score(shares_NC: ArrayLike, labels_N: ArrayLike) -> float:
 
 
 def calibrate(
-    validation_logits_MC: ArrayLike, validation_labels_M: ArrayLike, logits_NC: ArrayLike, labels_N: ArrayLike
+    validation_logits_MC: ArrayLike,
+    validation_labels: ArrayLike,
+    logits_NC: ArrayLike,
+    labels: ArrayLike,
+    problem_type: ProblemType = SINGLE_LABEL,
 ) -> Calibration:
-    """Fit the temperature on validation rows and measure on others."""
-    temperature = fit_temperature(validation_logits_MC, validation_labels_M)
-    return Calibration(temperature, _scores(logits_NC, labels_N, 1.0), _scores(logits_NC, labels_N, temperature))
+    """Fit the temperature on validation rows and measure on others.
+
+    In a multi-label task each label of each row counts as a choice between two classes.
+    """
+    temperature = fit_temperature(validation_logits_MC, validation_labels, problem_type)
+    before, after = (_scores(logits_NC, labels, T, problem_type) for T in (1.0, temperature))
+    return Calibration(temperature, before, after)
 
 
-def _scores(logits_NC: ArrayLike, labels_N: ArrayLike, temperature: float) -> dict[str, float]:
-    shares = probabilities(logits_NC, temperature)
-    return {
-        "ece": expected_calibration_error(shares, labels_N),
-        "brier": brier_score(shares, labels_N),
-        "loss": cross_entropy(np.asarray(logits_NC) / temperature, labels_N),
-    }
+def _loss(logits_NC: ArrayLike, labels: ArrayLike, problem_type: ProblemType) -> float:
+    return binary_cross_entropy(logits_NC, labels) if problem_type == MULTI_LABEL else cross_entropy(logits_NC, labels)
 
 
-def save_temperature(folder: str | Path, temperature: float) -> Path:
-    """Write `calibration.json` into a model's folder."""
-    return write_json_whole(Path(folder) / CALIBRATION_FILE, {"temperature": temperature})
+def _scores(
+    logits_NC: ArrayLike, labels: ArrayLike, temperature: float, problem_type: ProblemType
+) -> dict[str, float]:
+    shares = probabilities(logits_NC, temperature, problem_type)
+    loss = _loss(np.asarray(logits_NC) / temperature, labels, problem_type)
+    gold = np.asarray(labels)
+    if problem_type == MULTI_LABEL:
+        shares = np.stack([1 - shares.ravel(), shares.ravel()], axis=1)
+        gold = (gold.ravel() > 0.5).astype(np.int64)
+    return {"ece": expected_calibration_error(shares, gold), "brier": brier_score(shares, gold), "loss": loss}
+
+
+def fit_thresholds(shares_NC: ArrayLike, gold_NC: ArrayLike) -> NDArray[np.float64]:
+    """The threshold of each label's probability with the best F1, shape C; halfway between two rows' probabilities.
+
+    A label with fewer than 5 rows that have it, or fewer than 5 that do not, keeps 0.5: too few to tell by.
+
+    >>> fit_thresholds([[0.1]] * 5 + [[0.3]] * 5, [[0]] * 5 + [[1]] * 5).round(2)
+    array([0.2])
+    """
+    shares, gold = np.asarray(shares_NC, dtype=np.float64), np.asarray(gold_NC) > 0.5
+    thresholds_C = np.full(shares.shape[1], 0.5)
+    for label in range(shares.shape[1]):
+        having = int(gold[:, label].sum())
+        if min(having, len(gold) - having) < THRESHOLD_ROWS:
+            continue
+        order_N = np.argsort(-shares[:, label], kind="stable")
+        sorted_N = shares[order_N, label]
+        hits_N = np.cumsum(gold[order_N, label])
+        f1_N = 2 * hits_N / (np.arange(1, len(gold) + 1) + having)
+        following_N = np.append(sorted_N[1:], 0.0)
+        f1_N[sorted_N == following_N] = -1  # equal probabilities cannot be parted
+        best = int(f1_N.argmax())
+        thresholds_C[label] = (sorted_N[best] + following_N[best]) / 2
+    return thresholds_C
+
+
+def save_calibration(folder: str | Path, temperature: float, thresholds: Mapping[str, float] | None = None) -> Path:
+    """Write `calibration.json` into a model's folder: the temperature, and for multi-label a threshold per label."""
+    content = {"temperature": temperature} | ({} if thresholds is None else {"thresholds": dict(thresholds)})
+    return write_json_whole(Path(folder) / CALIBRATION_FILE, content)
+
+
+def load_thresholds(folder: str | Path | None, names: Sequence[str]) -> NDArray[np.float64]:
+    """The threshold of each label's calibrated probability, in the order of `names`; 0.5 where there is none.
+
+    Raises:
+        CheckpointError: `calibration.json` has thresholds of other labels, or none between 0 and 1.
+    """
+    file = None if folder is None else Path(folder) / CALIBRATION_FILE
+    if file is None or not file.is_file():
+        return np.full(len(names), 0.5)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")).get("thresholds")
+        thresholds_C = np.full(len(names), 0.5) if found is None else np.array([float(found[name]) for name in names])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        thresholds_C = np.full(1, np.nan)
+    if not ((thresholds_C >= 0) & (thresholds_C <= 1)).all():
+        raise CheckpointError(
+            f"{file} does not hold a threshold between 0 and 1 for each label.",
+            fix="remove the file, or train again",
+            available=names,
+        )
+    return thresholds_C
 
 
 def load_temperature(folder: str | Path | None) -> float:

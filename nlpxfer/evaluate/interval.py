@@ -13,19 +13,23 @@ Berg-Kirkpatrick, Burkett & Klein, An Empirical Investigation of Statistical Sig
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import ConfigError, DataError, NotFiniteError
 
-MetricName: TypeAlias = Literal["accuracy", "macro_f1"]
+MetricName: TypeAlias = Literal["accuracy", "macro_f1", "sample_f1", "mean_absolute_error"]
 Call: TypeAlias = Literal["positive", "unclear", "negative"]
 Scored: TypeAlias = "ArrayLike | tuple[ArrayLike, ArrayLike]"
-"""The outcome of one model on the test rows: correctness (B,) for accuracy, or (predictions (B,), labels (B,))."""
+"""The outcome of one model on the test rows: what each row scores (B,), for accuracy 0 or 1; or (predictions (B,),
+labels (B,)). The score of an absolute error is its negative, so that more is better."""
+
+_MEANS = ("sample_f1", "mean_absolute_error")
+"""Metrics that are means of any numbers over rows."""
 
 _CHUNK_CELLS = 4_000_000
 
@@ -172,8 +176,8 @@ def mean_and_spread(values: Sequence[float]) -> Spread:
 
 def _check_options(metric: str, level: float, resamples: int) -> None:
     faults = []
-    if metric not in ("accuracy", "macro_f1"):
-        faults.append(f"metric {metric!r} is unknown: use accuracy or macro_f1")
+    if metric not in get_args(MetricName):
+        faults.append(f"metric {metric!r} is unknown: use one of {', '.join(get_args(MetricName))}")
     if not 0 < level < 1:
         faults.append(f"level is {level}, but must lie between 0 and 1")
     elif resamples * (1 - level) / 2 < 1:
@@ -191,8 +195,14 @@ def _resampled_scores(
     models: Sequence[Scored], metric: MetricName, resamples: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores of M models on the same resampled rows, shape (R, M), and on the rows as they are, shape (M,)."""
-    table = _correctness(models) if metric == "accuracy" else _labels_and_predictions(models)
-    score = _accuracies if metric == "accuracy" else _macro_f1s
+    table: NDArray[Any]
+    score: Callable[[NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
+    if metric in _MEANS:
+        table, score = _row_scores(models), _row_means
+    elif metric == "accuracy":
+        table, score = _correctness(models), _row_means
+    else:
+        table, score = _labels_and_predictions(models), _macro_f1s
     patterns, counts_K = np.unique(table, axis=0, return_counts=True)
     rows = int(counts_K.sum())
     chunk = max(1, _CHUNK_CELLS // len(counts_K))
@@ -203,12 +213,12 @@ def _resampled_scores(
     return np.concatenate(parts), score(patterns, counts_K[None].astype(np.float64))[0]
 
 
-def _accuracies(correct_KM: NDArray[np.int64], counts_RK: NDArray[np.float64]) -> NDArray[np.float64]:
-    shares_RM: NDArray[np.float64] = counts_RK @ correct_KM / counts_RK.sum(axis=1, keepdims=True)
-    return shares_RM
+def _row_means(scores_KM: NDArray[Any], counts_RK: NDArray[np.float64]) -> NDArray[np.float64]:
+    means_RM: NDArray[np.float64] = counts_RK @ scores_KM / counts_RK.sum(axis=1, keepdims=True)
+    return means_RM
 
 
-def _macro_f1s(patterns: NDArray[np.int64], counts_RK: NDArray[np.float64]) -> NDArray[np.float64]:
+def _macro_f1s(patterns: NDArray[Any], counts_RK: NDArray[np.float64]) -> NDArray[np.float64]:
     """Macro-F1 of each model: F1 = 2 hits / (true + predicted), over the classes where that is not 0 / 0."""
     classes_C = np.unique(patterns)
     labels_KC = patterns[:, :1] == classes_C
@@ -221,6 +231,15 @@ def _macro_f1s(patterns: NDArray[np.int64], counts_RK: NDArray[np.float64]) -> N
         f1_RC = np.divide(2 * hits_RC, total_RC, out=np.zeros_like(total_RC), where=total_RC > 0)
         scores_M.append(f1_RC.sum(axis=1) / (total_RC > 0).sum(axis=1))
     return np.stack(scores_M, axis=1)
+
+
+def _row_scores(models: Sequence[Scored]) -> NDArray[np.float64]:
+    """What each row scores with M models, shape (B, M)."""
+    columns = [np.asarray(model, dtype=np.float64) for model in models]
+    if any(column.ndim != 1 or not len(column) or not np.isfinite(column).all() for column in columns):
+        raise DataError("Scores must be a list of one finite number per test row, with at least one row")
+    _same_rows([len(column) for column in columns])
+    return np.stack(columns, axis=1)
 
 
 def _correctness(models: Sequence[Scored]) -> NDArray[np.int64]:

@@ -177,6 +177,24 @@ def per_class_table(logits_BC: ArrayLike, labels_B: ArrayLike, names: Sequence[s
     ]
 
 
+def per_label_table(predicted_NC: ArrayLike, gold_NC: ArrayLike, names: Sequence[str]) -> list[ClassScores]:
+    """Precision, recall, F1 and number of rows of each label of a multi-label task, in schema order.
+
+    Args:
+        predicted_NC: Which labels each row was given, bool, shape (rows, labels).
+        gold_NC: Which labels it has.
+        names: The label names in schema order.
+    """
+    from sklearn.metrics import precision_recall_fscore_support
+
+    gold, predicted = np.asarray(gold_NC, dtype=int), np.asarray(predicted_NC, dtype=int)
+    columns = precision_recall_fscore_support(gold, predicted, labels=range(len(names)), average=None, zero_division=0)
+    return [
+        ClassScores(label=name, precision=float(p), recall=float(r), f1=float(f1), rows=int(rows))
+        for name, p, r, f1, rows in zip(names, *columns, strict=True)
+    ]
+
+
 def _checked(logits_BC: ArrayLike, labels_B: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Both as arrays of float64 and int64, or the error that says what is wrong with them."""
     logits, labels = np.asarray(logits_BC, dtype=np.float64), np.asarray(labels_B)

@@ -1,4 +1,7 @@
-"""Losses on class logits, one number per row, so that the caller alone decides what they are divided by.
+"""Losses on logits, one number per row, so that the caller alone decides what they are divided by.
+
+For each problem type one with gold labels (`label_loss`, `binary_label_loss`, `number_loss`) and one with a teacher's
+logits (`soft_target_loss`, `binary_soft_target_loss`, `number_loss`).
 
 Shapes: B batch rows, C classes.
 """
@@ -11,8 +14,22 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
+
 IGNORED_LABEL = -100
-"""Label of a row without a label; its loss is 0 and it is not counted."""
+"""Class index of a row without a label; its loss is 0 and it is not counted. Where labels are floats, NaN is."""
+
+
+def labelled(labels: Tensor) -> Tensor:
+    """Which rows have a label; bool, shape B.
+
+    Args:
+        labels: Class indices (B), zeros and ones per label (B, C), or numbers (B).
+    """
+    if not labels.is_floating_point():
+        return labels.ne(IGNORED_LABEL)
+    known = ~labels.isnan()
+    return known.all(dim=1) if known.dim() > 1 else known
 
 
 def label_loss(
@@ -78,14 +95,136 @@ def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: flo
     >>> soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=5.0)
     tensor([0.])
     """
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
-    if student_BC.shape != teacher_BC.shape:
-        raise ValueError(f"student {tuple(student_BC.shape)} and teacher {tuple(teacher_BC.shape)} differ in shape")
+    _check_soft(student_BC, teacher_BC, temperature)
     student_log_BC = functional.log_softmax(_at_least_float32(student_BC) / temperature, dim=-1)
     teacher_log_BC = functional.log_softmax(_at_least_float32(teacher_BC) / temperature, dim=-1)
     divergence_BC = functional.kl_div(student_log_BC, teacher_log_BC, log_target=True, reduction="none")
     return temperature**2 * divergence_BC.sum(dim=-1)
+
+
+def binary_label_loss(
+    logits_BC: Tensor,
+    labels_BC: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    positive_weights_C: Tensor | None = None,
+) -> Tensor:
+    """Binary cross-entropy of each label, in nats, averaged over the labels; shape B, 0 where the labels are NaN.
+
+    Args:
+        logits_BC: Logits of any float type; computed in float32 or above.
+        labels_BC: 1 for each label of a row, else 0; NaN in all labels of a row without any known.
+        label_smoothing: Share of each target that is moved to one half.
+        focal_gamma: Each label counts (1 - p)^gamma, with p the probability of what it is.
+        positive_weights_C: A label counts so much where it is 1.
+
+    Sources: Lin et al. 2017, arXiv:1708.02002, equation 4 (focal).
+
+    >>> binary_label_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
+    tensor([0.6931])
+    """
+    logits_BC = _at_least_float32(logits_BC)
+    known_B = labelled(labels_BC)
+    gold_BC = torch.where(known_B[:, None], labels_BC, 0.0).to(logits_BC.dtype)
+    target_BC = gold_BC * (1 - label_smoothing) + label_smoothing / 2
+    loss_BC = functional.binary_cross_entropy_with_logits(
+        logits_BC, target_BC, pos_weight=positive_weights_C, reduction="none"
+    )
+    if focal_gamma:
+        wrong_BC = torch.sigmoid(torch.where(gold_BC > 0.5, -logits_BC, logits_BC))
+        loss_BC = loss_BC * wrong_BC.clamp(min=1e-6) ** focal_gamma
+    return torch.where(known_B, loss_BC.mean(dim=1), 0.0)
+
+
+def number_loss(outputs_B1: Tensor, numbers_B: Tensor) -> Tensor:
+    """Half the squared error; shape B, 0 where the number is NaN.
+
+    Half, because Gaussian noise of deviation 1 has this for its negative log-likelihood, less a constant.
+
+    >>> number_loss(torch.tensor([[3.0], [1.0]]), torch.tensor([1.0, float("nan")]))
+    tensor([2., 0.])
+    """
+    known_B = labelled(numbers_B)
+    error_B = _at_least_float32(outputs_B1)[:, 0] - torch.where(known_B, numbers_B, 0.0)
+    return torch.where(known_B, error_B**2 / 2, 0.0)
+
+
+def binary_soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
+    """T^2 * KL(teacher || student) of each label's softened yes or no, in nats, averaged over the labels; shape B.
+
+    Args:
+        student_BC: Student logits; receives the gradient.
+        teacher_BC: Teacher logits, columns in the student's label order.
+        temperature: T, above 0 and finite.
+
+    Raises:
+        ValueError: `temperature` is not positive and finite, or the shapes differ.
+
+    >>> binary_soft_target_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[2.0, 0.0]]), temperature=3.0)
+    tensor([0.])
+    """
+    _check_soft(student_BC, teacher_BC, temperature)
+    student_BC, teacher_BC = (_at_least_float32(logits) / temperature for logits in (student_BC, teacher_BC))
+    yes_BC = torch.sigmoid(teacher_BC)
+    divergence_BC = yes_BC * (functional.logsigmoid(teacher_BC) - functional.logsigmoid(student_BC)) + (1 - yes_BC) * (
+        functional.logsigmoid(-teacher_BC) - functional.logsigmoid(-student_BC)
+    )
+    return temperature**2 * divergence_BC.mean(dim=1)
+
+
+def gold_loss(
+    problem_type: ProblemType,
+    logits_BC: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    focal_gamma: float = 0.0,
+    class_weights_C: Tensor | None = None,
+    offsets_C: Tensor | None = None,
+) -> Tensor:
+    """The loss with gold labels that fits the task: `label_loss`, `binary_label_loss` or `number_loss`; shape B.
+
+    Args:
+        problem_type: What `labels` are.
+        logits_BC: Logits, for a regression (B, 1).
+        labels: Class indices (B), zeros and ones (B, C), or numbers (B).
+        label_smoothing: See there; 0 for a regression.
+        focal_gamma: Likewise.
+        class_weights_C: Weight of the rows of a class; for multi-label of the rows that have it.
+        offsets_C: Only for single-label tasks.
+    """
+    if problem_type == REGRESSION:
+        return number_loss(logits_BC, labels)
+    if problem_type == MULTI_LABEL:
+        how = {"label_smoothing": label_smoothing, "focal_gamma": focal_gamma}
+        return binary_label_loss(logits_BC, labels, positive_weights_C=class_weights_C, **how)
+    return label_loss(
+        logits_BC,
+        labels,
+        label_smoothing=label_smoothing,
+        focal_gamma=focal_gamma,
+        class_weights_C=class_weights_C,
+        offsets_C=offsets_C,
+    )
+
+
+def teacher_loss(
+    problem_type: ProblemType, student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0
+) -> Tensor:
+    """The loss with a teacher's logits that fits the task; shape B. A regression has no temperature."""
+    if problem_type == REGRESSION:
+        return number_loss(student_BC, teacher_BC[:, 0])
+    if problem_type == MULTI_LABEL:
+        return binary_soft_target_loss(student_BC, teacher_BC, temperature=temperature)
+    return soft_target_loss(student_BC, teacher_BC, temperature=temperature)
+
+
+def _check_soft(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> None:
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be above 0 and finite, got {temperature}")
+    if student_BC.shape != teacher_BC.shape:
+        raise ValueError(f"student {tuple(student_BC.shape)} and teacher {tuple(teacher_BC.shape)} differ in shape")
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
-from nlpxfer.losses.classification import IGNORED_LABEL, label_loss, soft_target_loss
+from nlpxfer.losses.classification import gold_loss, labelled, teacher_loss
 from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
 
 
 @final
@@ -25,10 +26,14 @@ from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
 class Distill(Method):
     """(1 - kd_weight) * label loss + kd_weight * T^2 * KL(teacher || student).
 
+    In a multi-label task the divergence is that of each label's yes or no; in a regression both losses are half the
+    squared error.
+
     The label loss is a mean over the labelled rows of a step, the distillation loss one over all its rows.
 
     Args:
-        temperature: T, above 0 and finite.
+        problem_type: What labels and logits are.
+        temperature: T, above 0 and finite; nothing in a regression.
         kd_weight: Share of the distillation term, in [0, 1].
         label_smoothing: Of the label loss, in [0, 1).
 
@@ -36,6 +41,7 @@ class Distill(Method):
         ConfigError: A value is outside its range; all such values are listed.
     """
 
+    problem_type: ProblemType = SINGLE_LABEL
     temperature: float = 2.0
     kd_weight: float = 0.9
     label_smoothing: float = 0.0
@@ -49,20 +55,23 @@ class Distill(Method):
             faults.append(f"kd_weight: {self.kd_weight} is not between 0 and 1; {why}")
         if not 0 <= self.label_smoothing < 1:
             faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
+        if self.label_smoothing and self.problem_type == REGRESSION:
+            faults.append("label_smoothing_factor: means nothing for a regression")
         if faults:
             raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Label loss of the labelled rows and distillation loss of all rows."""
         logits_BC = model(**model_inputs(batch)).logits
-        label_B = label_loss(logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
-        soft_B = soft_target_loss(logits_BC, batch["teacher_logits"], temperature=self.temperature)
+        label_B = gold_loss(self.problem_type, logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
+        taught_BC = batch["teacher_logits"]
+        soft_B = teacher_loss(self.problem_type, logits_BC, taught_BC, temperature=self.temperature)
         return {"label": LossTerm(label_B, 1 - self.kd_weight), "soft_target": LossTerm(soft_B, self.kd_weight)}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Labelled rows, and all rows."""
         labels_B = batch["labels"]
         return {
-            "label": labels_B.ne(IGNORED_LABEL).sum(),
+            "label": labelled(labels_B).sum(),
             "soft_target": torch.tensor(len(labels_B), device=labels_B.device),
         }

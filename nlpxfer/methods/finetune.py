@@ -8,32 +8,38 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
-from nlpxfer.losses.classification import IGNORED_LABEL, label_loss
+from nlpxfer.losses.classification import gold_loss, labelled
 from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
+
+Array = np.ndarray[Any, Any]
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class FineTune(Method):
-    """Cross-entropy with the gold labels, and what helps where some classes are rare.
+    """The loss with the gold labels, and what helps where some classes are rare.
 
     Args:
+        problem_type: Cross-entropy, binary cross-entropy of each label, or half the squared error.
         label_smoothing: Share of the target spread evenly over the classes, in [0, 1).
         focal_gamma: Rows that are right already count less, by (1 - p)^gamma; at least 0.
-        class_weights: Weight of the rows of each class, in schema order; empty for none.
+        class_weights: Weight of the rows of each class, in schema order; empty for none. In a multi-label task a row
+            that does not have the label keeps weight 1.
         offsets: Added to the logits of each class while training; empty for none.
 
     Raises:
-        ConfigError: A value is outside its range; all such values are listed.
+        ConfigError: A value is outside its range, or means nothing for the task; all such values are listed.
     """
 
+    problem_type: ProblemType = SINGLE_LABEL
     label_smoothing: float = 0.0
     focal_gamma: float = 0.0
     class_weights: tuple[float, ...] = ()
@@ -47,13 +53,23 @@ class FineTune(Method):
             faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
         if not all(0 <= weight < math.inf for weight in self.class_weights):
             faults.append("class_weights: a weight is not a finite number of at least 0")
+        if self.offsets and self.problem_type != SINGLE_LABEL:
+            faults.append("logit_adjustment: is for tasks with one class per row")
+        if self.problem_type == REGRESSION:
+            asked = {
+                "label_smoothing_factor": self.label_smoothing,
+                "focal_gamma": self.focal_gamma,
+                "class_weights": self.class_weights,
+            }
+            faults += [f"{name}: means nothing for a regression" for name, value in asked.items() if value]
         if faults:
             raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Label loss of each row."""
         logits_BC = model(**model_inputs(batch)).logits
-        rows_B = label_loss(
+        rows_B = gold_loss(
+            self.problem_type,
             logits_BC,
             batch["labels"],
             label_smoothing=self.label_smoothing,
@@ -65,7 +81,7 @@ class FineTune(Method):
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Rows with a label."""
-        return {"label": batch["labels"].ne(IGNORED_LABEL).sum()}
+        return {"label": labelled(batch["labels"]).sum()}
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:
@@ -79,6 +95,20 @@ def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:
     counts = np.bincount(np.asarray(labels), minlength=classes)
     seen = int((counts > 0).sum())
     return tuple(float(counts.sum() / (seen * count)) if count else 1.0 for count in counts)
+
+
+def positive_weights(labels_NC: Array, *, most: float = 100.0) -> tuple[float, ...]:
+    """Weights with which the rows that have a label count as much as those that do not, for each of C labels.
+
+    Args:
+        labels_NC: Zeros and ones.
+        most: Limit of a weight; also that of a label without a row.
+
+    >>> positive_weights(np.array([[1, 0], [0, 0], [0, 0]]))
+    (2.0, 100.0)
+    """
+    having_C = np.asarray(labels_NC).sum(axis=0)
+    return tuple(float(min(most, (len(labels_NC) - n) / n)) if n else most for n in having_C)
 
 
 def log_shares(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.privacy import scrub, scrub_text
-from nlpxfer.report.report import Arm, Report
+from nlpxfer.report.report import METRIC_WORDS, Arm, Report
 from nlpxfer.strict_json import write_text_whole
 
 if TYPE_CHECKING:
@@ -23,6 +24,27 @@ if TYPE_CHECKING:
 CARD_FILE: Final = "README.md"
 _BUNDLED: Final = {"all-MiniLM-L6-v2": "sentence-transformers/all-MiniLM-L6-v2"}
 _FOLDED_LABELS: Final = 20
+_F1: Final = {name: ("f1", f"{name.capitalize()}-F1", {"average": name}) for name in ("micro", "macro")}
+_SHOWN: Final[Mapping[ProblemType, Mapping[str, tuple[str, str, Mapping[str, str]]]]] = {
+    SINGLE_LABEL: {"accuracy": ("accuracy", "Accuracy", {}), "macro_f1": _F1["macro"]},
+    MULTI_LABEL: {"micro_f1": _F1["micro"], "macro_f1": _F1["macro"]},
+    REGRESSION: {
+        "mean_absolute_error": ("mae", "Mean absolute error", {}),
+        "spearman": ("spearmanr", "Spearman correlation", {}),
+    },
+}
+"""Metrics that tables and the card's metadata show: name -> the Hub's name, title and arguments."""
+
+_KNOWS: Final[Mapping[ProblemType, str]] = {
+    SINGLE_LABEL: (
+        "The model knows the labels above and no others: any text gets one of them, also one that fits none."
+    ),
+    MULTI_LABEL: (
+        "The model knows the labels above and no others. A label with a probability above 0.5 counts as given; "
+        "`calibration.json` holds thresholds that were fitted on the validation rows."
+    ),
+    REGRESSION: "Any text gets a number, also one that is unlike the training texts.",
+}
 
 Kind = Literal["hub", "bundled", "folder"]
 
@@ -44,6 +66,7 @@ class CardFacts:
         license: Identifier of the model's licence.
         tags: For searching on the Hub, beside those that nlpxfer sets.
         text_pairs: Whether the model reads two texts at once.
+        problem_type: What the model gives for a text.
         options: Training options worth showing: name -> value.
         limits: Further limits that the method or the data brings, one sentence each.
     """
@@ -60,6 +83,7 @@ class CardFacts:
     license: str | None = None
     tags: Sequence[str] = ()
     text_pairs: bool = False
+    problem_type: ProblemType = SINGLE_LABEL
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
 
@@ -145,7 +169,7 @@ def _metadata(report: Report, facts: CardFacts) -> ModelCardData:
         language=list(facts.language) or None,
         license=facts.license,
         datasets=[facts.dataset_id] if facts.dataset_id else None,
-        metrics=["accuracy", "f1"],
+        metrics=[kind for kind, _, _ in _SHOWN[facts.problem_type].values()],
         model_name=facts.model_name,
         eval_results=_eval_results(report, facts),
     )
@@ -163,14 +187,14 @@ def _eval_results(report: Report, facts: CardFacts) -> list[EvalResult]:
     }
     test = report.metrics["test"]
     return [
-        EvalResult(metric_type="accuracy", metric_name="Accuracy", metric_value=float(test["accuracy"]), **shared),
         EvalResult(
-            metric_type="f1",
-            metric_name="Macro-F1",
-            metric_value=float(test["macro_f1"]),
-            metric_args={"average": "macro"},
+            metric_type=kind,
+            metric_name=title,
+            metric_value=float(test[name]),
+            metric_args=dict(how) or None,
             **shared,
-        ),
+        )
+        for name, (kind, title, how) in _SHOWN[facts.problem_type].items()
     ]
 
 
@@ -180,15 +204,17 @@ def _usage(facts: CardFacts) -> str:
     else:
         source, remark = '"."', "  # the folder of this file"
     text = '{"text": "First text.", "text_pair": "Second text."}' if facts.text_pairs else '"A text to classify."'
+    every = ", top_k=None" if facts.problem_type == MULTI_LABEL else ""  # a sigmoid per label
     return (
         "## How to use\n\n```python\nfrom transformers import pipeline\n\n"
-        f'classify = pipeline("text-classification", model={source}){remark}\n'
+        f'classify = pipeline("text-classification", model={source}{every}){remark}\n'
         f"print(classify({text}))\n```"
     )
 
 
 def _results(report: Report) -> str:
-    header = "| arm | accuracy | macro-F1 | parameters | size | rows/s on CPU |\n|---|---:|---:|---:|---:|---:|"
+    titles = [METRIC_WORDS[name] for name in shown_metrics(report.arms)]
+    header = f"| arm | {' | '.join(titles)} | parameters | size | rows/s on CPU |\n|---|---:|---:|---:|---:|---:|"
     rows = [f"| {escape_markdown(arm.name)} | {' | '.join(arm_cells(arm))} |" for arm in report.arms]
     notes = [
         f"- {escape_markdown(arm.name)}: {escape_markdown(scrub_text(arm.description))}"
@@ -204,13 +230,21 @@ def _results(report: Report) -> str:
     return "\n\n".join(parts)
 
 
-def arm_cells(arm: Arm) -> list[str]:
-    """Accuracy, macro-F1, parameters, size, rows per second of an arm for a table; `-` where nothing is known.
+def shown_metrics(arms: Sequence[Arm]) -> tuple[str, ...]:
+    """The two metrics that a table of these arms shows; the arms' own metrics tell the kind of task."""
+    have = arms[0].metrics["test"]
+    if "micro_f1" in have:
+        return tuple(_SHOWN[MULTI_LABEL])
+    return tuple(_SHOWN[REGRESSION if "mean_absolute_error" in have else SINGLE_LABEL])
 
-    Scores are shares from 0 to 1, with the standard deviation over training seeds if there are several.
+
+def arm_cells(arm: Arm) -> list[str]:
+    """Two scores, parameters, size, rows per second of an arm for a table; `-` where nothing is known.
+
+    Scores have the standard deviation over training seeds if there are several.
     """
     scores = []
-    for metric in ("accuracy", "macro_f1"):
+    for metric in shown_metrics([arm]):
         deviation = arm.deviation(metric)
         score = f"{arm.metrics['test'][metric]:.4f}"
         scores.append(score if deviation is None else f"{score} ± {deviation:.4f}")
@@ -268,7 +302,7 @@ def _training(report: Report, facts: CardFacts) -> str:
 
 def _limits(report: Report, facts: CardFacts) -> str:
     limits = [
-        "The model knows the labels above and no others: any text gets one of them, also one that fits none.",
+        _KNOWS[facts.problem_type],
         "The scores hold for texts like the test rows; measure again on your own before relying on it.",
         "It may repeat biases of its training texts and of the checkpoint that it was made from.",
     ]

@@ -3,7 +3,7 @@
 The shape of the file is a contract that others read: `schema_version`, `recipe`, `metrics` (`validation`, `test`),
 `arms`, `verdict`, `cost`, `data`, `checks`. `validate_report` says what a file lacks, and nothing is written that it
 finds fault with. The metrics of an arm have the same shape as those of the report: `validation` and `test`, each with
-`accuracy`, `macro_f1` and `loss`.
+`accuracy`, `macro_f1` and `loss`, or what `nlpxfer.problem.METRICS` has for the kind of task in `data.problem_type`.
 """
 
 from __future__ import annotations
@@ -16,17 +16,25 @@ from typing import Any, Final
 from nlpxfer.errors import ConfigError, DataError
 from nlpxfer.evaluate.cost import Cost
 from nlpxfer.evaluate.interval import Gain, mean_and_spread
+from nlpxfer.problem import LOWER_IS_BETTER, METRICS, SINGLE_LABEL, ProblemType
 from nlpxfer.report.privacy import scrub
 from nlpxfer.strict_json import plain, write_json_whole
 
 SCHEMA_VERSION: Final = 1
 REPORT_FILE: Final = "report.json"
-METRICS: Final = ("accuracy", "macro_f1", "loss")
 SPLITS: Final = ("validation", "test")
 CALLS: Final = ("positive", "unclear", "negative")
 _PARTS: Final = ("schema_version", "recipe", "metrics", "arms", "verdict", "cost", "data", "checks")
 _COST: Final = ("train_seconds", "total_seconds", "tokens", "tokens_per_second", "peak_memory_bytes")
-_METRIC_WORDS: Final = {"accuracy": "accuracy", "macro_f1": "macro-F1"}
+METRIC_WORDS: Final = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "micro_f1": "micro-F1",
+    "sample_f1": "F1 per row",
+    "mean_absolute_error": "mean absolute error",
+    "spearman": "Spearman",
+}
+"""Metrics as a reader of tables knows them."""
 
 SplitMetrics = Mapping[str, Mapping[str, float]]
 
@@ -116,8 +124,13 @@ class Verdict:
         """
         if self.gain is None or self.low is None or self.high is None or self.level is None:
             return f"{self.call}: {self.reason}"
-        metric = _METRIC_WORDS.get(self.metric or "", self.metric)
+        metric = METRIC_WORDS.get(self.metric or "", self.metric)
         seeds = f"{self.seeds} seed" + ("" if self.seeds == 1 else "s")
+        if self.metric in LOWER_IS_BETTER:  # in the unit of the numbers
+            return (
+                f"{self.call}: {metric} smaller by {self.gain:.4g} than that of {self.versus} "
+                f"({100 * self.level:g} % interval {self.low:.4g} to {self.high:.4g}, {seeds})"
+            )
         return (
             f"{self.call}: {100 * self.gain:+.1f} points of {metric} over {self.versus} "
             f"({100 * self.level:g} % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}, {seeds})"
@@ -224,12 +237,15 @@ def validate_report(report: Mapping[str, Any]) -> list[str]:
         report: The content of report.json as read.
     """
     faults = _missing(report, _PARTS, "report")
+    data = report.get("data")
+    found: ProblemType = data.get("problem_type", SINGLE_LABEL) if isinstance(data, Mapping) else SINGLE_LABEL
+    metrics = METRICS.get(found, METRICS[SINGLE_LABEL])
     if report.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         faults.append(f"schema_version is {report['schema_version']!r}, not {SCHEMA_VERSION}")
     if "metrics" in report:
-        faults += _metric_faults(report["metrics"], "metrics")
+        faults += _metric_faults(report["metrics"], "metrics", metrics)
     if "arms" in report:
-        faults += _arm_faults(report["arms"])
+        faults += _arm_faults(report["arms"], metrics)
     if "verdict" in report:
         faults += _verdict_faults(report["verdict"])
     if "cost" in report:
@@ -245,22 +261,22 @@ def _missing(part: object, names: Sequence[str], where: str) -> list[str]:
     return [f"{where}.{name} is missing" for name in names if name not in part]
 
 
-def _metric_faults(metrics: object, where: str) -> list[str]:
+def _metric_faults(metrics: object, where: str, names: Sequence[str]) -> list[str]:
     faults = _missing(metrics, SPLITS, where)
     if isinstance(metrics, Mapping):
         for split in metrics:
-            faults += _missing(metrics[split], METRICS, f"{where}.{split}")
+            faults += _missing(metrics[split], names, f"{where}.{split}")
     return faults
 
 
-def _arm_faults(arms: object) -> list[str]:
+def _arm_faults(arms: object, metrics: Sequence[str]) -> list[str]:
     if not isinstance(arms, list) or not arms:
         return ["arms is not a list with at least one arm"]
     faults = []
     for index, arm in enumerate(arms):
         faults += _missing(arm, ("name", "metrics", "seconds", "parameters"), f"arms[{index}]")
         if isinstance(arm, Mapping) and "metrics" in arm:
-            faults += _metric_faults(arm["metrics"], f"arms[{index}].metrics")
+            faults += _metric_faults(arm["metrics"], f"arms[{index}].metrics", metrics)
     return faults
 
 

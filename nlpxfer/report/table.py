@@ -6,13 +6,13 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from nlpxfer.report.card import arm_cells
-from nlpxfer.report.report import Arm, Verdict
+from nlpxfer.report.card import arm_cells, shown_metrics
+from nlpxfer.report.report import METRIC_WORDS, Arm, Verdict
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-_COLUMNS: Final = ("accuracy", "macro-F1", "parameters", "size", "rows/s on CPU")
+_COLUMNS: Final = ("parameters", "size", "rows/s on CPU")
 
 
 def arms_table(arms: Sequence[Arm], *, title: str | None = None) -> Table:
@@ -28,7 +28,8 @@ def arms_table(arms: Sequence[Arm], *, title: str | None = None) -> Table:
 
     table = Table(title=None if title is None else Text(title), box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     table.add_column("arm", no_wrap=True)
-    for column in _COLUMNS:
+    scores = [METRIC_WORDS[name] for name in shown_metrics(arms)] if arms else []
+    for column in (*scores, *_COLUMNS):
         table.add_column(column, justify="right", no_wrap=True)
     for arm in arms:
         table.add_row(Text(" ".join(arm.name.split())), *map(Text, arm_cells(arm)))

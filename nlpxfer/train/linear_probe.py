@@ -2,8 +2,8 @@
 
 A random head sends noise into the pretrained weights during its first steps. Here the layers between the pooled state
 and the last linear layer are made transparent (a scaled identity), the features that the last layer then reads are
-computed once, and multinomial logistic regression on them gives its weights. The start is exact: the model's first
-predictions are those of the probe.
+computed once, and multinomial logistic regression on them gives its weights; for multi-label one logistic regression
+per label, for numbers a ridge regression. The start is exact: the model's first predictions are those of the probe.
 
 Source: Kumar et al. 2022, arXiv:2202.10054 (LP-FT).
 
@@ -15,8 +15,8 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -26,8 +26,11 @@ from torch.nn import functional
 
 from nlpxfer.checkpoint.head import features, head_of, make_transparent_, pooled_moments, set_final_
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.errors import DataError
+from nlpxfer.errors import DataError, NotFiniteError
+from nlpxfer.losses.classification import gold_loss
+from nlpxfer.losses.classification import labelled as rows_with_labels
 from nlpxfer.methods.base import model_inputs
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.train.predict import predict
 
 if TYPE_CHECKING:
@@ -51,12 +54,14 @@ class Probe:
     """Result of a linear probe.
 
     Attributes:
-        validation_accuracy: Share of validation rows it gets right.
+        validation_loss: In nats, for a regression half the squared error.
+        validation_accuracy: Share of validation rows it gets right; None where a row has not one class.
         penalty: The C chosen.
         seconds: Features and fitting together.
     """
 
-    validation_accuracy: float
+    validation_loss: float
+    validation_accuracy: float | None
     penalty: float
     seconds: float
 
@@ -67,6 +72,7 @@ def start_from_linear_probe_(
     validation_rows: TokenisedRows,
     collator: Collator,
     *,
+    problem_type: ProblemType = SINGLE_LABEL,
     bf16: bool = False,
     quiet: bool = True,
 ) -> Probe:
@@ -74,9 +80,10 @@ def start_from_linear_probe_(
 
     Args:
         model: A sequence classifier of any family that `head_of` knows.
-        train_rows: Rows with `labels`; those with -100 are left out.
+        train_rows: Rows with `labels`; those with -100 or NaN are left out.
         validation_rows: Rows that choose the penalty.
         collator: Pads a batch.
+        problem_type: What the labels are.
         bf16: Compute features in bfloat16.
         quiet: No progress bar.
 
@@ -84,30 +91,31 @@ def start_from_linear_probe_(
         DataError: The training rows have labels of fewer than two classes.
     """
     start = time.perf_counter()
-    labels_N = train_rows.columns["labels"]
-    if len(np.unique(labels_N[labels_N >= 0])) < 2:
+    labelled = train_rows.select(rows_with_labels(torch.from_numpy(train_rows.columns["labels"])).numpy())
+    if len(np.unique(labelled.columns["labels"], axis=0)) < 2:
         raise DataError(
-            "The training rows have fewer than two classes.", fix="more labelled rows, or --linear_probe false"
+            "All labelled training rows have the same label.", fix="more labelled rows, or --linear_probe false"
         )
     head = head_of(model)
     if head.transforms:
         make_transparent_(model, pooled_moments(model, _sample(model, train_rows, collator)), size=HEAD_SIZE)
-    labelled = train_rows.select(labels_N >= 0)
     both = [
         predict(model, rows, collator, bf16=bf16, output=_features, description="features", quiet=quiet)
         for rows in (labelled, validation_rows)
     ]
-    weight_CH, bias_C, accuracy, penalty = fit_probe(
+    fitted = fit_probe(
         both[0],
         labelled.columns["labels"],
         both[1],
         validation_rows.columns["labels"],
         classes=head.final.out_features,
         intercept=head.has_bias,
+        problem_type=problem_type,
     )
-    set_final_(model, torch.from_numpy(weight_CH), torch.from_numpy(bias_C) if head.has_bias else None)
-    probe = Probe(accuracy, penalty, time.perf_counter() - start)
-    logger.info("linear probe: validation accuracy %.4f with C = %g, %.1f s", accuracy, penalty, probe.seconds)
+    set_final_(model, torch.from_numpy(fitted.weight_CH), torch.from_numpy(fitted.bias_C) if head.has_bias else None)
+    probe = Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
+    score = f"loss {fitted.loss:.4f}" if fitted.accuracy is None else f"accuracy {fitted.accuracy:.4f}"
+    logger.info("linear probe: validation %s with C = %g, %.1f s", score, fitted.penalty, probe.seconds)
     return probe
 
 
@@ -124,49 +132,128 @@ def _sample(model: PreTrainedModel, rows: TokenisedRows, collator: Collator) -> 
         yield {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
 
 
+@dataclass(frozen=True, eq=False)
+class FittedProbe:
+    """A linear layer on raw features, with the penalty that had the lowest validation loss.
+
+    Attributes:
+        weight_CH: float32.
+        bias_C: float32.
+        loss: Validation loss.
+        accuracy: Validation accuracy; None where a row has not one class.
+        penalty: The C chosen.
+    """
+
+    weight_CH: Array
+    bias_C: Array
+    loss: float
+    accuracy: float | None
+    penalty: float
+
+
 def fit_probe(
     train_NH: Array,
-    train_labels_N: Array,
+    train_labels: Array,
     validation_MH: Array,
-    validation_labels_M: Array,
+    validation_labels: Array,
     *,
     classes: int,
     intercept: bool,
-) -> tuple[Array, Array, float, float]:
-    """Multinomial logistic regression; the penalty with the lowest validation loss.
+    problem_type: ProblemType = SINGLE_LABEL,
+) -> FittedProbe:
+    """Logistic regression, multinomial or per label, or ridge regression; the penalty has the lowest validation loss.
 
     The loss tells strengths apart that the accuracy of a few hundred rows does not, and a probe that is too sure of
     itself is a bad start for training.
 
-    Returns:
-        Weights (C, H) and bias (C) float32 on the raw features, the validation accuracy, and the C chosen. A class
-        without a training row gets weights 0 and the lowest bias.
+    Args:
+        train_NH: Features of the training rows.
+        train_labels: As `LabelSchema.array` gives them.
+        validation_MH: Features of the validation rows.
+        validation_labels: Likewise.
+        classes: C. A class without a training row gets weights 0 and the lowest bias.
+        intercept: Whether the layer has a bias.
+        problem_type: What the labels are.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-
     mean_H = train_NH.mean(axis=0) if intercept else np.zeros(train_NH.shape[1], dtype=train_NH.dtype)
     deviation_H = train_NH.std(axis=0)
     # a feature that hardly varies (MiniLM has a dead one) must not get a weight that any training step blows up
     scale_H = np.maximum(deviation_H, 0.1 * np.median(deviation_H)) + 1e-6
     standard_NH, standard_MH = (train_NH - mean_H) / scale_H, (validation_MH - mean_H) / scale_H
-    best = (np.inf, 0.0, 0.0, np.zeros((0, 0)), np.zeros(0))
-    fitted = LogisticRegression(fit_intercept=intercept, max_iter=ITERATIONS, tol=1e-5, warm_start=True)
+    solver = {SINGLE_LABEL: _softmax_solver, MULTI_LABEL: _sigmoid_solver, REGRESSION: _ridge_solver}[problem_type]
+    solve = solver(standard_NH, train_labels, classes, intercept)
+    gold = torch.from_numpy(np.asarray(validation_labels))
+    best: FittedProbe | None = None
     for penalty in PENALTIES:
+        weight_CH, bias_C = solve(penalty)
+        logits_MC = standard_MH @ weight_CH.T + bias_C
+        loss = float(gold_loss(problem_type, torch.from_numpy(logits_MC), gold).mean())
+        if best is not None and loss >= best.loss:
+            break  # the loss has one minimum over the strengths
+        right = float(np.mean(np.argmax(logits_MC, axis=1) == validation_labels)) if gold.dim() == 1 else 0.0
+        accuracy = right if problem_type == SINGLE_LABEL else None
+        best = FittedProbe(weight_CH, bias_C, loss, accuracy, penalty)
+    if best is None or not np.isfinite(best.loss):
+        raise NotFiniteError("The linear probe has no finite validation loss.", why="a feature is NaN or infinite")
+    weight_CH = best.weight_CH / scale_H
+    bias_C = best.bias_C - weight_CH @ mean_H
+    return replace(best, weight_CH=weight_CH.astype(np.float32), bias_C=bias_C.astype(np.float32))
+
+
+Solver = Callable[[float], tuple[Array, Array]]
+"""From an inverse L2 strength to weights (C, H) and bias (C); starts from the solution before."""
+
+
+def _softmax_solver(features_NH: Array, labels_N: Array, classes: int, intercept: bool) -> Solver:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    fitted = LogisticRegression(fit_intercept=intercept, max_iter=ITERATIONS, tol=1e-5, warm_start=True)
+
+    def solve(penalty: float) -> tuple[Array, Array]:
         fitted.set_params(C=penalty)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # see ITERATIONS
-            fitted.fit(standard_NH, train_labels_N)
-        weight_CH, bias_C = _rows_per_class(fitted, classes)
-        logits_MC = standard_MH @ weight_CH.T + bias_C
-        loss = float(functional.cross_entropy(torch.from_numpy(logits_MC), torch.from_numpy(validation_labels_M)))
-        if loss >= best[0]:
-            break  # the loss has one minimum over the strengths
-        accuracy = float(np.mean(np.argmax(logits_MC, axis=1) == validation_labels_M))
-        best = (loss, accuracy, penalty, weight_CH, bias_C)
-    _, accuracy, penalty, weight_CH, bias_C = best
-    weight_CH = weight_CH / scale_H
-    return weight_CH.astype(np.float32), (bias_C - weight_CH @ mean_H).astype(np.float32), accuracy, penalty
+            fitted.fit(features_NH, labels_N)
+        return _rows_per_class(fitted, classes)
+
+    return solve
+
+
+def _sigmoid_solver(features_NH: Array, labels_NC: Array, classes: int, intercept: bool) -> Solver:
+    """All labels in one L-BFGS: a hundred labels cost a few matrix products each step, not a hundred fits."""
+    x_NH, gold_NC = torch.from_numpy(features_NH).double(), torch.from_numpy(labels_NC).double()
+    weight_CH = torch.zeros(classes, x_NH.shape[1], dtype=torch.float64, requires_grad=True)
+    share_C = gold_NC.mean(dim=0).clamp(1 / (2 * len(x_NH)), 1 - 1 / (2 * len(x_NH)))
+    bias_C = torch.logit(share_C) if intercept else torch.zeros(classes, dtype=torch.float64)
+    learnt = [weight_CH, bias_C.requires_grad_(True)] if intercept else [weight_CH]
+
+    def solve(penalty: float) -> tuple[Array, Array]:
+        optimizer = torch.optim.LBFGS(learnt, max_iter=ITERATIONS, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            cells = functional.binary_cross_entropy_with_logits(x_NH @ weight_CH.T + bias_C, gold_NC, reduction="sum")
+            # per row, so that the tolerances of L-BFGS mean the same for any number of rows
+            total = (cells + weight_CH.square().sum() / (2 * penalty)) / len(x_NH)
+            total.backward()  # type: ignore[no-untyped-call]
+            return total
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        return weight_CH.detach().numpy().copy(), bias_C.detach().numpy().copy()
+
+    return solve
+
+
+def _ridge_solver(features_NH: Array, numbers_N: Array, classes: int, intercept: bool) -> Solver:
+    from sklearn.linear_model import Ridge
+
+    def solve(penalty: float) -> tuple[Array, Array]:
+        # strengths per row: those of squared errors are about as large as the number of rows
+        fitted = Ridge(alpha=len(features_NH) * 0.01 / penalty, fit_intercept=intercept).fit(features_NH, numbers_N)
+        return np.asarray(fitted.coef_)[None], np.atleast_1d(np.asarray(fitted.intercept_, dtype=np.float64))
+
+    return solve
 
 
 def _rows_per_class(fitted: Any, classes: int) -> tuple[Array, Array]:  # noqa: ANN401 - a scikit-learn estimator
