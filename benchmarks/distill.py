@@ -26,6 +26,7 @@ from typing import Any
 
 import measuring
 import numpy as np
+from data_sets import data_sets
 from measuring import Results, judged, mean_and_deviation, median_and_range
 from peers import LEARNING_RATES, STOCK, TeacherInTheLoop, stock_arguments, stock_trainer, textbrewer_seconds
 
@@ -38,6 +39,7 @@ from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.interval import paired_gain
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
+from nlpxfer.recipes import load_recipe
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.launch import seed_everything
@@ -88,7 +90,7 @@ class Bench:
 
     def __init__(self, name: str, run: Run, size: Size, model: str, folder: Path, results: Results) -> None:
         self.name, self.run, self.size, self.model, self.results = name, run, size, model, results
-        self.recipe = measuring.recipe("distill")
+        self.recipe = load_recipe("distill")
         self.teacher_folder, self.cache = folder / f"teacher-{name}", folder / f"cache-{name}"
         self.scratch = run.folder / "checkpoints"
         self.plan = self.recipe.DistillOptions(
@@ -295,7 +297,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     """Measure and write the results file; `sets` replaces the data sets (name -> values of `DataOptions`)."""
     asked = measuring.arguments("distill", __doc__ or "", argv)
     measuring.show_log()
-    known = measuring.data_sets(asked.data, asked.work) if sets is None else sets
+    known = data_sets(asked.data, asked.work) if sets is None else sets
     sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in (*SIZES.get(asked.scale, {}), *known)}
     results = Results(
         "distill",

@@ -31,6 +31,7 @@ from typing import Any
 import measuring
 import numpy as np
 import torch
+from data_sets import data_sets
 from measuring import Array, Results, judged, median_and_range
 from peers import LEARNING_RATES, STOCK, Curve, epoch_seconds, stock_arguments, stock_model, stock_trainer
 
@@ -463,7 +464,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     """Measure and write the results file; `sets` replaces the data sets (name -> values of `DataOptions`)."""
     asked = measuring.arguments("finetune", __doc__ or "", argv)
     measuring.show_log()
-    known = measuring.data_sets(asked.data, asked.work) if sets is None else sets
+    known = data_sets(asked.data, asked.work) if sets is None else sets
     sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in (*SIZES.get(asked.scale, {}), *known)}
     results = Results(
         "finetune",

@@ -8,10 +8,7 @@ end `<name>_<scale>.json` holds the cells, the summary and all that is needed to
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
-import hashlib
-import importlib.util
 import json
 import logging
 import os
@@ -22,15 +19,14 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from data_sets import BUNDLED, EXTERNAL
 from tqdm.auto import tqdm
 
-from nlpxfer.cli import recipe_folder
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.run import Run
@@ -39,80 +35,34 @@ from nlpxfer.strict_json import write_json_whole
 logger = logging.getLogger("benchmarks")
 
 Array = np.ndarray[Any, Any]
+BOTH = "banking77,debian-sections"
 SCALES = ("smoke", "small", "full")
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "numpy", "textbrewer")
 MODEL = "all-MiniLM-L6-v2"
-DATA_VARIABLE = "NLPXFER_DATA"
 
 
 class Skipped(Exception):  # noqa: N818
     """A cell cannot be measured here; its message says why."""
 
 
-def arguments(name: str, text: str, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The options that all benchmarks have; `words` is the command line as given."""
+def arguments(name: str, text: str, argv: Sequence[str] | None, data: str = BOTH) -> argparse.Namespace:
+    """The options that all benchmarks have; `words` is the command line as given, `data` the usual data sets."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog=f"{name}.py", description=text.partition("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="small", help="smoke: a minute, figures mean nothing")
     parser.add_argument("--smoke", dest="scale", action="store_const", const="smoke", help="the same as --scale smoke")
-    parser.add_argument("--data", choices=("bundled", "banking77", "both"), default="both")
+    parser.add_argument("--data", default=data, metavar="A,B", help=f"data sets; default: {data}")
     parser.add_argument("--only", action="append", metavar="CELL", help="cells with this in their name; repeatable")
     parser.add_argument("--model", default=MODEL, help="checkpoint to start from")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where results go")
     parser.add_argument("--work", type=Path, default=Path("runs/benchmarks"), help="folder for models while it runs")
     parser.add_argument("--anew", action="store_true", help="drop the finished cells of an earlier run")
     asked = parser.parse_args(words)
-    asked.words = words
+    asked.words, asked.data = words, asked.data.split(",")
+    unknown = [name for name in asked.data if name not in {*BUNDLED, *EXTERNAL}]
+    if unknown:
+        raise ConfigError(f"--data: {unknown[0]!r} is not known.", available=[*BUNDLED, *EXTERNAL])
     return asked
-
-
-def data_sets(asked: str, work: Path) -> dict[str, dict[str, Any]]:
-    """Name of each data set -> values for `DataOptions`; one that is not at hand is left out with a message."""
-    sets: dict[str, dict[str, Any]] = {}
-    if asked in ("banking77", "both"):
-        folder = os.environ.get(DATA_VARIABLE)
-        if folder:
-            sets["banking77"] = _banking77(Path(folder) / "banking77", work / "banking77-data")
-        else:
-            logger.warning("banking77 is left out: %s names no folder with banking77/train.csv", DATA_VARIABLE)
-    if asked in ("bundled", "both"):
-        sets["debian-sections"] = {"dataset_name": "debian-sections"}
-    if not sets:
-        raise ConfigError("There is no data to measure on.", fix=f"{DATA_VARIABLE}=FOLDER, or --data bundled")
-    return sets
-
-
-def _banking77(source: Path, folder: Path) -> dict[str, Any]:
-    """Splits of banking77, which has no validation rows: training rows whose sha1(text) mod 10 is 0."""
-    if not (source / "train.csv").is_file() or not (source / "test.csv").is_file():
-        raise ConfigError(f"{DATA_VARIABLE} has no banking77/train.csv and banking77/test.csv.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with (source / "train.csv").open(encoding="utf-8", newline="") as file:
-        rows = [(row["text"], row["label"]) for row in csv.DictReader(file)]
-    held = [int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 == 0 for text, _ in rows]
-    for name, wanted in (("train", False), ("validation", True)):
-        with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["text", "label"])
-            writer.writerows(row for row, out in zip(rows, held, strict=True) if out is wanted)
-    return {
-        "train_file": str(folder / "train.csv"),
-        "validation_file": str(folder / "validation.csv"),
-        "test_file": str(source / "test.csv"),
-    }
-
-
-def recipe(name: str) -> ModuleType:
-    """A recipe as a module, so that a benchmark composes the same pieces as the recipe does."""
-    key = f"nlpxfer_recipe_{name}"
-    if key not in sys.modules:
-        spec = importlib.util.spec_from_file_location(key, recipe_folder() / f"{name}.py")
-        if spec is None or spec.loader is None:
-            raise ConfigError(f"The recipe {name} cannot be loaded.")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[key] = module
-        spec.loader.exec_module(module)
-    return sys.modules[key]
 
 
 class Results:

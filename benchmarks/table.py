@@ -14,6 +14,17 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DASH = "–"
+SCORES = {"accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1"}
+METHODS = {
+    "full": "all weights, random head",
+    "lp-ft": "all weights, head from a linear probe",
+    "features": "frozen features, logistic regression",
+    "lora": "LoRA",
+    "prefix": "prefix tuning",
+    "layernorm": "LayerNorm tuning",
+    "bitfit": "BitFit",
+    "stock": "stock Trainer, float32",
+}
 
 
 def share(spread: Mapping[str, Any] | None) -> str:
@@ -41,6 +52,18 @@ def times(value: float) -> str:
 def percent(value: float) -> str:
     """A share in percent, with one digit."""
     return f"{100 * value:.1f} %"
+
+
+def points(value: float) -> str:
+    """A difference of scores, in hundredths."""
+    return f"{100 * value:+.1f} points"
+
+
+def count(number: int | None) -> str:
+    """A number of parameters."""
+    if number is None:
+        return DASH
+    return f"{number / 1e6:.2f} M" if number >= 1e5 else f"{number / 1e3:.1f} k"
 
 
 def seconds(spread: Mapping[str, Any] | None) -> str:
@@ -135,7 +158,37 @@ def gpu_tables(found: Mapping[str, Any]) -> str:
     return table(["what", "rows per second", "of GEMM peak"], rows)
 
 
-TABLES = {"finetune": finetune_tables, "distill": distill_tables, "gpu": gpu_tables}
+def methods_tables(found: Mapping[str, Any]) -> str:
+    """A table per data set: score, trained parameters, seconds and memory of each method; then the targets."""
+    text, targets = "", []
+    for name, item in found["summary"].items():
+        metrics = ["accuracy", "macro_f1"] if item["metric"] != "micro_f1" else ["micro_f1", "macro_f1"]
+        shown = [SCORES[metric] + (" *" if metric == item["metric"] else "") for metric in metrics]
+        rows = [
+            [
+                METHODS[method],
+                *(share(row["test"].get(metric)) for metric in metrics),
+                count(row["trained_parameters"]),
+                DASH if row.get("saved_bytes") is None else f"{row['saved_bytes'] / 1e6:.1f} MB",
+                f"{row['train_seconds']['median']:.1f} s",
+                f"{row['memory_bytes']['median'] / 1e6:.0f} MB",
+            ]
+            for method, row in item["methods"].items()
+        ]
+        rows_of = item["rows"] or {}
+        heads = [f"{name} ({rows_of.get('train', DASH)} rows)", *shown, "trained", "saved", "seconds", "memory"]
+        text += table(heads, rows) + "\n"
+        for what, figure in item["targets"].items():
+            targets.append([name, what, verdict(figure, points if "points" in what else percent)])
+    return text + table(["data", "target", "value"], targets)
+
+
+TABLES = {
+    "finetune": finetune_tables,
+    "finetune_methods": methods_tables,
+    "distill": distill_tables,
+    "gpu": gpu_tables,
+}
 
 
 def caption(found: Mapping[str, Any]) -> str:

@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from nlpxfer import __version__
-from nlpxfer.errors import INTERRUPTED_EXIT_CODE, ConfigError, NlpxferError, nearest
+from nlpxfer.errors import INTERRUPTED_EXIT_CODE, NlpxferError
+from nlpxfer.recipes import recipe_file
 
-__all__ = ["main", "recipe_folder", "recipe_names", "run_main"]
-
-PACKAGE_FOLDER = Path(__file__).resolve().parent
+__all__ = ["main", "run_main"]
 
 
 def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
@@ -69,31 +68,6 @@ def _stopping_on_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def recipe_folder() -> Path:
-    """Where the recipes are: `recipes/` of the checkout that this runs from, else those of the installed package.
-
-    Raises:
-        ConfigError: Neither is there; the package was installed in a way that dropped them.
-    """
-    checkout = PACKAGE_FOLDER.parent
-    candidates = [PACKAGE_FOLDER / "_recipes"]
-    if (checkout / "pyproject.toml").is_file():
-        candidates.insert(0, checkout / "recipes")
-    for folder in candidates:
-        if folder.is_dir():
-            return folder
-    raise ConfigError(
-        "This installation of nlpxfer has no recipes.",
-        why=f"none of {', '.join(str(folder) for folder in candidates)} exists",
-        fix="pip install --force-reinstall nlpxfer",
-    )
-
-
-def recipe_names() -> list[str]:
-    """The names of all recipes, sorted."""
-    return sorted(path.stem for path in recipe_folder().glob("*.py") if not path.stem.startswith("_"))
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -170,13 +144,7 @@ def _methods() -> None:
 
 
 def _run(method: str, words: Sequence[str]) -> None:
-    folder, names = recipe_folder(), recipe_names()
-    if method not in names:
-        close = nearest(method, names)
-        raise ConfigError(
-            f"There is no recipe {method!r}." + (f" Did you mean {close!r}?" if close else ""), available=names
-        )
-    path = str(folder / f"{method}.py")
+    path = str(recipe_file(method))
     # As __main__, so that the recipe is the same program as `python recipes/<method>.py`: its dataclasses find their
     # annotations and its worker processes find it. It ends in `run_main`, whose SystemExit carries the exit code out.
     before, sys.argv = sys.argv, [path, *words]

@@ -1,19 +1,15 @@
 """Recipes as a user calls them, but in this process: exit code, both streams, and the output folder."""
 
 import contextlib
-import importlib.util
 import io
 import json
-import sys
 from dataclasses import dataclass, is_dataclass
-from functools import cache
 from pathlib import Path
-
-from processes import ROOT
 
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.methods import REGISTRY
+from nlpxfer.recipes import load_recipe
 from nlpxfer.report.report import validate_report
 
 KEYS = [row.key for row in REGISTRY]
@@ -21,20 +17,9 @@ QUICK = ["--bf16", "false", "--num_threads", "1", "--max_length", "32", "--use_c
 """Options of all tiny runs: float32 and one thread, so that runs repeat bit for bit."""
 
 
-@cache
-def recipe(key):
-    """The module recipes/<key>.py."""
-    name = f"recipes_{key}"
-    spec = importlib.util.spec_from_file_location(name, ROOT / "recipes" / f"{key}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # its dataclasses look their annotations up there
-    spec.loader.exec_module(module)
-    return module
-
-
 def option_classes(key):
     """The dataclasses whose fields are the options of a recipe."""
-    module = recipe(key)
+    module = load_recipe(key)
     own = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
     own = [cls for cls in own if cls.__name__.endswith("Options")]
     assert len(own) == 1
@@ -73,7 +58,7 @@ def call(key, folder, *words):
     code = None
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            run_main(recipe(key).main, ["--output_dir", str(folder), *map(str, words)])
+            run_main(load_recipe(key).main, ["--output_dir", str(folder), *map(str, words)])
         except SystemExit as leaving:
             code = leaving.code
     return Ended(code, out.getvalue(), err.getvalue(), Path(folder))

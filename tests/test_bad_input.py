@@ -288,13 +288,14 @@ def call_with_file(path, out):
     import contextlib
     import io
 
-    from recipe_runs import Ended, recipe
+    from recipe_runs import Ended
 
     from nlpxfer.cli import run_main
+    from nlpxfer.recipes import load_recipe
 
     err = io.StringIO()
     with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-        run_main(recipe("distill").main, [str(path), "--output_dir", str(out)])
+        run_main(load_recipe("distill").main, [str(path), "--output_dir", str(out)])
     return Ended(left.value.code, "", err.getvalue(), out)
 
 

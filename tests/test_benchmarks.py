@@ -27,7 +27,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
     def module(name: str) -> ModuleType:
-        if name in ("measuring", "peers"):
+        if name in ("data_sets", "measuring", "peers"):
             return importlib.import_module(name)
         key = f"nlpxfer_benchmark_{name}"
         spec = importlib.util.spec_from_file_location(key, BENCHMARKS / f"{name}.py")
@@ -84,6 +84,27 @@ def test_finetune_measures_all_cells(load, sets, words):
     )
     assert "_correct" not in cells["tiny/nlpxfer/42"]
     assert "| tiny |" in load("table").main([str(path)])
+
+
+def test_methods_side_by_side(load, sets, words):
+    bench = load("finetune_methods")
+    only = [word for name in ("lp-ft", "stock", "lora", "features") for word in ("--only", name)]
+    path = bench.main([*words, *only], sets=sets)
+    found = read(path)
+    methods = found["summary"]["tiny"]["methods"]
+    assert list(methods) == ["lp-ft", "features", "lora", "stock"]
+    assert methods["lora"]["trained_parameters"] < methods["lp-ft"]["trained_parameters"]
+    accuracies = [found["cells"][f"tiny/lora/{seed}"]["metrics"]["test"]["accuracy"] for seed in (42, 43)]
+    assert methods["lora"]["test"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies), rel=1e-5)
+    assert all(cell["memory_bytes"] is None or cell["memory_bytes"] >= 0 for cell in found["cells"].values())
+    targets = found["summary"]["tiny"]["targets"]
+    assert set(targets) == {"features: points lost", "LoRA: points lost", "features: share of stock's time"}
+    assert "| LoRA |" in load("table").main([str(path)])
+
+
+def test_unknown_data_are_named(load, words):
+    with pytest.raises(ConfigError, match="'bank' is not known"):
+        load("finetune").main([*words, "--data", "bank"])
 
 
 def test_finished_cells_are_not_measured_again(load, sets, words):
@@ -176,7 +197,7 @@ def test_banking77_validation_rows_are_chosen_by_hash(load, tmp_path, monkeypatc
     for name in ("train", "test"):
         (source / f"{name}.csv").write_text("text,label\n" + lines, encoding="utf-8")
     monkeypatch.setenv("NLPXFER_DATA", str(tmp_path))
-    found = load("measuring").data_sets("banking77", tmp_path / "work")["banking77"]
+    found = load("data_sets").data_sets(["banking77"], tmp_path / "work")["banking77"]
     held = Path(found["validation_file"]).read_text(encoding="utf-8").splitlines()[1:]
     kept = Path(found["train_file"]).read_text(encoding="utf-8").splitlines()[1:]
     digests = [
@@ -190,7 +211,7 @@ def test_banking77_validation_rows_are_chosen_by_hash(load, tmp_path, monkeypatc
 def test_no_data_is_said(load, monkeypatch, tmp_path):
     monkeypatch.delenv("NLPXFER_DATA", raising=False)
     with pytest.raises(ConfigError, match="no data"):
-        load("measuring").data_sets("banking77", tmp_path)
+        load("data_sets").data_sets(["banking77"], tmp_path)
 
 
 def test_gpu_benchmark_refuses_without_a_gpu(load, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 
 import nlpxfer
 from nlpxfer import cli
+from nlpxfer import recipes as recipes_module
 from nlpxfer.errors import ConfigError, Interrupted
 
 RECIPE = """
@@ -36,7 +37,7 @@ if __name__ == "__main__":
 def recipes(tmp_path, monkeypatch):
     (tmp_path / "distill.py").write_text(RECIPE)
     (tmp_path / "finetune.py").write_text(RECIPE)
-    monkeypatch.setattr(cli, "recipe_folder", lambda: tmp_path)
+    monkeypatch.setattr(recipes_module, "recipe_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -131,15 +132,15 @@ def test_run_without_a_method_is_refused(recipes, capsys):
 def test_recipes_come_from_the_checkout_before_the_package(tmp_path, monkeypatch):
     package = tmp_path / "nlpxfer"
     (package / "_recipes").mkdir(parents=True)
-    monkeypatch.setattr(cli, "PACKAGE_FOLDER", package)
-    assert cli.recipe_folder() == package / "_recipes"
+    monkeypatch.setattr(recipes_module, "PACKAGE_FOLDER", package)
+    assert recipes_module.recipe_folder() == package / "_recipes"
     (tmp_path / "recipes").mkdir()
-    assert cli.recipe_folder() == package / "_recipes"  # some other folder beside site-packages/nlpxfer
+    assert recipes_module.recipe_folder() == package / "_recipes"  # some other folder beside site-packages/nlpxfer
     (tmp_path / "pyproject.toml").touch()
-    assert cli.recipe_folder() == tmp_path / "recipes"
+    assert recipes_module.recipe_folder() == tmp_path / "recipes"
 
 
 def test_an_installation_without_recipes_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "PACKAGE_FOLDER", tmp_path / "nlpxfer")
+    monkeypatch.setattr(recipes_module, "PACKAGE_FOLDER", tmp_path / "nlpxfer")
     with pytest.raises(ConfigError, match="has no recipes"):
-        cli.recipe_folder()
+        recipes_module.recipe_folder()

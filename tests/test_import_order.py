@@ -1,5 +1,5 @@
 """Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> start ->
-classify -> cli.
+classify -> recipes -> cli.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -11,7 +11,20 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "nlpxfer"
-STAGES = ("data", "checkpoint", "methods", "train", "evaluate", "report", "hub", "run", "start", "classify", "cli")
+STAGES = (
+    "data",
+    "checkpoint",
+    "methods",
+    "train",
+    "evaluate",
+    "report",
+    "hub",
+    "run",
+    "start",
+    "classify",
+    "recipes",
+    "cli",
+)
 FREE = ("errors", "problem", "strict_json", "losses", "config")
 
 

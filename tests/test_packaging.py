@@ -134,7 +134,7 @@ def test_the_wheel_holds_nothing_else(wheel):
 def test_an_installed_wheel_finds_its_recipes(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
-    code = "from nlpxfer.cli import recipe_folder, recipe_names; print(recipe_folder(), *recipe_names())"
+    code = "from nlpxfer.recipes import recipe_folder, recipe_names; print(recipe_folder(), *recipe_names())"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     command = [sys.executable, "-c", code]
     shown = subprocess.run(

@@ -11,8 +11,10 @@ import pytest
 from processes import ROOT
 from recipe_runs import KEYS, QUICK, call, option_classes
 
+import nlpxfer
 from nlpxfer.cli import _parser
 from nlpxfer.config import parse
+from nlpxfer.errors import ConfigError
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -122,9 +124,30 @@ def test_a_team_can_follow_it_from_its_files_to_a_student(tiny_data, tiny_checkp
         assert ended.code == 0, ended.err
         assert ended.report["recipe"] == key
     assert json.loads(Path("runs/student/config.json").read_text())["num_hidden_layers"] == 3
-    with Path("test.csv").open(newline="") as file:
-        texts = [row["text"] for row in csv.DictReader(file)]
-    for block in blocks(README, "python"):
-        exec(compile(block, "README.md", "exec"), {"texts": texts})
     push = next(words for words in commands(section) if words[:2] == ["nlpxfer", "push"])
     assert Path(push[2], "report.json").is_file(), "what is pushed is what was made"
+
+
+def test_the_python_of_the_readme_does_what_the_commands_do(tiny_data, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    """As it stands, with a tiny checkpoint and few steps added to each recipe."""
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((tiny_data.train, "train.csv"), (tiny_data.test, "test.csv"), (tiny_data.test, "new.csv")):
+        shutil.copy(source, tmp_path / name)
+    quick = {word.removeprefix("--"): value for word, value in zip(QUICK[::2], QUICK[1::2], strict=True)}
+    tiny = {**quick, "num_train_epochs": 1, "model_name_or_path": tiny_checkpoint("bert")}
+    whole = nlpxfer.run_recipe
+    monkeypatch.setattr(
+        nlpxfer, "run_recipe", lambda name, **options: whole(name, **{**tiny, **options}), raising=False
+    )
+    (block,) = blocks(README, "python")
+    exec(compile(block, "README.md", "exec"), {})
+    assert "points of accuracy over control" in capsys.readouterr().out
+    with Path("labelled.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 80
+    assert {row["abstained"] for row in rows} <= {"True", "False", "true", "false"}
+    with pytest.raises(ConfigError, match="did you mean num_train_epochs"):
+        nlpxfer.run_recipe("finetune", num_train_epoch=1)
+    with pytest.raises(ConfigError, match="Did you mean 'finetune'"):
+        nlpxfer.run_recipe("fintune")

@@ -7,10 +7,11 @@ import shlex
 import pytest
 import yaml
 from processes import ROOT
-from recipe_runs import KEYS, option_classes, recipe
+from recipe_runs import KEYS, option_classes
 
 from nlpxfer.config import REFUSED_OPTIONS, parse
 from nlpxfer.methods import REGISTRY
+from nlpxfer.recipes import load_recipe
 
 LINE = re.compile(r"(?P<key>\w+): (?P<value>[^#]+?)  # (?P<help>.+)")
 
@@ -88,7 +89,7 @@ def test_main_uses_the_same_options_as_this_test(monkeypatch, tmp_path):
             asked.append(types)
             raise SystemExit(9)
 
-        monkeypatch.setattr(recipe(key), "parse", stop)
+        monkeypatch.setattr(load_recipe(key), "parse", stop)
         with pytest.raises(SystemExit):
-            recipe(key).main([])
+            load_recipe(key).main([])
         assert set(asked[0]) == set(classes)

@@ -1,0 +1,240 @@
+"""Every way to use a pretrained model for a task, side by side: scores, trained parameters, seconds and memory.
+
+    NLPXFER_DATA=FOLDER python benchmarks/finetune_methods.py --scale small
+    NLPXFER_DATA=FOLDER python benchmarks/finetune_methods.py --scale full --data banking77,clinc150
+
+A cell `<data>/<method>/<seed>` is a run of the method's recipe with its defaults, save for what METHODS names. Its
+seconds hold features or linear probe, training, validation after each epoch and checkpoints; loading, tokenising and
+the final scoring are not in them. Memory is the highest resident memory of the process during the cell less that
+before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measuring
+import psutil
+import torch
+from data_sets import data_sets
+from measuring import Results, judged, mean_and_deviation, median_and_range
+from peers import STOCK, stock_arguments, stock_model, stock_trainer
+
+from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.cli import run_main
+from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.data.tokenise import Collator
+from nlpxfer.evaluate.task import task_metrics
+from nlpxfer.recipes import load_recipe
+from nlpxfer.report.report import Report
+from nlpxfer.start import start_run
+from nlpxfer.train.predict import predict
+
+ALL_DATA = "banking77,clinc150,scicite,pubmedqa,unfair_tos,debian-sections,debian-tags"
+METHODS: dict[str, tuple[str, list[str]]] = {
+    "full": ("finetune", ["--linear_probe", "false", "--learning_rate", "3e-4"]),
+    "lp-ft": ("finetune", []),
+    "features": ("features", []),
+    "lora": ("adapters", ["--adapter", "lora"]),
+    "prefix": ("adapters", ["--adapter", "prefix"]),
+    "layernorm": ("adapters", ["--adapter", "layernorm"]),
+    "bitfit": ("adapters", ["--adapter", "bitfit"]),
+}
+"""Method -> its recipe and options. A random head needs the higher rate: the best of three for the stock Trainer."""
+HEADLINE = {"debian-tags": "micro_f1", "unfair_tos": "macro_f1", "scicite": "macro_f1", "pubmedqa": "macro_f1"}
+"""The score that is usual on a data set; accuracy elsewhere."""
+ACCURACY_TARGETS = {"banking77": 0.940, "clinc150": 0.965}
+FEATURE_POINTS, FEATURE_TIME, LORA_POINTS = 0.02, 0.05, 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured on a data set; rows are a stratified sample of the training rows."""
+
+    rows: int | None
+    epochs: int
+    seeds: tuple[int, ...]
+    methods: tuple[str, ...] = tuple(METHODS)
+    stock_epochs: int = 0
+    options: tuple[str, ...] = ()
+
+
+SMALL = Size(rows=1000, epochs=4, seeds=(42, 43, 44))
+SIZES: dict[str, dict[str, Size]] = {
+    "small": dict.fromkeys(ALL_DATA.split(","), SMALL)
+    | {
+        "banking77": Size(rows=1500, epochs=4, seeds=(42, 43, 44), stock_epochs=5),
+        "clinc150": Size(rows=1500, epochs=4, seeds=(42, 43, 44)),
+        "pubmedqa": Size(rows=None, epochs=4, seeds=(42, 43, 44)),
+        "debian-sections": Size(rows=800, epochs=3, seeds=(42, 43, 44)),
+        "debian-tags": Size(rows=800, epochs=6, seeds=(42, 43, 44)),
+    },
+    "full": dict.fromkeys(
+        ALL_DATA.split(","), Size(rows=None, epochs=6, seeds=(42,), methods=("full", "lp-ft", "features", "lora"))
+    ),
+}
+SMOKE = Size(rows=96, epochs=1, seeds=(42, 43), stock_epochs=1)
+
+
+class Bench:
+    """The cells of one data set.
+
+    Args:
+        name: Name of the data set.
+        values: Values of `DataOptions`.
+        size: How much to measure.
+        asked: The command line.
+        results: Notes what the cells were measured on.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, Any], size: Size, asked: Any, results: Results) -> None:  # noqa: ANN401
+        self.name, self.size, self.asked, self.results = name, size, asked, results
+        self.values = dict(values) | ({} if size.rows is None else {"max_train_samples": size.rows})
+        self.folder = asked.work / f"methods-{asked.scale}-{name}"
+
+    def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """All cells, seed by seed, so that a run that is broken off has seen each method."""
+        found: dict[str, Callable[[], dict[str, Any]]] = {}
+        for seed in self.size.seeds:
+            for method in self.size.methods:
+                found[f"{self.name}/{method}/{seed}"] = lambda m=method, s=seed: self.method(m, s)
+        if self.size.stock_epochs:
+            found[f"{self.name}/stock/{self.size.seeds[0]}"] = lambda: self.stock(self.size.seeds[0])
+        return found
+
+    def method(self, method: str, seed: int) -> dict[str, Any]:
+        """A run of the recipe."""
+        recipe, own = METHODS[method]
+        words = [word for key, value in self.values.items() for word in (f"--{key}", str(value))]
+        words += ["--model_name_or_path", self.asked.model, "--output_dir", str(self.folder), "--overwrite", "true"]
+        words += ["--control_arm", "false", "--seed", str(seed), *self.size.options, *own]
+        if recipe == "features":
+            words += ["--feature_cache", str(self.folder.with_name(self.folder.name + "-features"))]
+            shutil.rmtree(words[-1], ignore_errors=True)  # each run computes its own
+        else:
+            words += ["--num_train_epochs", str(self.size.epochs)]
+        with MemoryPeak() as memory:
+            report: Report = load_recipe(recipe).main(words)
+        self.results.use_data(self.name, report.data["fingerprint"])
+        arm = next(arm for arm in report.arms if arm.metrics == report.metrics)
+        bundle = self.folder / "adapter" / "adapter_model.safetensors"
+        return {
+            "seed": seed,
+            "rows": report.data["rows"],
+            "train_seconds": arm.seconds,
+            "trained_parameters": arm.details.get("trained_parameters"),
+            "saved_bytes": bundle.stat().st_size if bundle.is_file() else arm.bytes,
+            "memory_bytes": memory.added,
+            "metrics": json.loads(json.dumps(report.metrics)),
+            "without_leaks": report.checks.get("test_without_leaks"),
+            "bf16": report.checks["precision"]["bf16"],
+        }
+
+    def stock(self, seed: int) -> dict[str, Any]:
+        """The stock Trainer in float32, at the learning rate that was best for it in `finetune.py`."""
+        options = RunOptions(output_dir=str(self.folder), overwrite=True)
+        with start_run("finetune", DataOptions(**self.values), options) as run:
+            self.results.use_data(self.name, run.data.fingerprint)
+            tokenizer = load_classifier(self.asked.model, schema=run.data.schema).tokenizer
+            splits = run.split(tokenizer)
+            model = stock_model(self.asked.model, len(run.data.schema), seed)
+            arguments = stock_arguments(
+                self.folder / "stock", learning_rate=3e-4, epochs=self.size.stock_epochs, seed=seed
+            )
+            trainer = stock_trainer(model, arguments, splits.train, tokenizer)
+            with MemoryPeak() as memory:
+                seconds = trainer.train().metrics["train_runtime"]
+            collator = Collator.for_tokenizer(tokenizer)
+            metrics = {
+                split: task_metrics(run.problem_type, predict(model, rows, collator), run.labels(split))
+                for split, rows in (("validation", splits.validation), ("test", splits.test))
+            }
+            trained = sum(p.numel() for p in model.parameters())
+            return {"seed": seed, "train_seconds": seconds, "trained_parameters": trained, "metrics": metrics,
+                    "memory_bytes": memory.added}  # fmt: skip
+
+    def summary(self) -> dict[str, Any]:
+        """Means over the seeds of each method, and the targets."""
+        found: dict[str, Any] = {"metric": HEADLINE.get(self.name, "accuracy"), "methods": {}}
+        for method in (*self.size.methods, "stock"):
+            cells = self.results.under(f"{self.name}/{method}/")
+            if not cells:
+                continue
+            test = [cell["metrics"]["test"] for cell in cells]
+            names = [name for name in ("accuracy", "micro_f1", "macro_f1") if name in test[0]]
+            found["methods"][method] = {
+                "test": {name: mean_and_deviation(scores[name] for scores in test) for name in names},
+                "trained_parameters": cells[0]["trained_parameters"],
+                "saved_bytes": cells[0].get("saved_bytes"),
+                "train_seconds": median_and_range(cell["train_seconds"] for cell in cells),
+                "memory_bytes": median_and_range(cell["memory_bytes"] for cell in cells),
+            }
+        found["rows"] = next((cell["rows"] for cell in self.results.under(f"{self.name}/") if "rows" in cell), None)
+        return found | {"targets": self._targets(found["methods"], found["metric"])}
+
+    def _targets(self, methods: Mapping[str, Any], metric: str) -> dict[str, Any]:
+        score = {name: item["test"][metric]["mean"] for name, item in methods.items()}
+        best_full = max((score[name] for name in ("full", "lp-ft") if name in score), default=None)
+        targets: dict[str, Any] = {}
+        if best_full is not None and "features" in score:
+            targets["features: points lost"] = judged(best_full - score["features"], FEATURE_POINTS, at_most=True)
+        if best_full is not None and "lora" in score:
+            targets["LoRA: points lost"] = judged(best_full - score["lora"], LORA_POINTS, at_most=True)
+        if {"features", "stock"} <= set(methods):
+            seconds = [methods[name]["train_seconds"]["median"] for name in ("features", "stock")]
+            targets["features: share of stock's time"] = judged(seconds[0] / seconds[1], FEATURE_TIME, at_most=True)
+        if self.asked.scale == "full" and self.name in ACCURACY_TARGETS and best_full is not None:
+            targets["accuracy"] = judged(max(score.values()), ACCURACY_TARGETS[self.name])
+        return targets
+
+
+class MemoryPeak:
+    """How far resident memory rose inside a `with` block, in bytes: `added`; None where the system does not tell."""
+
+    added: int | None = None
+
+    def __enter__(self) -> MemoryPeak:
+        """Forget the highest value so far."""
+        gc.collect()
+        self.clear, self.status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+        self.before = psutil.Process().memory_info().rss
+        if self.clear.exists():
+            self.clear.write_text("5")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Read the highest value since."""
+        if self.clear.exists():
+            line = next(line for line in self.status.read_text().splitlines() if line.startswith("VmHWM"))
+            self.added = max(0, 1024 * int(line.split()[1]) - self.before)
+
+
+def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """Measure and write the results file; `sets` replaces the data sets (name -> values of `DataOptions`)."""
+    asked = measuring.arguments("finetune_methods", __doc__ or "", argv, ALL_DATA)
+    measuring.show_log()
+    known = data_sets(asked.data, asked.work) if sets is None else sets
+    sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in (*SIZES.get(asked.scale, {}), *known)}
+    results = Results(
+        "finetune_methods",
+        asked,
+        {"model": asked.model, "methods": METHODS, "stock": STOCK | {"learning_rate": 3e-4}}
+        | {name: asdict(size) for name, size in sizes.items()},
+    )
+    summary = {}
+    for name, values in known.items():
+        bench = Bench(name, values, sizes[name], asked, results)
+        results.measure(bench.cells())
+        summary[name] = bench.summary() | {"threads": torch.get_num_threads()}
+        shutil.rmtree(bench.folder, ignore_errors=True)
+    return results.write(summary)
+
+
+if __name__ == "__main__":
+    run_main(main)

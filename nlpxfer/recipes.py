@@ -1,0 +1,101 @@
+"""Recipes as functions: the same programs that `accelerate launch recipes/<method>.py` starts, called from Python."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from nlpxfer.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from nlpxfer.report.report import Report
+
+PACKAGE_FOLDER = Path(__file__).resolve().parent
+
+
+def recipe_folder() -> Path:
+    """Where the recipes are: `recipes/` of the checkout that this runs from, else those of the installed package.
+
+    Raises:
+        ConfigError: Neither is there; the package was installed in a way that dropped them.
+    """
+    checkout = PACKAGE_FOLDER.parent
+    candidates = [PACKAGE_FOLDER / "_recipes"]
+    if (checkout / "pyproject.toml").is_file():
+        candidates.insert(0, checkout / "recipes")
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    raise ConfigError(
+        "This installation of nlpxfer has no recipes.",
+        why=f"none of {', '.join(str(folder) for folder in candidates)} exists",
+        fix="pip install --force-reinstall nlpxfer",
+    )
+
+
+def recipe_names() -> list[str]:
+    """The names of all recipes, sorted."""
+    return sorted(path.stem for path in recipe_folder().glob("*.py") if not path.stem.startswith("_"))
+
+
+def recipe_file(name: str) -> Path:
+    """The program of a recipe.
+
+    Raises:
+        ConfigError: There is none of this name; names the nearest.
+    """
+    names = recipe_names()
+    if name not in names:
+        close = nearest(name, names)
+        raise ConfigError(
+            f"There is no recipe {name!r}." + (f" Did you mean {close!r}?" if close else ""), available=names
+        )
+    return recipe_folder() / f"{name}.py"
+
+
+def load_recipe(name: str) -> ModuleType:
+    """A recipe as a module, loaded once.
+
+    Raises:
+        ConfigError: There is none of this name.
+    """
+    file = recipe_file(name)
+    key = f"nlpxfer_recipe_{name}"
+    if key not in sys.modules:
+        spec = importlib.util.spec_from_file_location(key, file)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"The recipe {name} cannot be loaded.")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[key] = module  # its dataclasses look their annotations up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[key]
+            raise
+    return sys.modules[key]
+
+
+def run_recipe(name: str, /, **options: Any) -> Report:  # noqa: ANN401 - values of the recipe's options
+    """Run a recipe and return its report; the model and all files are in `output_dir`.
+
+    Args:
+        name: Such as `finetune` or `distill`.
+        options: As in the recipe's YAML file: `train_file="train.csv", num_train_epochs=3`.
+
+    Raises:
+        ConfigError: No such recipe, or options that are unknown or do not fit; all of them at once.
+        NlpxferError: What else the recipe refuses; see its `main`.
+    """
+    main = load_recipe(name).main
+    values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    with tempfile.TemporaryDirectory(prefix="nlpxfer-") as folder:
+        file = Path(folder) / "keywords.yaml"  # errors name it
+        file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
+        report: Report = main([str(file)] if values else [])
+    return report
