@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, row_writer
 from nlpxfer.data.tokenise import Collator, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
-from nlpxfer.evaluate.calibration import load_temperature, load_thresholds, probabilities
+from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
+from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
 from nlpxfer.evaluate.task import label_f1s, task_metrics
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.train.launch import use_threads
@@ -64,6 +66,7 @@ class Classifier:
         temperature: T of its probabilities, softmax(logits / T) or sigmoid(logits / T); fitted on the validation rows.
         thresholds_C: Multi-label: the probability above which a label is given; fitted likewise.
         batch_size: Rows of the longest length per batch.
+        abstain: When it answers, if its training found a rule for that.
     """
 
     checkpoint: Checkpoint
@@ -73,6 +76,7 @@ class Classifier:
     temperature: float
     thresholds_C: Array
     batch_size: int = 64
+    abstain: AbstainRule | None = None
 
     @classmethod
     def load(
@@ -112,6 +116,7 @@ class Classifier:
             temperature=load_temperature(checkpoint.folder),
             thresholds_C=load_thresholds(checkpoint.folder, schema.names),
             batch_size=batch_size,
+            abstain=load_abstain_rule(checkpoint.folder),
         )
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
@@ -233,6 +238,7 @@ def predict_file(
         text_column: Column with the text.
         text_pair_column: Column with the second text, for tasks on pairs.
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
+            Default: that of the classifier's own rule, if it has one.
         all_probabilities: Also a column `probability_<label>` per label.
         label_separator: Between the labels of a multi-label row.
         quiet: No progress bar.
@@ -247,7 +253,8 @@ def predict_file(
     if Path(output).exists():
         raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
     reader = RowReader(source)
-    columns = AnswerColumns(classifier, min_probability, all_probabilities, label_separator)
+    least = _least_probability(classifier) if min_probability is None else min_probability
+    columns = AnswerColumns(classifier, least, all_probabilities, label_separator)
     rows = blank = abstained = 0
     with row_writer(output, reader, columns.types) as writer:
         for window in _windows(reader, quiet):
@@ -267,6 +274,19 @@ def predict_file(
     return Predicted(rows, blank, abstained)
 
 
+def _least_probability(classifier: Classifier) -> float | None:
+    """The threshold of the classifier's own rule; infinite where none keeps the precision it was to keep."""
+    rule = classifier.abstain
+    if rule is None or rule.min_probability is not None:
+        return None if rule is None else rule.min_probability
+    logger.warning(
+        "all rows are abstained from: no threshold was found in training that gives answers of which %g are right; "
+        "--min_probability overrides this",
+        rule.precision,
+    )
+    return math.inf
+
+
 def evaluate_file(
     classifier: Classifier,
     source: str | Path,
@@ -280,6 +300,9 @@ def evaluate_file(
     """Scores of a classifier on a labelled file: `rows`, and the metrics of its kind of task (`problem.METRICS`).
 
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
+
+    With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
+    it answers.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
@@ -302,6 +325,10 @@ def evaluate_file(
         given_NC = probabilities(found_NC, classifier.temperature, MULTI_LABEL) > classifier.thresholds_C
         micro, macro = label_f1s(given_NC, schema.array(labels))
         scores["with_thresholds"] = {"micro_f1": micro, "macro_f1": macro}
+    if classifier.abstain is not None:
+        right = best_and_right(probabilities(found_NC, classifier.temperature), schema.array(labels))
+        threshold = classifier.abstain.min_probability
+        scores["answered"] = {"min_probability": threshold, **answered_scores(classifier.abstain, *right)}
     return scores
 
 

@@ -119,7 +119,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
         command.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
-    predict.add_argument("--min_probability", type=float, metavar="P", help="mark rows below it as abstained")
+    abstain = "mark rows below it as abstained; default: the model's own, if it has one"
+    predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
     evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
@@ -177,7 +178,8 @@ def _classify(asked: argparse.Namespace) -> None:
     )
     sys.stdout.write(f"{asked.output_file}: {done.rows} rows")
     sys.stdout.write(f", {done.without_text} without a text" if done.without_text else "")
-    sys.stdout.write(f", {done.abstained} abstained\n" if asked.min_probability is not None else "\n")
+    asked_for = asked.min_probability is not None or classifier.abstain is not None
+    sys.stdout.write(f", {done.abstained} abstained\n" if asked_for else "\n")
 
 
 def _push(asked: argparse.Namespace) -> None:

@@ -29,6 +29,7 @@ from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError
@@ -36,13 +37,17 @@ from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
+from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
 from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.card import CardFacts, write_card
+from nlpxfer.report.error_report import error_summary, write_error_report
+from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import (
     Arm,
@@ -70,7 +75,8 @@ NOT_PART_OF_THE_RUN = frozenset(
     "output_dir overwrite resume_from_checkpoint allow_topology_change disable_tqdm num_threads save_predictions "
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
     "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
-    "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache".split()
+    "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache "
+    "error_report num_folds abstain_precision".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
 
@@ -100,6 +106,8 @@ class Run:
         config: All options, flat.
         started: Clock at the start, in seconds.
         checks: What was verified, for the report.
+        folds: Of the training rows, if the run trains on folds too.
+        out_of_fold: What the fold models say; from `cross_validate`.
     """
 
     recipe: str
@@ -111,6 +119,8 @@ class Run:
     config: dict[str, Any]
     started: float
     checks: dict[str, Any] = field(default_factory=dict)
+    folds: Folds | None = None
+    out_of_fold: OutOfFold | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -180,6 +190,41 @@ class Run:
             self._log_scores(arm)
             arms.append(arm)
         return arms
+
+    def cross_validate(
+        self,
+        build: Callable[[int], Checkpoint],
+        method: Method,
+        *,
+        split: Callable[[PreTrainedTokenizerBase], Splits] | None = None,
+        **training: Any,  # noqa: ANN401 - as for `train`
+    ) -> None:
+        """With `--num_folds`: train a model per fold, of the first seed; `finish` writes what they say. Else nothing.
+
+        Args:
+            build: As for `train`; called once per fold.
+            method: As for `train`.
+            split: As for `train`; its training rows must be those of the data, in their order.
+            training: Further arguments of `train`, but `seeds`.
+        """
+        if self.folds is None:
+            return
+
+        def unseen(seed: int) -> Checkpoint:
+            checkpoint = build(seed)
+            if checkpoint.head_kept:
+                logger.warning(
+                    "%s already classifies into these labels: if it was trained on these rows, then out-of-fold "
+                    "predictions are not those of a model that has not seen them",
+                    checkpoint.name,
+                )
+            return checkpoint
+
+        def train(name: str, part: Callable[[PreTrainedTokenizerBase], Splits]) -> TrainedArm:
+            return self.train(name, unseen, method, split=part, seeds=self.seeds[:1], **training)[0]
+
+        self.out_of_fold = predict_out_of_fold(self.folds, self.labels("train"), split or self.split, train)
+        self.checks["cross_validation"] = self.out_of_fold.scores() | {"seed": self.seeds[0]}
 
     def _log_scores(self, arm: TrainedArm) -> None:
         scores = self._scores(arm.validation_logits, "validation")
@@ -349,7 +394,7 @@ class Run:
             self.check_length(model)
         weights = max(_stored_bytes(checkpoint.model) for checkpoint in models)
         kept = (self.options.save_total_limit or 10) + 1
-        check_free_space(self.folder, weights * (3 * kept + arms * len(self.seeds)))
+        check_free_space(self.folder, weights * (3 * kept + arms * len(self.seeds) + self.options.num_folds))
         if self.options.resume and not (self.folder / "checkpoints").is_dir():
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
         if is_main_process():
@@ -460,9 +505,20 @@ class Run:
             validation_labels = self.labels("validation")
             found = calibrate(treated[0].validation_logits, validation_labels, logits, labels, kind)
             checks["calibration"] = vars(found)
+        if kind == SINGLE_LABEL:
+            checks |= self._selective_checks(treated[0], found.temperature)
         if kind == MULTI_LABEL:
             checks["thresholds"] = self._threshold_check(treated[0], found.temperature)
         return checks | self.checks
+
+    def _selective_checks(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
+        """How well probabilities tell right from wrong, and the rule for abstaining that was asked for."""
+        answers = {
+            split: best_and_right(probabilities(logits, temperature), self.labels(split))
+            for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits))
+        }
+        risks = {split: risk_coverage(*found) for split, found in answers.items()}
+        return {"risk_coverage": risks, **abstain_checks(answers, self.options.abstain_precision)}
 
     def _threshold_check(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
         """A threshold per label, fitted on the validation rows, and the test scores with them."""
@@ -487,13 +543,19 @@ class Run:
         save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
         if self.problem_type != REGRESSION:
             thresholds = report.checks.get("thresholds", {}).get("by_label")
-            save_calibration(self.folder, report.checks["calibration"]["temperature"], thresholds)
+            temperature, rule = report.checks["calibration"]["temperature"], report.checks.get("abstain")
+            abstain = None if rule is None else AbstainRule.from_plain(rule)
+            save_calibration(self.folder, temperature, thresholds, abstain)
             per_class_plot(self.per_class(arm.test_logits, "test"), self.folder / "per_class.png")
         if self.problem_type == SINGLE_LABEL:
             confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
         if self.options.save_predictions:
             for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
                 self._write_predictions(split, logits)
+        if self.options.error_report:
+            self._write_error_report(arm, report.checks["calibration"]["temperature"])
+        if self.out_of_fold is not None:
+            self._write_out_of_fold(self.out_of_fold)
         write_run(
             self.folder,
             recipe=self.recipe,
@@ -538,6 +600,21 @@ class Run:
                 line = {"row": number, **_prediction(self.problem_type, names, gold, row)}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
         temporary.replace(folder / f"{split}.jsonl")
+
+    def _write_error_report(self, arm: TrainedArm, temperature: float) -> None:
+        splits = {}
+        for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
+            shares = probabilities(logits, temperature)
+            numbers = getattr(self.data, split)["row"][:]
+            names = self.data.schema.names
+            splits[split] = error_summary(shares, self.labels(split), names, numbers, *self.texts(split))
+        write_error_report(self.folder, splits)
+
+    def _write_out_of_fold(self, found: OutOfFold) -> None:
+        names, numbers = self.data.schema.names, self.data.train["row"][:]
+        write_out_of_fold(self.folder, found, names, numbers)
+        write_label_errors(self.folder, found, names, numbers, *self.texts("train"))
+        logger.info("%d training labels look wrong: %s", len(found.label_errors), self.folder / LABEL_ERRORS_FILE)
 
 
 def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: Array) -> dict[str, Any]:  # noqa: ANN401

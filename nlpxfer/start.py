@@ -15,10 +15,12 @@ import torch
 
 from nlpxfer.checkpoint.save import check_output_folder
 from nlpxfer.config import DataOptions, RunOptions, resolved
+from nlpxfer.data.folds import make_folds
 from nlpxfer.data.load import DataRequest, load_data
 from nlpxfer.errors import ConfigError, ResumeError
+from nlpxfer.evaluate.selective import refuse_unprovable
 from nlpxfer.hub import check_push_request
-from nlpxfer.problem import BEST, METRICS, ProblemType
+from nlpxfer.problem import BEST, METRICS, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import REPORT_FILE
 from nlpxfer.run import Run, is_private
 from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
@@ -32,7 +34,13 @@ BUNDLED_DATA = "debian-sections"
 
 
 @contextmanager
-def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *others: Any) -> Iterator[Run]:  # noqa: ANN401
+def start_run(
+    recipe: str,
+    data_options: DataOptions,
+    options: RunOptions,
+    *others: Any,  # noqa: ANN401
+    folds: bool = False,
+) -> Iterator[Run]:
     """Check everything that can be checked before the work starts, then load the data.
 
     Args:
@@ -40,16 +48,20 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
         data_options: Where the rows come from.
         options: How to train.
         others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
+        folds: Whether the recipe calls `Run.cross_validate`; without it `num_folds` is refused.
 
     Raises:
         LaunchError: Fewer processes run than were asked for.
         OutputExistsError: The output folder is in use.
         ResumeError: The run to resume is finished.
-        ConfigError: `report_to` names what is not installed.
+        ConfigError: `report_to` names what is not installed; `num_folds` is not for this recipe or these rows; the
+            validation rows cannot show `abstain_precision`; or an option is not for this kind of task.
         PushError: A later push could not work.
         DataError, LabelError: The data cannot be used.
     """
     started = time.perf_counter()
+    if options.num_folds and not folds:
+        raise ConfigError(f"num_folds: {recipe} does not train on folds.", fix="recipes/finetune.py with --num_folds")
     gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
     _show_progress(options)
     device = options.device  # starts the process group
@@ -84,11 +96,23 @@ def start_run(recipe: str, data_options: DataOptions, options: RunOptions, *othe
     )
     run = Run(recipe, folder, data, data_options, options, precision, config, started)
     run.checks["threads"] = threads
+    _refuse_for_other_tasks(options, data.schema.problem_type)
+    if options.abstain_precision is not None:
+        refuse_unprovable(options.abstain_precision, len(data.validation))
+    if options.num_folds:
+        count, seed = options.num_folds, data_options.data_split_seed
+        run.folds = make_folds(*run.texts("train"), run.labels("train"), data.schema.names, count=count, seed=seed)
     try:
         yield run
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _refuse_for_other_tasks(options: RunOptions, problem_type: ProblemType) -> None:
+    asked = [name for name in ("num_folds", "error_report", "abstain_precision") if getattr(options, name)]
+    if asked and problem_type != SINGLE_LABEL:
+        raise ConfigError.from_faults([f"{name}: is for tasks with one label per row" for name in asked])
 
 
 def _choose_metric(options: RunOptions, problem_type: ProblemType) -> None:

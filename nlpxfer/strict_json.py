@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,6 +81,18 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json_whole(path: str | Path, value: object) -> Path:
     """Write plain values as strict, indented JSON in UTF-8, whole or not at all."""
     return write_text_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines_whole(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:
+    """Write one strict JSON object per line in UTF-8, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return path
 
 
 def _key(key: object, where: str) -> str:

@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     data_options, model_options, options = parse((DataOptions, FineTuneOptions, RunOptions), argv)
     name = model_options.model_name_or_path
 
-    with start_run("finetune", data_options, options, model_options) as run:
+    with start_run("finetune", data_options, options, model_options, folds=True) as run:
 
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         run.begin(start, arms=1)
         parent = run.parent_facts(start)
         trained = run.train("fine-tuned", build, method, facts={"model": parent["weights"]})
+        run.cross_validate(build, method, facts={"model": parent["weights"]})
         arms = [run.arm(trained, f"{name}, fine-tuned"), run.majority_arm()]
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import shutil
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,8 @@ from nlpxfer.classify import Classifier, evaluate_file, predict_file
 from nlpxfer.cli import main
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, LabelError
+from nlpxfer.evaluate.calibration import probabilities, save_calibration
+from nlpxfer.evaluate.selective import AbstainRule
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 
@@ -99,6 +103,63 @@ def test_abstaining(classifier, rows, tmp_path):
     assert done.abstained == sum(flags) == 25
     with pytest.raises(ConfigError, match="min_probability: 1.5"):
         predict_file(classifier, source, tmp_path / "again.csv", min_probability=1.5)
+
+
+@pytest.fixture
+def ruled(folder, rows, tmp_path):
+    """From a threshold, or None, to the classifier with that rule; and its calibrated probabilities."""
+
+    def load(least):
+        copy = Path(shutil.copytree(folder, tmp_path / f"ruled-{least}"))
+        rule = AbstainRule(precision=0.9, confidence=0.95, min_probability=least, coverage=0.5)
+        save_calibration(copy, 2.0, abstain=rule)
+        return Classifier.load(str(copy), bf16=False)
+
+    return load, probabilities(Classifier.load(str(folder), bf16=False).logits([row["text"] for row in rows]), 2.0)
+
+
+def test_a_model_with_a_rule_abstains_by_itself(ruled, rows, tmp_path):
+    load, shares = ruled
+    sure = shares.max(axis=1)
+    least = float(np.quantile(sure, 0.7))
+    classifier = load(least)
+    source = write_csv(tmp_path / "in.csv", rows)
+    done = predict_file(classifier, source, tmp_path / "out.csv")
+    found = read(tmp_path / "out.csv")
+    assert [row["abstained"] == "True" for row in found] == (sure < least).tolist()
+    assert done.abstained == 35
+    assert [float(row["probability"]) for row in found] == pytest.approx(sure, abs=1e-5)
+    lower = float(np.quantile(sure, 0.2))
+    assert predict_file(classifier, source, tmp_path / "other.csv", min_probability=lower).abstained == 10
+
+    answered = evaluate_file(classifier, source)["answered"]
+    right = shares.argmax(axis=1) == [SCHEMA.encode(row["label"]) for row in rows]
+    assert answered == {
+        "min_probability": least,
+        "rows": 15,
+        "coverage": 0.3,
+        "precision": pytest.approx(right[sure >= least].mean()),
+    }
+
+
+def test_a_model_that_cannot_keep_its_promise_abstains_from_all(ruled, rows, tmp_path, caplog, capsys):
+    classifier = ruled[0](None)
+    source = write_csv(tmp_path / "in.csv", rows)
+    with pytest.raises(SystemExit):
+        main(["predict", str(classifier.checkpoint.folder), str(source), "--output_file", str(tmp_path / "out.csv")])
+    assert capsys.readouterr().out.endswith("out.csv: 50 rows, 50 abstained\n")
+    assert {row["abstained"] for row in read(tmp_path / "out.csv")} == {"True"}
+    assert "no threshold was found in training that gives answers of which 0.9 are right" in caplog.text
+    assert predict_file(classifier, source, tmp_path / "other.csv", min_probability=0.01).abstained == 0
+    answered = evaluate_file(classifier, source)["answered"]
+    assert answered == {"min_probability": None, "rows": 0, "coverage": 0.0, "precision": None}
+
+
+def test_a_model_without_a_rule_answers_all(classifier, rows, tmp_path):
+    source = write_csv(tmp_path / "in.csv", rows)
+    predict_file(classifier, source, tmp_path / "out.csv")
+    assert "abstained" not in read(tmp_path / "out.csv")[0]
+    assert "answered" not in evaluate_file(classifier, source)
 
 
 @pytest.mark.parametrize(

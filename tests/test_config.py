@@ -286,6 +286,10 @@ def test_data_options_out_of_range(values, fault):
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: 0 is below 1"),
         ({"save_total_limit": 0}, "save_total_limit: 0 is below 1"),
         ({"num_threads": 0}, "num_threads: 0 is below 1"),
+        ({"num_folds": 1}, "num_folds: 1 is not 0 or above 1"),
+        ({"num_folds": -2}, "num_folds: -2 is not 0 or above 1"),
+        ({"abstain_precision": 1.0}, "abstain_precision: 1.0 is not between 0 and 1"),
+        ({"abstain_precision": 0.0}, "abstain_precision: 0.0 is not between 0 and 1"),
         ({"early_stopping_patience": -1}, "early_stopping_patience: it cannot be negative"),
         ({"pooling": "maen"}, "pooling: 'maen' is not one of own, mean"),
         (

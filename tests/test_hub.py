@@ -70,7 +70,9 @@ def output(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folder / name, target)
     (folder / "predictions").mkdir()
-    (folder / "predictions" / "test.jsonl").write_text('{"text": "a secret text"}\n')
+    for name in ("predictions/test.jsonl", "predictions/out_of_fold.jsonl", "label_errors.jsonl", "errors.json"):
+        (folder / name).write_text('{"text": "a secret text"}\n')
+    (folder / "errors.md").write_text("a secret text\n")
     return folder
 
 

@@ -110,6 +110,23 @@ def test_distill_goes_on_in_the_arm_that_was_interrupted(words, whole, tmp_path,
     assert sha256(again.folder / "teacher") == sha256(whole["distill"].folder / "teacher")
 
 
+def test_folds_go_on_in_the_one_that_was_interrupted(words, tmp_path, monkeypatch, caplog):
+    """60 rows, 30 for each of two folds: 4 optimizer steps an epoch, 12 in all."""
+    own = [*words["finetune"], "--control_arm", "false", "--num_folds", "2"]
+    without = finished("finetune", tmp_path / "whole", *own)
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 5, "fold-2-of-2", of=12)
+    again = finished("finetune", tmp_path / "out", *own, *RESUME, "--error_report", "true")
+    assert "fine-tuned, seed 42: already trained" in caplog.text
+    assert "fold-1-of-2, seed 42: already trained" in caplog.text
+    assert "resuming from checkpoint-6" in caplog.text
+    assert_same(again, without)
+    for name in ("predictions/out_of_fold.jsonl", "label_errors.jsonl"):
+        assert (again.folder / name).read_bytes() == (without.folder / name).read_bytes()
+    scores = [run.report["checks"]["cross_validation"] for run in (again, without)]
+    assert scores[0] | {"seconds": 0} == scores[1] | {"seconds": 0}
+    assert not (again.folder / "checkpoints").exists()
+
+
 def test_interrupted_twice(words, whole, tmp_path, monkeypatch):
     interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 4, "fine-tuned")
     interrupted("finetune", tmp_path / "out", [*words["finetune"], *RESUME], monkeypatch, 17, "fine-tuned")

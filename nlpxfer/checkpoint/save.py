@@ -54,6 +54,9 @@ OWN_FILES: Final = frozenset(
         "run.json",
         "confusion.png",
         "per_class.png",
+        "errors.json",
+        "errors.md",
+        "label_errors.jsonl",
     }
 )
 OWN_FOLDERS: Final = frozenset({"checkpoints", "predictions", "teacher"})

@@ -149,6 +149,9 @@ class RunOptions(TrainingArguments):
     pooling: Literal["own", "mean"] = option("own", "Which state the head reads: the model's own, or the mean.")
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better score; 0: never.")
     save_predictions: bool = option(False, "Write predictions/validation.jsonl and predictions/test.jsonl.")
+    error_report: bool = option(False, "Write errors.json and errors.md, which hold texts of the data.")
+    num_folds: int = option(0, "Also train on folds of the training rows, and look for wrong labels; 0: no.")
+    abstain_precision: float | None = option(None, "Find the probability from which answers are right this often.")
     num_threads: int | None = option(None, "CPU threads per process. Default: all cores, shared by local processes.")
     allow_topology_change: bool = option(False, "Resume with another number of processes or batch size.")
 
@@ -220,6 +223,9 @@ class RunOptions(TrainingArguments):
             require(faults, 0 <= getattr(self, name) < 1, f"{name}: {getattr(self, name)} is not in [0, 1)")
         require(faults, self.num_seeds >= 1, f"num_seeds: {self.num_seeds} is below 1")
         require(faults, self.max_steps == -1 or self.max_steps > 0, f"max_steps: {self.max_steps} is not positive")
+        require(faults, self.num_folds == 0 or self.num_folds >= 2, f"num_folds: {self.num_folds} is not 0 or above 1")
+        sure = self.abstain_precision
+        require(faults, sure is None or 0 < sure < 1, f"abstain_precision: {sure} is not between 0 and 1")
         limit = self.save_total_limit
         require(faults, limit is None or limit >= 1, f"save_total_limit: {limit} is below 1")
         require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")

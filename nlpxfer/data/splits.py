@@ -1,4 +1,4 @@
-"""Splits and samples that keep the shares of the classes and never part equal texts.
+"""Splits, folds and samples that keep the shares of the classes and never part equal texts.
 
 Rows are drawn by a hash of the seed and the row's own text, not by a random generator: the same rows are drawn in any
 process, on any platform and with any version of numpy, and the order of the file does not matter.
@@ -56,6 +56,44 @@ def stratified_split(
     taken = sorted(index for number in chosen for index in groups[number])
     out = set(taken)
     return [index for index in range(len(labels)) if index not in out], taken
+
+
+def stratified_folds(labels: Sequence[Hashable], keys: Sequence[str], *, folds: int, seed: int) -> list[int]:
+    """Deal rows out to folds so that each class is spread evenly and equal texts stay together.
+
+    Groups of equal texts are dealt from the largest to the smallest, each to the fold that has the fewest rows of its
+    classes, and of these to the smallest fold. So if no text repeats, a class's rows in two folds differ by one at
+    most; and no fold is empty as long as there are as many different texts.
+
+    Args:
+        labels: One label per row.
+        keys: One key per row (see `normalise_text`); rows with the same key share a fold.
+        folds: How many, at least 2.
+        seed: Another seed deals other rows together.
+
+    Returns:
+        The fold of each row, from 0.
+
+    Raises:
+        ValueError: Lengths differ, there are fewer than 2 folds, or fewer different keys than folds.
+    """
+    if len(labels) != len(keys):
+        raise ValueError(f"{len(labels)} labels but {len(keys)} keys")
+    groups = sorted(_groups(keys, seed), key=len, reverse=True)
+    if not 2 <= folds <= len(groups):
+        raise ValueError(f"folds must lie between 2 and the {len(groups)} different texts, not be {folds}")
+    held: list[Counter[Hashable]] = [Counter() for _ in range(folds)]
+    sizes = [0] * folds
+    found = [0] * len(labels)
+    for group in groups:
+        counts = Counter(labels[index] for index in group)
+        costs = [(sum(count * of[label] for label, count in counts.items()), sizes[n], n) for n, of in enumerate(held)]
+        fold = min(costs)[2]
+        held[fold].update(counts)
+        sizes[fold] += len(group)
+        for index in group:
+            found[index] = fold
+    return found
 
 
 def _groups(keys: Sequence[str], seed: int) -> list[list[int]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         training_flops,
     )
     from nlpxfer.evaluate.interval import Gain, Interval, Spread, bootstrap_interval, mean_and_spread, paired_gain
+    from nlpxfer.evaluate.label_errors import LabelErrors, find_label_errors
     from nlpxfer.evaluate.metrics import (
         Accuracy,
         ClassScores,
@@ -33,14 +34,17 @@ if TYPE_CHECKING:
         cross_entropy,
         per_class_table,
     )
+    from nlpxfer.evaluate.selective import AbstainRule, find_rule, risk_coverage_area
 
 __all__ = [
+    "AbstainRule",
     "Accuracy",
     "AlternatingRates",
     "ClassScores",
     "Cost",
     "Gain",
     "Interval",
+    "LabelErrors",
     "MacroF1",
     "PerClass",
     "Rate",
@@ -53,6 +57,8 @@ __all__ = [
     "classification_metrics",
     "cross_entropy",
     "embedding_parameter_count",
+    "find_label_errors",
+    "find_rule",
     "gemm_peak_flops",
     "inference_run",
     "majority",
@@ -63,11 +69,14 @@ __all__ = [
     "parameter_count",
     "peak_memory_bytes",
     "per_class_table",
+    "risk_coverage_area",
     "tfidf_arm",
     "training_flops",
 ]
 
 _MODULE_NAMES = {
+    "label_errors": ("LabelErrors", "find_label_errors"),
+    "selective": ("AbstainRule", "find_rule", "risk_coverage_area"),
     "baselines": ("TfidfArm", "majority", "tfidf_arm"),
     "interval": ("Gain", "Interval", "Spread", "bootstrap_interval", "mean_and_spread", "paired_gain"),
     "metrics": (

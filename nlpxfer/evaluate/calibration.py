@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.metrics import cross_entropy
+from nlpxfer.evaluate.selective import AbstainRule
 from nlpxfer.evaluate.task import binary_cross_entropy
 from nlpxfer.problem import MULTI_LABEL, SINGLE_LABEL, ProblemType
 from nlpxfer.strict_json import write_json_whole
@@ -163,9 +164,23 @@ def fit_thresholds(shares_NC: ArrayLike, gold_NC: ArrayLike) -> NDArray[np.float
     return thresholds_C
 
 
-def save_calibration(folder: str | Path, temperature: float, thresholds: Mapping[str, float] | None = None) -> Path:
-    """Write `calibration.json` into a model's folder: the temperature, and for multi-label a threshold per label."""
-    content = {"temperature": temperature} | ({} if thresholds is None else {"thresholds": dict(thresholds)})
+def save_calibration(
+    folder: str | Path,
+    temperature: float,
+    thresholds: Mapping[str, float] | None = None,
+    abstain: AbstainRule | None = None,
+) -> Path:
+    """Write `calibration.json` into a model's folder.
+
+    Args:
+        folder: Of the model.
+        temperature: T of its probabilities.
+        thresholds: Multi-label: the threshold of each label.
+        abstain: When it answers, if there is a rule for that.
+    """
+    content: dict[str, Any] = {"temperature": temperature}
+    content |= {} if thresholds is None else {"thresholds": dict(thresholds)}
+    content |= {} if abstain is None else {"abstain": vars(abstain)}
     return write_json_whole(Path(folder) / CALIBRATION_FILE, content)
 
 
@@ -175,8 +190,8 @@ def load_thresholds(folder: str | Path | None, names: Sequence[str]) -> NDArray[
     Raises:
         CheckpointError: `calibration.json` has thresholds of other labels, or none between 0 and 1.
     """
-    file = None if folder is None else Path(folder) / CALIBRATION_FILE
-    if file is None or not file.is_file():
+    file = _calibration_file(folder)
+    if file is None:
         return np.full(len(names), 0.5)
     try:
         found = json.loads(file.read_text(encoding="utf-8")).get("thresholds")
@@ -198,8 +213,8 @@ def load_temperature(folder: str | Path | None) -> float:
     Raises:
         CheckpointError: `calibration.json` holds no positive temperature.
     """
-    file = None if folder is None else Path(folder) / CALIBRATION_FILE
-    if file is None or not file.is_file():
+    file = _calibration_file(folder)
+    if file is None:
         return 1.0
     try:
         found: Any = json.loads(file.read_text(encoding="utf-8"))["temperature"]
@@ -209,3 +224,26 @@ def load_temperature(folder: str | Path | None) -> float:
     if not 0 < temperature < np.inf:
         raise CheckpointError(f"{file} holds no positive temperature.", fix="remove the file, or train again")
     return temperature
+
+
+def load_abstain_rule(folder: str | Path | None) -> AbstainRule | None:
+    """The rule for abstaining of a model's folder, if it has one.
+
+    Raises:
+        CheckpointError: `calibration.json` holds one that cannot be used.
+    """
+    file = _calibration_file(folder)
+    if file is None:
+        return None
+    try:
+        found: Any = json.loads(file.read_text(encoding="utf-8")).get("abstain")
+        return None if found is None else AbstainRule.from_plain(found)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} holds no usable rule for abstaining.", fix="remove 'abstain' from it, or train again"
+        ) from error
+
+
+def _calibration_file(folder: str | Path | None) -> Path | None:
+    file = None if folder is None else Path(folder) / CALIBRATION_FILE
+    return file if file is not None and file.is_file() else None

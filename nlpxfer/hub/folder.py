@@ -1,7 +1,8 @@
 """What of an output folder may be sent to the Hub, and whether it is ready to be sent. Nothing here uses the network.
 
-The list of names is closed: `training_args.bin` (a pickle that holds the token), optimizer states, `checkpoints/` and
-`predictions/` (texts of the data) are not on it and stay at home.
+The list of names is closed: `training_args.bin` (a pickle that holds the token), optimizer states and `checkpoints/`
+are not on it and stay at home, and so does what holds the data's texts or single rows: `predictions/`, `errors.json`,
+`errors.md` and `label_errors.jsonl`.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def finished_files(folder: str | Path) -> dict[str, Path]:
 
     Returns:
         Name in the repository -> local file, sorted by name. Everything else in the folder stays at home:
-        `training_args.bin`, optimizer states, `checkpoints/`, `predictions/`.
+        `training_args.bin`, optimizer states, `checkpoints/`, `predictions/`, `errors.json`, `errors.md`,
+        `label_errors.jsonl`.
 
     Raises:
         PushError: The folder is unfinished or damaged, or a text to be sent holds an access token or a path of
