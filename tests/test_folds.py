@@ -442,19 +442,12 @@ def test_refusals_come_before_anything_is_written(tmp_path, tiny_data, tiny_chec
     assert "num_folds: 241 is more than the 240 different training texts" in message
     message = refused("finetune", tmp_path / "out", *words, "--abstain_precision", "0.99")
     assert "80 validation rows cannot show a precision of 0.99: 299 are needed" in message
-    message = refused(
-        "finetune",
-        tmp_path / "out",
-        *words,
-        "--num_folds",
-        "2",
-        "--abstain_precision",
-        "0.5",
-        "--error_report",
-        "true",
-        "--problem_type",
-        "multi_label_classification",
-    )
+    words[words.index("--validation_file") : words.index("--test_file") + 2] = []
+    sets = write_csv(tmp_path / "sets.csv", [{"text": f"{row['text']} {i}", "label": f"{row['label']};new"}
+                                              for i, row in enumerate(easy_rows(80, seed=2))])  # fmt: skip
+    words[words.index("--train_file") + 1] = str(sets)
+    words += ["--label_separator", ";", "--num_folds", "2", "--abstain_precision", "0.5", "--error_report", "true"]
+    message = refused("finetune", tmp_path / "out", *words)
     for name in ("num_folds", "abstain_precision", "error_report"):
         assert f"{name}: is for tasks with one label per row" in message
     assert not (tmp_path / "out").exists()
