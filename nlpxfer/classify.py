@@ -19,12 +19,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from nlpxfer.checkpoint.adapters import find_bundle, load_adapter, merged
 from nlpxfer.checkpoint.load import Checkpoint, load_teacher, stored_schema
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.files import Table
@@ -40,6 +41,9 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.train.launch import use_threads
 from nlpxfer.train.precision import choose_precision, padding_multiple
 from nlpxfer.train.predict import predict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -80,25 +84,31 @@ class Classifier:
 
     @classmethod
     def load(
-        cls, model: str, *, max_length: int | None = None, bf16: bool | None = None, batch_size: int = 64
+        cls,
+        model: str,
+        *,
+        base: str | None = None,
+        max_length: int | None = None,
+        bf16: bool | None = None,
+        batch_size: int = 64,
     ) -> Classifier:
         """Load a folder or Hub id.
 
         Args:
-            model: Output folder of a recipe, or any classifier.
+            model: Output folder of a recipe, any classifier, or an adapter bundle.
+            base: The base of an adapter, where it was a local folder.
             max_length: Default: that of the training, from run.json, else 128; never more than the model can read.
             bf16: Default: measured.
             batch_size: Rows of the longest length per batch.
 
         Raises:
-            CheckpointError: It is no classifier, or damaged.
-            ConfigError: `max_length` is more than the model can read.
+            CheckpointError: It is no classifier, or damaged; or an adapter without its base.
+            ConfigError: `base` is given for a whole model; or `max_length` is more than the model can read.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
         use_threads(None)
-        schema = stored_schema(model)
-        checkpoint = load_teacher(model, schema=schema)
+        schema, checkpoint, trained_length = _opened(model, base)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or torch.device("cpu")
         checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
@@ -107,7 +117,7 @@ class Classifier:
             raise ConfigError(
                 f"max_length: {max_length} is not between 4 and the {limit} tokens that {model} can read."
             )
-        length = max_length or min(limit, _trained_length(checkpoint.folder))
+        length = max_length or min(limit, trained_length)
         return cls(
             checkpoint=checkpoint,
             schema=schema,
@@ -391,6 +401,24 @@ def _texts(
             for part, value in zip(found, values, strict=True):
                 part.append(value)
     return found[0], found[1] if len(found) > 1 else None, known
+
+
+def _opened(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, int]:
+    """Labels, model with tokenizer, and `max_length` of the training."""
+    bundle = find_bundle(model)
+    if bundle is not None:
+        adapter = load_adapter(bundle, base)
+        plain = merged(adapter) if adapter.merges else cast("PreTrainedModel", adapter.model)
+        plain.requires_grad_(False)
+        checkpoint = Checkpoint(
+            model=plain, tokenizer=adapter.tokenizer, name=model, folder=bundle, fresh=(), head_kept=True
+        )
+        return adapter.schema, checkpoint, adapter.base.max_length or DEFAULT_LENGTH
+    if base is not None:
+        raise ConfigError(f"base: {model} is a whole model and needs none", fix="leave --base out")
+    schema = stored_schema(model)
+    checkpoint = load_teacher(model, schema=schema)
+    return schema, checkpoint, _trained_length(checkpoint.folder)
 
 
 def _trained_length(folder: Path | None) -> int:

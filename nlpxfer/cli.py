@@ -4,6 +4,7 @@
     nlpxfer run distill [config.yaml] [--key …]   a recipe, from the checkout or from the installed package
     nlpxfer predict MODEL FILE --output_file OUT  label the rows of a file of any length
     nlpxfer evaluate MODEL FILE                   score a classifier on a labelled file
+    nlpxfer merge BUNDLE OUT                      fold an adapter into its base: an ordinary model folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
 Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 75 interrupted (the run can be
@@ -92,6 +93,8 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         _run(asked.method, words[split:])
     elif asked.command == "push":
         _push(asked)
+    elif asked.command == "merge":
+        _merge(asked)
     elif asked.command in ("predict", "evaluate"):
         _classify(asked)
     else:
@@ -111,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score a classifier on a labelled file")
     for command in (predict, evaluate):
         command.add_argument("model", metavar="MODEL", help="output folder of a recipe, or any classifier on the Hub")
+        command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
         command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
         command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
         command.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
@@ -123,6 +127,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
     evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+    merge = commands.add_parser("merge", help="fold an adapter into its base")
+    merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
+    merge.add_argument("out", metavar="OUT", type=Path, help="new folder for the whole model")
+    merge.add_argument("--base", metavar="FOLDER", help="base of the adapter, where it was a local folder")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
     push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
     push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
@@ -161,7 +169,9 @@ def _classify(asked: argparse.Namespace) -> None:
     from nlpxfer.classify import Classifier, evaluate_file, is_quiet, predict_file
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
-    classifier = Classifier.load(asked.model, max_length=asked.max_length, bf16=bf16, batch_size=asked.batch_size)
+    classifier = Classifier.load(
+        asked.model, base=asked.base, max_length=asked.max_length, bf16=bf16, batch_size=asked.batch_size
+    )
     columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column}
     columns |= {"label_separator": asked.label_separator, "quiet": is_quiet()}
     if asked.command == "evaluate":
@@ -180,6 +190,13 @@ def _classify(asked: argparse.Namespace) -> None:
     sys.stdout.write(f", {done.without_text} without a text" if done.without_text else "")
     asked_for = asked.min_probability is not None or classifier.abstain is not None
     sys.stdout.write(f", {done.abstained} abstained\n" if asked_for else "\n")
+
+
+def _merge(asked: argparse.Namespace) -> None:
+    from nlpxfer.checkpoint.adapter_merge import merge_bundle
+
+    difference = merge_bundle(asked.bundle, asked.out, base=asked.base)
+    sys.stdout.write(f"{asked.out}: merged; no logit differs by more than {difference:.2g}\n")
 
 
 def _push(asked: argparse.Namespace) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import torch
 
+from nlpxfer.checkpoint.adapters import BUNDLE_FOLDER, add_to_bundle, is_adapted
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
@@ -382,8 +383,8 @@ class Run:
         """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
 
         Args:
-            models: Those that will be trained or asked; the largest decides about the space needed: its weights, and
-                twice as much for Adam's moments, in each checkpoint.
+            models: Those that will be trained or asked; the largest decides about the space needed: its weights that
+                learn, and twice as much for Adam's moments, in each checkpoint.
             arms: Models that will be kept per seed.
 
         Raises:
@@ -393,8 +394,10 @@ class Run:
         for model in models:
             self.check_length(model)
         weights = max(_stored_bytes(checkpoint.model) for checkpoint in models)
+        learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
         kept = (self.options.save_total_limit or 10) + 1
-        check_free_space(self.folder, weights * (3 * kept + arms * len(self.seeds) + self.options.num_folds))
+        whole_models = arms * len(self.seeds) + self.options.num_folds
+        check_free_space(self.folder, max(learning) * 3 * kept + weights * whole_models)
         if self.options.resume and not (self.folder / "checkpoints").is_dir():
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
         if is_main_process():
@@ -540,7 +543,12 @@ class Run:
         tags: Sequence[str],
     ) -> None:
         names, labels = self.data.schema.names, self.labels("test")
-        save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
+        if arm.adapter is not None:
+            shutil.copytree(arm.adapter, self.folder / BUNDLE_FOLDER, dirs_exist_ok=True)
+            add_to_bundle(self.folder / BUNDLE_FOLDER, max_length=self.data_options.max_length)
+        merges = not is_adapted(arm.model)
+        if merges:
+            save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
         if self.problem_type != REGRESSION:
             thresholds = report.checks.get("thresholds", {}).get("by_label")
             temperature, rule = report.checks["calibration"]["temperature"], report.checks.get("abstain")
@@ -578,7 +586,9 @@ class Run:
             tags=tags,
             options={key: value for key, value in self.config.items() if value is not None},
         )
-        write_card(self.folder, report, facts)
+        write_card(self.folder, report, facts if merges else replace(facts, is_adapter=True))
+        if arm.adapter is not None:
+            self._complete_bundle(report, replace(facts, is_adapter=True))
         write_report(self.folder, report)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
 
@@ -588,6 +598,15 @@ class Run:
         if self.problem_type == MULTI_LABEL:
             return per_label_table(logits > 0, labels > 0.5, names)
         return per_class_table(logits, labels, names)
+
+    def _complete_bundle(self, report: Report, facts: CardFacts) -> None:
+        """Put into the bundle what makes it a folder of its own, which can be used and pushed alone."""
+        bundle = self.folder / BUNDLE_FOLDER
+        for name in ("run.json", "calibration.json", "confusion.png", "per_class.png"):
+            if (self.folder / name).is_file():  # which of them there are depends on the kind of task
+                shutil.copy(self.folder / name, bundle / name)
+        write_card(bundle, report, facts)
+        write_report(bundle, report)
 
     def _write_predictions(self, split: str, logits: Array) -> None:
         """One JSON object per row: its number in the file, the gold label or labels or number, and the prediction."""
@@ -635,7 +654,12 @@ def is_private(options: RunOptions) -> bool:
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:
-    return sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    kept = (value for name, value in model.state_dict().items() if ".original_module." not in f".{name}")
+    return sum(value.numel() * value.element_size() for value in kept)
+
+
+def _trained_bytes(model: PreTrainedModel) -> int:
+    return sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 
 def _joined(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:

@@ -216,7 +216,7 @@ def test_adapters_are_refused(tiny_copy):
     folder = tiny_copy("bert")
     (folder / "adapter_config.json").write_text("{}")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match="adapters are not loaded here yet"):
+        with pytest.raises(CheckpointError, match="an adapter, and a whole model is needed here"):
             check_folder(folder)
         (folder / "config.json").unlink(missing_ok=True)
 

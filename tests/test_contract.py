@@ -16,14 +16,17 @@ from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, train_arm
 from nlpxfer.methods import REGISTRY, Method, method_row
+from nlpxfer.methods.adapters import linear_layers
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.predict import predict
 
 FAMILIES = ["bert", "gpt2"]
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 BAD_OPTIONS = {
+    "adapters": (["--adapter", "lorra"], "adapter: 'lorra' is not one of lora, rslora"),
     "finetune": (["--label_smoothing_factor", "1.5"], "label_smoothing_factor: 1.5 is not in [0, 1)"),
     "distill": (["--temperature", "0"], "temperature: 0.0 is not above 0"),
 }
@@ -103,13 +106,21 @@ def test_it_changes_only_the_weights_it_says(row, family, frozen, tiny_checkpoin
     before = load_classifier(str(checkpoint), schema=SCHEMA).model
     embeddings = {name for name, _ in embedding_parameters(before)}
     assert embeddings
+    if row.key == "adapters" and not frozen:
+        with pytest.raises(ConfigError, match="freeze_embeddings: does not fit an adapter"):
+            trained(row, family, checkpoint, tmp_path, freeze_embeddings=frozen)
+        return
     arm = trained(row, family, checkpoint, tmp_path, freeze_embeddings=frozen, linear_probe=False, max_steps=3)
     kept = {
         name
         for (name, old), (same, new) in zip(before.named_parameters(), arm.model.named_parameters(), strict=True)
         if name == same and torch.equal(old, new)
     }
-    assert kept == (embeddings if frozen else set())
+    learning = {f"{name}.weight" for name in linear_layers(before)} if row.key == "adapters" else set()
+    learning |= {name for name, _ in before.named_parameters() if not name.startswith(before.base_model_prefix)}
+    learning |= {name for name, _ in before.named_parameters() if ".pooler." in name}
+    others = {name for name, _ in before.named_parameters()} - learning
+    assert kept == (others if row.key == "adapters" else embeddings if frozen else set())
 
 
 @each_method

@@ -309,6 +309,23 @@ def test_an_adapter_repository_is_not_mixed_with_a_model(hub, api, output) -> No
         push_folder(output, "alice/model", api=api, backoff=QUICK)
 
 
+def test_a_run_without_a_model_sends_its_adapter_and_no_model_is_mixed_with_it(hub, api, output, tmp_path) -> None:
+    bundle = tmp_path / "run" / "adapter"
+    shutil.copytree(output, bundle, ignore=shutil.ignore_patterns("config.json", "checkpoints"))
+    (bundle / "model.safetensors").rename(bundle / "adapter_model.safetensors")
+    (bundle / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    (bundle / "base.json").write_text(json.dumps({"weights": "0" * 64}))
+    shutil.copy(bundle / "README.md", tmp_path / "run" / "README.md")
+    push_folder(tmp_path / "run", "alice/adapter", api=api, backoff=QUICK)
+    sent = set(SENT) - {"config.json", "model.safetensors"}
+    sent |= {"adapter_config.json", "adapter_model.safetensors", "base.json", ".gitattributes"}
+    assert set(remote(hub, "alice/adapter")) == sent
+    assert push_folder(bundle, "alice/adapter", api=api, backoff=QUICK).commit == hub.repos["alice/adapter"].head
+    push_folder(output, "alice/model", api=api, backoff=QUICK)
+    with pytest.raises(PushError, match="alice/model holds a whole model"):
+        push_folder(tmp_path / "run", "alice/model", api=api, backoff=QUICK)
+
+
 def test_offline_mode_is_named(monkeypatch, api) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PushError, match="unset HF_HUB_OFFLINE"):

@@ -79,7 +79,7 @@ def relabelled(teacher, folder, order):
 def test_the_folder_keeps_the_contract(key, tiny_data, bert, tmp_path):
     run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert))
     found = {path.name for path in run.folder.iterdir()}
-    assert found == PLAIN_FILES | ({"teacher"} if key == "distill" else set())
+    assert found == PLAIN_FILES | {"distill": {"teacher"}, "adapters": {"adapter"}}.get(key, set())
     for path in run.folder.rglob("*"):
         assert path.name not in ("training_args.bin", "optimizer.pt", "manifest.json")
         if path.suffix in (".json", ".md", ".safetensors"):
@@ -214,7 +214,7 @@ def test_without_a_control_arm_nothing_is_claimed(key, tiny_data, bert, tmp_path
 def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
     words = [*tiny_words(tiny_data, bert), "--linear_probe", "false", "--max_train_samples", "64"]
     run = finished(key, tmp_path / "out", *words, "--num_seeds", "2")
-    name = run.report["arms"][2]["name"] if key == "distill" else "fine-tuned"
+    name = {"adapters": "adapter", "finetune": "fine-tuned"}.get(key) or run.report["arms"][2]["name"]
     arm = run.arm(name)
     per_seed = [result["metrics"]["test"]["accuracy"] for result in arm["per_seed"]]
     assert [result["seed"] for result in arm["per_seed"]] == [42, 43]

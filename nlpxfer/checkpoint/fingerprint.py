@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """sha256 (hex) over the state dict: names in sorted order, types, shapes and bytes."""
+def weights_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
+    """sha256 (hex) over the state dict, less `without`: names in sorted order, types, shapes and bytes."""
     digest = hashlib.sha256()
     state = model.state_dict()
-    for name in sorted(state):
+    for name in sorted(state.keys() - set(without)):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

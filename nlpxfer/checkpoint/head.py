@@ -86,7 +86,8 @@ def head_of(model: PreTrainedModel) -> HeadParts:
     Raises:
         CheckpointError: No linear layer with `config.num_labels` outputs stands at a known place.
     """
-    modules = dict(model.named_modules())
+    model = without_adapter(model)
+    modules = _trained_modules(model)
     labels = int(model.config.num_labels or 0)
     final_name = next(
         (name for name in _FINAL_NAMES if isinstance(modules.get(name), nn.Linear)), _only_outside_base(model, labels)
@@ -112,6 +113,21 @@ def head_of(model: PreTrainedModel) -> HeadParts:
         activation=_activation_of(model, transforms),
         norm=norm if isinstance(norm, nn.LayerNorm) else None,
     )
+
+
+def without_adapter(model: PreTrainedModel) -> PreTrainedModel:
+    """The transformers model inside of an adapter model of peft, its layers still wrapped; any other model itself."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def _trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Modules by name; where peft keeps a module beside the copy that it trains, the copy under the plain name."""
+    return {
+        name.replace(".modules_to_save.default", ""): module
+        for name, module in model.named_modules()
+        if ".original_module" not in name
+    }
 
 
 def _only_outside_base(model: PreTrainedModel, labels: int) -> str:
@@ -180,19 +196,17 @@ def features(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch
     states = captured[-1]
     if states.dim() == 2:
         return states
-    rows = torch.arange(states.shape[0], device=states.device)
-    return states[rows, _deciding_token(model, batch, states)]
-
-
-def _deciding_token(
-    model: PreTrainedModel, batch: Mapping[str, torch.Tensor], states_BLH: torch.Tensor
-) -> torch.Tensor:
-    """Index of the rightmost token that is not the pad id, as transformers' decoders pick it."""
     pad = model.config.get_text_config().pad_token_id
-    if "input_ids" not in batch or pad is None:
-        return torch.full((states_BLH.shape[0],), states_BLH.shape[1] - 1, device=states_BLH.device)
-    real_BL = (batch["input_ids"] != pad).to(states_BLH.device, torch.int32)
-    positions_L = torch.arange(real_BL.shape[1], device=states_BLH.device, dtype=torch.int32)
+    if states.shape[1] == 1 or "input_ids" not in batch or pad is None:
+        return states[:, -1]
+    rows = torch.arange(states.shape[0], device=states.device)
+    return states[rows, deciding_token(batch["input_ids"], pad).to(states.device)]
+
+
+def deciding_token(input_ids_BL: torch.Tensor, pad: int) -> torch.Tensor:
+    """Index of the rightmost token that is not the pad id, as transformers' decoders pick it; shape B."""
+    real_BL = (input_ids_BL != pad).to(torch.int32)
+    positions_L = torch.arange(real_BL.shape[1], device=real_BL.device, dtype=torch.int32)
     last_B: torch.Tensor = (positions_L * real_BL).argmax(-1)
     return last_B
 

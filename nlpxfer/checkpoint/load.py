@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import nn
 
 from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
+from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
@@ -79,6 +80,7 @@ def load_classifier(
     head: Literal["auto", "new"] = "auto",
     seed: int = 42,
     revision: str | None = None,
+    quantised: Bits | None = None,
 ) -> Checkpoint:
     """Load `name` as a classifier over the labels of `schema`, in eval mode, with trainable parameters.
 
@@ -93,8 +95,10 @@ def load_classifier(
         head: "auto" as above, "new" always starts the final layer anew.
         seed: Seed of every newly initialised parameter.
         revision: Branch, tag or commit of a Hub checkpoint.
+        quantised: Load the linear layers of the body in 8 or 4 bits, on the GPU, to train an adapter on them.
 
     Raises:
+        ConfigError: `quantised`, and there is no GPU or no bitsandbytes.
         CheckpointNotFoundError: The checkpoint does not exist or cannot be reached.
         UnsafeCheckpointError: It asks for remote code, pickled weights, or files outside its folder.
         CheckpointError: It is damaged, has no classifier class, or misses weights of its body.
@@ -102,7 +106,8 @@ def load_classifier(
     if head not in ("auto", "new"):
         raise ConfigError(f"head={head!r} is not known.", available=("auto", "new"))
     resolved, config = _open(name, revision)
-    model, missing = _load_model(resolved, config, dtype=dtype, seed=seed)
+    how = quantised_loading(quantised) if quantised else {}
+    model, missing = _load_model(resolved, config, dtype=dtype, seed=seed, how=how)
     tokenizer = load_tokenizer(resolved.folder, name=name)
     align_pad_token_(model, tokenizer, name=name)
     kept = head == "auto" and _keeps_head(config, schema, name=name)
@@ -242,7 +247,7 @@ def _open(name: str, revision: str | None) -> tuple[ResolvedCheckpoint, PreTrain
 
 
 def _load_model(
-    resolved: ResolvedCheckpoint, config: PreTrainedConfig, *, dtype: torch.dtype, seed: int
+    resolved: ResolvedCheckpoint, config: PreTrainedConfig, *, dtype: torch.dtype, seed: int, how: Mapping[str, Any]
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model in the checkpoint's own label space, and the names of its missing parameters."""
     from transformers import AutoModelForSequenceClassification
@@ -256,6 +261,7 @@ def _load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
+                **how,
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(

@@ -10,13 +10,18 @@ import logging
 from pathlib import Path
 from typing import Any, Final
 
+from nlpxfer.checkpoint.adapter_kinds import PEFT_TYPES
 from nlpxfer.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
+ADAPTER_CONFIG: Final = "adapter_config.json"
+ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 _PICKLED: Final = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack")
+# Fields with which peft would import a module, read a tokenizer, or repeat layers of the base.
+_LEADING_AWAY: Final = ("megatron_config", "layer_replication", "tokenizer_name_or_path", "tokenizer_kwargs")
 _TOKENIZER_FILES: Final = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 
 
@@ -31,10 +36,15 @@ def check_folder(folder: Path) -> None:
     if not folder.is_dir():
         raise CheckpointNotFoundError(f"The folder {folder} does not exist.")
     _check_links(folder)
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
-            f"{folder} holds an adapter; adapters are not loaded here yet.",
-            fix="merge it into its base model first: model.merge_and_unload(), then save_pretrained",
+            f"{folder} holds an adapter, and a whole model is needed here.",
+            fix=f"nlpxfer merge {folder} OUT, and use OUT",
+        )
+    if not (folder / "config.json").is_file() and (folder / "adapter" / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder} holds no model, only an adapter: the run trained one that cannot be merged.",
+            fix="use it with nlpxfer predict, or train with --adapter lora",
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -47,6 +57,36 @@ def check_folder(folder: Path) -> None:
     _check_tokenizer_paths(folder)
     for file in _weight_files(folder, config):
         check_safetensors(file)
+
+
+def check_adapter_folder(folder: Path) -> None:
+    """Refuse an adapter folder that is incomplete, damaged or unsafe.
+
+    Raises:
+        CheckpointError: A file is missing, truncated or damaged, or the adapter is for no classifier.
+        UnsafeCheckpointError: Only pickled weights, files outside the folder, or a type that loads or imports more.
+    """
+    _check_links(folder)
+    config = _read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") not in PEFT_TYPES:
+        raise UnsafeCheckpointError(
+            f"{folder} holds an adapter of the type {config.get('peft_type')!r}, which is not loaded here.",
+            why="Some types load further files or models that their config names.",
+            available=sorted(PEFT_TYPES),
+        )
+    leading_away = [key for key in _LEADING_AWAY if config.get(key)]
+    if leading_away:
+        raise UnsafeCheckpointError(
+            f"{folder / ADAPTER_CONFIG} sets {', '.join(leading_away)}, which would load or import other things.",
+            fix="use an adapter without it",
+        )
+    if config.get("task_type") != "SEQ_CLS":
+        raise CheckpointError(f"{folder} holds an adapter for {config.get('task_type')!r}, not for classification.")
+    _check_tokenizer_paths(folder)
+    weights = folder / ADAPTER_WEIGHTS
+    if not weights.is_file():
+        raise _no_weights(folder, ADAPTER_WEIGHTS)
+    check_safetensors(weights)
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -141,7 +181,7 @@ def _weight_files(folder: Path, config: dict[str, Any]) -> list[Path]:
     raise _no_weights(folder)
 
 
-def _no_weights(folder: Path) -> CheckpointError:
+def _no_weights(folder: Path, wanted: str = f"{WEIGHTS} or {WEIGHTS_INDEX}") -> CheckpointError:
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     weights = [name for name in pickled if name not in ("training_args.bin", "optimizer.pt", "scheduler.pt")]
     if weights:
@@ -152,7 +192,7 @@ def _no_weights(folder: Path) -> CheckpointError:
             "AutoModel.from_pretrained(folder, use_safetensors=False).save_pretrained(new_folder)",
         )
     return CheckpointError(
-        f"{folder} holds no weights ({WEIGHTS} or {WEIGHTS_INDEX}).",
+        f"{folder} holds no weights ({wanted}).",
         why="The download or the saving was interrupted.",
         available=sorted(entry.name for entry in folder.iterdir()),
     )

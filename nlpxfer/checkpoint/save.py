@@ -59,7 +59,7 @@ OWN_FILES: Final = frozenset(
         "label_errors.jsonl",
     }
 )
-OWN_FOLDERS: Final = frozenset({"checkpoints", "predictions", "teacher"})
+OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "predictions", "teacher"})
 _STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 
@@ -90,7 +90,7 @@ def save_classifier(
             tokenizer.save_pretrained(staging)
         schema.save(staging)
         _drop_origin(staging / "config.json")
-        _move_into(staging, folder)
+        move_staged(staging, folder, last="config.json")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     logger.info("Saved %s with %d labels.", type(model).__name__, len(schema.names))
@@ -136,16 +136,16 @@ def _drop_origin(config_file: Path) -> None:
         config_file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _move_into(staging: Path, folder: Path) -> None:
-    """Rename the staged files into `folder`: old config.json away first, new config.json last."""
-    config = folder / "config.json"
+def move_staged(staging: Path, folder: Path, *, last: str) -> None:
+    """Rename the staged files into `folder`: the old file `last` away first, the new one last."""
+    config = folder / last
     if config.exists():
         config.unlink()
     for stale in ("model.safetensors.index.json", *(path.name for path in folder.glob("model-*-of-*.safetensors"))):
         if not (staging / stale).exists():
             (folder / stale).unlink(missing_ok=True)
-    mode = (staging / "config.json").stat().st_mode  # safetensors' own files can only be read by their owner
-    for path in sorted(staging.iterdir(), key=lambda path: (path.name == "config.json", path.name)):
+    mode = (staging / last).stat().st_mode  # safetensors' own files can only be read by their owner
+    for path in sorted(staging.iterdir(), key=lambda path: (path.name == last, path.name)):
         with path.open("rb") as file:
             os.fsync(file.fileno())
         path.chmod(mode)

@@ -141,7 +141,8 @@ def max_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     """The largest usable `max_length` in tokens, special tokens included.
 
     The smaller of what the model has positions for and what the tokenizer claims. RoBERTa counts positions from
-    `padding_idx + 1`, so its 514 positions hold 512 tokens. Without any limit (T5): DEFAULT_LENGTH.
+    `padding_idx + 1`, so its 514 positions hold 512 tokens. Without any limit (T5): DEFAULT_LENGTH. The virtual tokens
+    of an adapter are taken off.
     """
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < _NO_LIMIT else []
     configured = getattr(model.config, "max_position_embeddings", None)
@@ -150,7 +151,9 @@ def max_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     for _, module in _position_embeddings(model):
         offset = 0 if module.padding_idx is None else module.padding_idx + 1
         limits.append(module.num_embeddings - offset)
-    return int(min(limits, default=DEFAULT_LENGTH))
+    # a learnt prompt takes up positions too
+    taken = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+    return int(min(limits, default=DEFAULT_LENGTH)) - taken
 
 
 def _position_embeddings(model: nn.Module) -> list[tuple[str, nn.Embedding]]:

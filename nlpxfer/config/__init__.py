@@ -10,7 +10,24 @@ Unlike `HfArgumentParser.parse_yaml_file`, the values of a YAML file are read as
 nearest known name, and all faults are shown at once.
 """
 
-from nlpxfer.config.options import NEEDED_SWITCHES, REFUSED_OPTIONS, DataOptions, RunOptions, option, resolved
+from nlpxfer.config.options import (
+    DEFAULT_LEARNING_RATE,
+    NEEDED_SWITCHES,
+    REFUSED_OPTIONS,
+    DataOptions,
+    RunOptions,
+    option,
+    resolved,
+)
 from nlpxfer.config.parse import parse
 
-__all__ = ["NEEDED_SWITCHES", "REFUSED_OPTIONS", "DataOptions", "RunOptions", "option", "parse", "resolved"]
+__all__ = [
+    "DEFAULT_LEARNING_RATE",
+    "NEEDED_SWITCHES",
+    "REFUSED_OPTIONS",
+    "DataOptions",
+    "RunOptions",
+    "option",
+    "parse",
+    "resolved",
+]

@@ -66,6 +66,10 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
 """Option -> the switch that it needs, and the value of that (None: any). Without it the option would do nothing."""
 
 
+DEFAULT_LEARNING_RATE = 1e-4
+"""Where all weights learn."""
+
+
 def option(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:  # noqa: A002, ANN401
     """A dataclass field with its help text, as `HfArgumentParser` reads it."""
     return field(default=default, metadata={"help": help, **kwargs})
@@ -159,7 +163,10 @@ class RunOptions(TrainingArguments):
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Train in bfloat16. Default: where a measurement finds it faster."
     )
-    learning_rate: float = option(1e-4, "Peak learning rate of AdamW.")
+    # None where it was not given: an adapter has a default of its own
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        None, "Peak learning rate of AdamW. Default: 0.0001; with an adapter, that of its kind."
+    )
     num_train_epochs: float = option(2.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
@@ -190,6 +197,9 @@ class RunOptions(TrainingArguments):
         self.wanted_bf16 = self.bf16
         self.wanted_metric = self.metric_for_best_model
         self.set_best_metric(self.wanted_metric or "accuracy")
+        self.wanted_learning_rate = self.learning_rate
+        if self.learning_rate is None:
+            self.learning_rate = DEFAULT_LEARNING_RATE
         if self.bf16 is None:
             self.bf16 = False
         if self.disable_tqdm is None:
@@ -240,7 +250,8 @@ class RunOptions(TrainingArguments):
             value = getattr(self, name)
             require(faults, 0 <= value < math.inf, f"{name}: {value} is not a finite number of at least 0")
             require(faults, not (value and self.fp16), f"{name}: does not work with fp16; use bf16")
-        require(faults, self.learning_rate > 0, f"learning_rate: {self.learning_rate} is not positive")
+        rate = self.learning_rate
+        require(faults, rate is None or rate > 0, f"learning_rate: {rate} is not positive")
         require(faults, self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(faults, getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")

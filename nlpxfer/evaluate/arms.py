@@ -17,10 +17,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from nlpxfer.checkpoint.adapters import (
+    BUNDLE_FOLDER,
+    BaseFacts,
+    base_facts,
+    is_adapted,
+    load_adapter,
+    merged,
+    save_adapter,
+)
 from nlpxfer.checkpoint.head import embedding_parameters
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import use_mean_pooling
@@ -69,7 +78,8 @@ class TrainedArm:
     Attributes:
         name: Name of the arm.
         seed: Seed of its head, dropout and row order.
-        model: Plain transformers model in float32, in eval mode, all parameters trainable again.
+        model: Plain transformers model in float32, in eval mode, all parameters trainable again. After training an
+            adapter: with the adapter folded in, or, of a kind that cannot be, on its base and frozen.
         tokenizer: Its tokenizer.
         validation_logits: Shape (N, C), float32 arithmetic.
         test_logits: Likewise.
@@ -78,6 +88,7 @@ class TrainedArm:
         tokens: Training tokens without padding, over all processes.
         trained_parameters: Parameters that were updated.
         probe: The linear probe it started from, if any.
+        adapter: The bundle of a trained adapter, if it is one; gone when the run is finished.
         history: Loss and scores as logged.
     """
 
@@ -92,6 +103,7 @@ class TrainedArm:
     tokens: int
     trained_parameters: int
     probe: Probe | None
+    adapter: Path | None = None
     history: list[dict[str, float]] = field(default_factory=list)
 
 
@@ -124,6 +136,7 @@ def train_arm(
     Raises:
         Interrupted, NotFiniteError, ResumeError: See `TransferTrainer.fit`.
     """
+    method.check(options)
     options = copy.copy(options)
     folder = Path(str(options.output_dir)) / "checkpoints" / f"{name}-{seed}"
     options.output_dir, options.seed = str(folder), seed
@@ -131,11 +144,16 @@ def train_arm(
     identity = RunIdentity({**facts, "arm": name, "seed": seed}, _topology(options))
     finished = folder / FINISHED
     if options.resume and finished.is_dir() and not damage(finished):
-        return _load_finished(finished, name, seed, split, schema, options, identity)
+        return _load_finished(finished, name, seed, build, split, schema, options, identity)
     seed_everything(seed)
     checkpoint = build()
+    base = base_facts(checkpoint, adapter=method.adapter, pooling=options.pooling) if method.adapter else None
     model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
-    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
+    if options.dropout is not None:
+        set_dropout_(model, options.dropout)
+    model = method.adapt(model, checkpoint.fresh)
+    if not getattr(checkpoint.model, "is_quantized", False):  # which lies on its device already
+        model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
@@ -162,9 +180,11 @@ def train_arm(
         "probe": vars(probe) if probe else None,
         "history": [_numbers(line) for line in trainer.state.log_history],
     }
-    _finish(trainer, finished, record, checkpoint.tokenizer, schema, identity)
+    _finish(trainer, finished, record, checkpoint, schema, identity, base)
     model = _plain_model(trainer, finished, schema, options)
-    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)
+    if base is not None:
+        model = _finished_adapter(finished, checkpoint, schema, options)
+    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
 
 
 def _prepare_(
@@ -175,7 +195,11 @@ def _prepare_(
     options: RunOptions,
     problem_type: ProblemType,
 ) -> Probe | None:
-    """Start the head from a probe and freeze the embeddings, as asked for; nothing new may stay frozen."""
+    """Start the head from a probe and freeze the embeddings, as asked for; nothing new may stay frozen.
+
+    An adapter is in place before the probe, whose features are then those that the head will read: a learnt prompt
+    changes them from the start.
+    """
     probe = None
     if options.linear_probe and not checkpoint.head_kept:
         probe = start_from_linear_probe_(
@@ -187,9 +211,9 @@ def _prepare_(
             bf16=bool(options.bf16),
             quiet=bool(options.disable_tqdm),
         )
+    if is_adapted(model):
+        return probe
     model.requires_grad_(True)
-    if options.dropout is not None:
-        set_dropout_(model, options.dropout)
     if options.freeze_embeddings:
         for _, parameter in embedding_parameters(model):
             parameter.requires_grad_(False)
@@ -220,13 +244,23 @@ def _finish(
     trainer: TransferTrainer,
     folder: Path,
     record: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
+    checkpoint: Checkpoint,
     schema: LabelSchema,
     identity: RunIdentity,
+    base: BaseFacts | None,
 ) -> None:
-    """Keep the trained model and its cost; with a sharded model all processes take part in gathering it."""
-    model = unwrapped(trainer)
-    if trainer.is_fsdp_enabled:
+    """Keep the trained model and its cost; with a sharded model all processes take part in gathering it.
+
+    Of an adapter both are kept: the bundle and, where it can be, the model that it is folded into.
+    """
+    model, tokenizer = unwrapped(trainer), checkpoint.tokenizer
+    if base is not None:
+        if is_main_process():
+            bundle = save_adapter(cast("Any", model), tokenizer, schema, folder / BUNDLE_FOLDER, base=base)
+            loaded = load_adapter(bundle, base=str(checkpoint.folder))
+            if loaded.merges:
+                save_classifier(merged(loaded), tokenizer, schema, folder)
+    elif trainer.is_fsdp_enabled:
         trainer.save_model(str(folder))
     elif is_main_process():
         refuse_not_finite(model)
@@ -235,8 +269,8 @@ def _finish(
     if is_main_process():
         write_json_whole(folder / "arm.json", dict(record))
         seal(folder, identity, int(record["steps"]))
-        for checkpoint in folder.parent.glob("checkpoint-*"):  # three times the model's size each
-            shutil.rmtree(checkpoint, ignore_errors=True)
+        for old in folder.parent.glob("checkpoint-*"):  # three times the model's size each
+            shutil.rmtree(old, ignore_errors=True)
     wait_for_everyone()
 
 
@@ -252,7 +286,7 @@ def unwrapped(trainer: TransferTrainer) -> PreTrainedModel:
 def _plain_model(
     trainer: TransferTrainer, finished: Path, schema: LabelSchema, options: RunOptions
 ) -> PreTrainedModel:
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled:  # never with an adapter
         model = load_classifier(str(finished), schema=schema).model
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     else:
@@ -267,10 +301,24 @@ def _plain_model(
     return model
 
 
+def _finished_adapter(
+    finished: Path, checkpoint: Checkpoint, schema: LabelSchema, options: RunOptions
+) -> PreTrainedModel:
+    """The model as it was saved: scores shall be those of what a user will load."""
+    if (finished / "config.json").is_file():
+        model = load_classifier(str(finished), schema=schema).model
+    else:
+        loaded = load_adapter(finished / BUNDLE_FOLDER, base=str(checkpoint.folder))
+        model = cast("PreTrainedModel", loaded.model)
+    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
+    return model
+
+
 def _load_finished(
     folder: Path,
     name: str,
     seed: int,
+    build: Callable[[], Checkpoint],
     split: Callable[[PreTrainedTokenizerBase], Splits],
     schema: LabelSchema,
     options: RunOptions,
@@ -278,13 +326,17 @@ def _load_finished(
 ) -> TrainedArm:
     require_same_run(folder, identity, options.allow_topology_change)
     logger.warning("%s, seed %d: already trained", name, seed)
-    checkpoint = load_classifier(str(folder), schema=schema)
     record = json.loads((folder / "arm.json").read_text(encoding="utf-8"))
-    model = checkpoint.model
-    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
+    if (folder / BUNDLE_FOLDER).is_dir():
+        checkpoint = build()
+        model = _finished_adapter(folder, checkpoint, schema, options)
+    else:
+        checkpoint = load_classifier(str(folder), schema=schema)
+        model = checkpoint.model
+        model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
-    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record)
+    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, folder)
 
 
 def _scored(
@@ -296,6 +348,7 @@ def _scored(
     collator: Collator,
     options: RunOptions,
     record: Mapping[str, Any],
+    finished: Path,
 ) -> TrainedArm:
     """The arm with its float32 predictions."""
     size, quiet = options.per_device_eval_batch_size, bool(options.disable_tqdm)
@@ -304,6 +357,7 @@ def _scored(
         for rows in (splits.validation, splits.test)
     )
     probe = Probe(**record["probe"]) if record["probe"] else None
+    bundle = finished / BUNDLE_FOLDER
     return TrainedArm(
         name=name,
         seed=seed,
@@ -311,5 +365,6 @@ def _scored(
         tokenizer=tokenizer,
         validation_logits=validation,
         test_logits=test,
+        adapter=bundle if bundle.is_dir() else None,
         **{**record, "probe": probe},
     )

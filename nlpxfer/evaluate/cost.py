@@ -200,8 +200,8 @@ def alternate_rates(
 
 
 def parameter_count(model: torch.nn.Module) -> int:
-    """Number of weights; shared ones count once, frozen ones count too."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of weights; shared ones count once, frozen ones too, but not the head that an adapter's own replaces."""
+    return sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in f".{name}")
 
 
 def embedding_parameter_count(model: torch.nn.Module) -> int:

@@ -18,6 +18,7 @@ from typing import Final
 import yaml
 from huggingface_hub import metadata_load
 
+from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from nlpxfer.errors import PushError
 from nlpxfer.hub.patience import TOKEN, TOKENS_PAGE, listed
 
@@ -30,10 +31,10 @@ TOKENIZER_FILES: Final = VOCABULARY_FILES | frozenset(
 REPORT_FILES: Final = frozenset(
     "README.md report.json run.json labels.json calibration.json confusion.png per_class.png".split()
 )
-UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | {"config.json"}
+UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | {"config.json", ADAPTER_CONFIG, "base.json"}
 SINGLE_WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
-WEIGHT_FILES: Final = frozenset({SINGLE_WEIGHTS, WEIGHTS_INDEX})
+WEIGHT_FILES: Final = frozenset({SINGLE_WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS})
 SHARD: Final = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 HOME_PATH: Final = re.compile(
@@ -49,6 +50,14 @@ class LocalFile:
     size: int
     sha256: str
     blob_sha1: str
+
+
+def pushed_folder(folder: str | Path) -> Path:
+    """The folder that a push sends: the output folder, or its adapter where the run left no whole model."""
+    folder = Path(folder)
+    inside = folder / "adapter"
+    has_model = any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG))
+    return inside if not has_model and (inside / ADAPTER_CONFIG).is_file() else folder
 
 
 def finished_files(folder: str | Path) -> dict[str, Path]:
@@ -90,6 +99,9 @@ def finished_files(folder: str | Path) -> dict[str, Path]:
 
 def _weight_names(folder: Path, faults: list[str]) -> list[str]:
     """Names of the weight files; appends what is wrong with them to `faults`."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        faults += _weight_faults(folder / ADAPTER_WEIGHTS)
+        return [ADAPTER_WEIGHTS]
     single, index = folder / SINGLE_WEIGHTS, folder / WEIGHTS_INDEX
     if single.is_file() and index.is_file():
         faults.append(f"{SINGLE_WEIGHTS} and {WEIGHTS_INDEX} both exist: which of them is the model?")
@@ -135,8 +147,13 @@ def _read_entry(path: Path, key: str, faults: list[str]) -> object:
 
 def _file_faults(folder: Path, files: Mapping[str, Path]) -> list[str]:
     """What is wrong with the files beside the weights."""
-    needed = {"config.json": "model_type", "report.json": "metrics", "README.md": None}
-    faults = [f"{name} is missing" for name in needed if name not in files]
+    needed = {"report.json": "metrics", "README.md": None}
+    if ADAPTER_CONFIG in files:
+        needed |= {ADAPTER_CONFIG: "peft_type", "base.json": "weights"}
+        faults = ["config.json is there too: is it a model or an adapter?"] if "config.json" in files else []
+    else:
+        needed, faults = {"config.json": "model_type", **needed}, []
+    faults += [f"{name} is missing" for name in needed if name not in files]
     for name, key in needed.items():
         if key is not None and name in files:
             _read_entry(files[name], key, faults)

@@ -23,8 +23,17 @@ from huggingface_hub import HfApi, RepoFile, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # documented, not re-exported
 
+from nlpxfer.checkpoint.safety import ADAPTER_CONFIG
 from nlpxfer.errors import PushError
-from nlpxfer.hub.folder import SHARD, UPLOADED_FILES, WEIGHT_FILES, LocalFile, digest, finished_files
+from nlpxfer.hub.folder import (
+    SHARD,
+    UPLOADED_FILES,
+    WEIGHT_FILES,
+    LocalFile,
+    digest,
+    finished_files,
+    pushed_folder,
+)
 from nlpxfer.hub.patience import LOGIN, Backoff, listed, patiently
 
 logger = logging.getLogger(__name__)
@@ -73,7 +82,7 @@ def push_folder(
     already holds makes no commit.
 
     Args:
-        folder: An output folder of a recipe.
+        folder: An output folder of a recipe, or the adapter in one. A run that left no whole model sends its adapter.
         repo_id: `namespace/name`, or `name` alone for the own namespace. Created when it does not exist.
         private: Whether the repository is to be private. An existing public one is then refused.
         commit_message: First line of the commit.
@@ -83,6 +92,7 @@ def push_folder(
     Raises:
         PushError: The folder may not be sent, the Hub refused, or what it holds afterwards is not what was sent.
     """
+    folder = pushed_folder(folder)
     files = finished_files(folder)
     local = {name: digest(path) for name, path in files.items()}
     client = api or _default_api()
@@ -186,9 +196,11 @@ def _upload(api: HfApi, full_id: str, folder: Path, local: Mapping[str, LocalFil
     """One try: compare with the head, commit on top of it if they differ, return the commit that holds the files."""
     head = api.model_info(full_id).sha
     tree = _tree(api, full_id, head) if head else {}
-    if "adapter_config.json" in tree:
+    is_adapter = ADAPTER_CONFIG in local
+    if tree.keys() & {ADAPTER_CONFIG, "config.json"} - {ADAPTER_CONFIG if is_adapter else "config.json"}:
+        other = "a whole model" if is_adapter else "an adapter"
         raise PushError(
-            f"{full_id} holds an adapter; `from_pretrained` would load that one instead of the pushed model.",
+            f"{full_id} holds {other}; `from_pretrained` would mix the two up.",
             fix="another --hub_model_id: one repository for each variant",
         )
     ours = {name for name in tree if name in UPLOADED_FILES or name in WEIGHT_FILES or SHARD.fullmatch(name)}

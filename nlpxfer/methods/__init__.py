@@ -51,6 +51,13 @@ REGISTRY = (
         source="Kumar et al. 2022, arXiv:2202.10054",
     ),
     MethodRow(
+        key="adapters",
+        target="nlpxfer.methods.adapters:Adapters",
+        family="Transfer of a pretrained model",
+        summary="small adapters and the head learn, the pretrained weights stay",
+        source="Hu et al. 2021, arXiv:2106.09685",
+    ),
+    MethodRow(
         key="distill",
         target="nlpxfer.methods.distill:Distill",
         family="Distillation",

@@ -10,10 +10,16 @@ Shapes: B batch rows.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from nlpxfer.config import RunOptions
 
 Batch = Mapping[str, Tensor]
 
@@ -35,7 +41,22 @@ class LossTerm:
 
 
 class Method(ABC):
-    """A transfer method: what is minimised, given a model and a batch."""
+    """A transfer method: what is minimised, given a model and a batch, and which weights learn."""
+
+    adapter: str = ""
+    """Kind of adapter that learns in place of the weights; empty for none."""
+
+    def check(self, options: RunOptions) -> None:  # noqa: B027 - most methods follow all options
+        """Raise ConfigError for options of the run that this method cannot follow."""
+
+    def adapt(self, model: PreTrainedModel, fresh: Sequence[str]) -> PreTrainedModel:
+        """The model to train, made from a plain classifier; by default that itself.
+
+        Args:
+            model: The classifier, which may be changed in place.
+            fresh: Names of its newly initialised parameters, which must learn.
+        """
+        return model
 
     @abstractmethod
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:

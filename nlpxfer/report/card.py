@@ -69,6 +69,7 @@ class CardFacts:
         problem_type: What the model gives for a text.
         options: Training options worth showing: name -> value.
         limits: Further limits that the method or the data brings, one sentence each.
+        is_adapter: Whether the folder holds an adapter in place of a whole model.
     """
 
     model_name: str
@@ -86,6 +87,7 @@ class CardFacts:
     problem_type: ProblemType = SINGLE_LABEL
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
+    is_adapter: bool = False
 
 
 def hub_model_id(name: str | None, kind: Kind | None) -> str | None:
@@ -163,7 +165,7 @@ def _metadata(report: Report, facts: CardFacts) -> ModelCardData:
 
     return ModelCardData(
         pipeline_tag="text-classification",
-        library_name="transformers",
+        library_name="peft" if facts.is_adapter else "transformers",
         base_model=hub_model_id(facts.base_model, facts.base_model_kind),
         tags=list(dict.fromkeys(["nlpxfer", report.recipe.replace("_", "-"), *facts.tags])),
         language=list(facts.language) or None,
@@ -203,12 +205,26 @@ def _usage(facts: CardFacts) -> str:
         source, remark = repr(facts.hub_model_id), ""
     else:
         source, remark = '"."', "  # the folder of this file"
+    if facts.is_adapter:
+        return _adapter_usage(facts, source, remark)
     text = '{"text": "First text.", "text_pair": "Second text."}' if facts.text_pairs else '"A text to classify."'
     every = ", top_k=None" if facts.problem_type == MULTI_LABEL else ""  # a sigmoid per label
     return (
         "## How to use\n\n```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", model={source}{every}){remark}\n'
         f"print(classify({text}))\n```"
+    )
+
+
+def _adapter_usage(facts: CardFacts, source: str, remark: str) -> str:
+    base = "" if hub_model_id(facts.base_model, facts.base_model_kind) else ', base="FOLDER"'
+    answers = "logits" if facts.problem_type == REGRESSION else "probabilities"
+    texts = '["First text."], ["Second text."]' if facts.text_pairs else '["A text to classify."]'
+    return (
+        "## How to use\n\nThis is an adapter: it needs the checkpoint that it was trained on.\n\n"
+        "```python\nfrom nlpxfer.classify import Classifier\n\n"
+        f"classifier = Classifier.load({source}{base}){remark}\n"
+        f"print(classifier.{answers}({texts}))\n```"
     )
 
 

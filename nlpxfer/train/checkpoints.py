@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from nlpxfer.errors import ResumeError
 from nlpxfer.strict_json import write_json_whole
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+TRAINED_WEIGHTS = "trained.safetensors"
 TOPOLOGY = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 
 
@@ -133,3 +137,33 @@ def require_same_run(folder: Path, identity: RunIdentity, allow_topology_change:
             + "\n  - ".join(moved),
             fix="start as before, or accept it with --allow_topology_change",
         )
+
+
+def save_trained(model: nn.Module, folder: Path) -> None:
+    """Write the weights that learn, by name: all that a checkpoint needs of a model whose other weights are frozen.
+
+    Not in peft's format, which keeps of a learnt prompt only what its encoder made of it: no run can go on from that.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / TRAINED_WEIGHTS)
+
+
+@torch.no_grad()
+def load_trained_(model: nn.Module, folder: Path) -> None:
+    """Read back what `save_trained` wrote.
+
+    Raises:
+        ResumeError: The file holds other weights than those that learn.
+    """
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / TRAINED_WEIGHTS)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    differing = sorted(stored.keys() ^ trained.keys())
+    if differing:
+        raise ResumeError(f"{folder.name} holds other weights than those that learn: {', '.join(differing[:4])}.")
+    for name, parameter in trained.items():
+        parameter.copy_(stored[name])

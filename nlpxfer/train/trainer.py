@@ -40,6 +40,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput
 
+from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.save import refuse_not_finite
 from nlpxfer.config import RunOptions
@@ -47,7 +48,7 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import ConfigError, Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.checkpoints import RunIdentity, newest_verified, seal
+from nlpxfer.train.checkpoints import RunIdentity, load_trained_, newest_verified, save_trained, seal
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.layerwise import (
@@ -333,9 +334,25 @@ class TransferTrainer(Trainer):
             seal(folder, self.identity, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
         folder = Path(output_dir or str(self.args.output_dir))
+        if is_adapted(self.network):
+            if self.args.should_save:
+                save_trained(self.network, folder)
+            return
+        super()._save(output_dir, state_dict)
         (folder / "training_args.bin").unlink(missing_ok=True)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:  # noqa: ANN401
+        if is_adapted(self.network):
+            load_trained_(self.network, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if is_adapted(self.network):
+            load_trained_(self.network, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
 
 
 class ProgressBar(ProgressCallback):

@@ -1,0 +1,298 @@
+"""Adapters: a small number of added or chosen weights and the head learn, the pretrained weights stay.
+
+Where the adapter goes, unless the user says: all linear layers of attention and feed-forward network. Chosen over
+query and value alone, peft's default, because adapting all of them is what comes up to full fine-tuning (Dettmers et
+al. 2023, arXiv:2305.14314, figure 2), and over peft's `all-linear`, which raises for DistilBERT and wraps the pooler,
+a part of the head. (IA)3 scales keys, values and the input of the last feed-forward layer, as in its paper (section
+3.3); where keys and values are one layer with the queries, all three.
+
+Sources: see `nlpxfer.checkpoint.adapter_kinds`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, cast, final
+
+from torch import Tensor, nn
+
+from nlpxfer.checkpoint.adapter_kinds import ALPHA, DROPOUT, KINDS, OPTIONS, RANK, TARGETS, VIRTUAL_TOKENS, AdapterKind
+from nlpxfer.checkpoint.adapters import head_modules, refuse_frozen_fresh, trained_names, wrap
+from nlpxfer.errors import CheckpointError, ConfigError, nearest
+from nlpxfer.methods.base import Batch, LossTerm, Method
+from nlpxfer.methods.finetune import FineTune
+from nlpxfer.problem import SINGLE_LABEL, ProblemType
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+    from nlpxfer.config import RunOptions
+
+logger = logging.getLogger(__name__)
+
+_IN_A_BLOCK: Final = re.compile(r"\.\d+\.")
+_IA3_SCALED: Final = re.compile(
+    r"(^|\.)(key|value|k_lin|v_lin|k_proj|v_proj|key_proj|value_proj|c_attn|query_key_value|Wqkv|qkv_proj)$"
+)
+_IA3_FEEDFORWARD: Final = re.compile(
+    r"(^|\.)(ffn\.lin2|ffn_output|mlp\.(Wo|c_proj|dense_4h_to_h|down_proj)|(?<!attention\.)output\.dense)$"
+)
+UNFIT_OPTIONS: Final[dict[str, Any]] = {
+    "freeze_embeddings": True,
+    "num_trained_layers": None,
+    "layer_decay": 1.0,
+    "gradual_unfreezing": 0.0,
+    "l2_sp_weight": 0.0,
+    "l2_sp_head_weight": 0.0,
+}
+"""Options that choose among pretrained weights, of which none learns here, with the value that leaves them out."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Adapters(Method):
+    """The loss with the gold labels; an adapter and the head learn.
+
+    Args:
+        problem_type: See `FineTune`.
+        adapter: A key of `KINDS`.
+        adapter_rank: r, the inner size of the adapter; at least 1. None: the default of the kind.
+        adapter_alpha: alpha, the adapter's output times alpha / r; above 0.
+        adapter_dropout: Share of the adapter's inputs that is dropped while training, in [0, 1).
+        adapter_target_modules: Names, or ends of names, of the linear layers to adapt; empty: see the module.
+        num_virtual_tokens: Length of a learnt prompt or prefix; at least 1.
+        label_smoothing: Of the label loss, in [0, 1).
+
+    Raises:
+        ConfigError: An unknown kind, values outside their range, options that the kind does not use: all are listed.
+    """
+
+    problem_type: ProblemType = SINGLE_LABEL
+    adapter: str = "lora"
+    adapter_rank: int | None = None
+    adapter_alpha: float | None = None
+    adapter_dropout: float | None = None
+    adapter_target_modules: tuple[str, ...] = ()
+    num_virtual_tokens: int | None = None
+    label_smoothing: float = 0.0
+    _loss: FineTune = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        faults = [] if self.adapter in KINDS else [_unknown(self.adapter)]
+        if self.adapter in KINDS:
+            unused = [
+                name for name in OPTIONS if getattr(self, name) not in (None, ()) and name not in self.kind.options
+            ]
+            used = ", ".join(self.kind.options) or "no option of its own"
+            faults += [f"{name}: the adapter {self.adapter} has no use for it; it has {used}" for name in unused]
+        for name in (RANK, VIRTUAL_TOKENS):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"{name}: {value} is below 1")
+        if self.adapter_alpha is not None and not 0 < self.adapter_alpha < math.inf:
+            faults.append(f"{ALPHA}: {self.adapter_alpha} is not a finite number above 0")
+        if self.adapter_dropout is not None and not 0 <= self.adapter_dropout < 1:
+            faults.append(f"{DROPOUT}: {self.adapter_dropout} is not in [0, 1)")
+        if any(not name.strip() for name in self.adapter_target_modules):
+            faults.append(f"{TARGETS}: a name is empty")
+        try:
+            object.__setattr__(
+                self, "_loss", FineTune(problem_type=self.problem_type, label_smoothing=self.label_smoothing)
+            )
+        except ConfigError as error:
+            faults += error.faults
+        if faults:
+            raise ConfigError.from_faults(faults)
+
+    @property
+    def kind(self) -> AdapterKind:
+        """The row of this kind of adapter."""
+        return KINDS[self.adapter]
+
+    def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
+        """Label loss of each row."""
+        return self._loss.loss_terms(model, batch)
+
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Rows with a label."""
+        return self._loss.counts(batch)
+
+    def check(self, options: RunOptions) -> None:
+        """Refuse options that choose among pretrained weights, and FSDP, whose shards mix frozen and trained ones."""
+        faults = [
+            f"{name}: does not fit an adapter, which leaves all pretrained weights as they are"
+            for name, neutral in UNFIT_OPTIONS.items()
+            if getattr(options, name) != neutral
+        ]
+        if options.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+            faults.append("fsdp: adapters train with DDP; the frozen weights need no optimizer state anyway")
+        if faults:
+            raise ConfigError.from_faults(faults)
+
+    def adapt(self, model: PreTrainedModel, fresh: Sequence[str]) -> PreTrainedModel:
+        """The classifier with the adapter; adapter and head learn, all else is frozen.
+
+        Raises:
+            ConfigError: The kind cannot work in this family, or a target does not exist.
+            CheckpointError: A newly initialised parameter would stay frozen.
+        """
+        config = self._config(model, fresh)
+        try:
+            adapted = wrap(model, config)
+        except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ConfigError(
+                f"adapter: {self.adapter} cannot be put into {type(model).__name__}: {reason}"
+            ) from error
+        refuse_frozen_fresh(adapted, fresh)
+        if fresh:
+            logger.info("newly initialised, trained and saved with the adapter: %s", ", ".join(fresh))
+        if self.adapter == "bitfit" and not _body_biases(model, adapted):
+            raise ConfigError(
+                f"adapter: bitfit trains biases, and the body of {type(model).__name__} has none.",
+                fix="--adapter lora",
+            )
+        trained = sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+        logger.info("adapter %s: %d trained parameters, the head among them", self.adapter, trained)
+        return cast("PreTrainedModel", adapted)
+
+    def _config(self, model: PreTrainedModel, fresh: Sequence[str]) -> PeftConfig:
+        import peft
+
+        kind = self.kind
+        values: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": head_modules(model, fresh), **kind.fixed}
+        for option, name in kind.options.items():
+            given = getattr(self, option)
+            values[name] = kind.defaults.get(option) if given in (None, ()) else given
+        if ALPHA in kind.options and self.adapter_alpha is None:
+            values[kind.options[ALPHA]] = kind.alpha_per_rank * values[kind.options[RANK]]
+        if TARGETS in kind.options:
+            linear = self._targets(model)
+            values["target_modules"] = _short(linear, model)
+            if self.adapter == "ia3":
+                feedforward = {name: module for name, module in linear.items() if _IA3_FEEDFORWARD.search(name)}
+                values["feedforward_modules"] = _short(feedforward, model)
+            if kind.transposes:
+                values["fan_in_fan_out"] = any(_is_transposed(module) for module in linear.values())
+        if self.adapter == "layernorm":
+            values["target_modules"] = _norms(model)
+        if VIRTUAL_TOKENS in kind.options:
+            values |= self._prompt(model)
+        return cast("PeftConfig", getattr(peft, kind.config)(**values))
+
+    def _targets(self, model: PreTrainedModel) -> dict[str, nn.Module]:
+        """The layers to adapt by name.
+
+        Raises:
+            ConfigError: Names that no linear layer of the body has; or the kind cannot wrap these layers.
+        """
+        linear = linear_layers(model)
+        chosen = linear
+        if self.adapter_target_modules:
+            endings = {name: [full for full in linear if f".{full}".endswith(f".{name}")]
+                       for name in self.adapter_target_modules}  # fmt: skip
+            unknown = [name for name, found in endings.items() if not found]
+            if unknown:
+                raise ConfigError(
+                    f"{TARGETS}: no linear layer of the body is named {', '.join(unknown)}.",
+                    available=_endings(linear),
+                )
+            chosen = {full: linear[full] for full in linear if any(full in found for found in endings.values())}
+        elif self.adapter == "ia3":
+            chosen = {n: m for n, m in linear.items() if _IA3_SCALED.search(n) or _IA3_FEEDFORWARD.search(n)}
+        if not chosen:
+            raise ConfigError(
+                f"adapter: it is not known which layers of {type(model).__name__} the adapter {self.adapter} is for.",
+                fix=f"--{TARGETS} NAME ...",
+                available=_endings(linear),
+            )
+        if not self.kind.wraps_conv1d and any(_is_transposed(module) for module in chosen.values()):
+            raise ConfigError(
+                f"adapter: {self.adapter} wraps nn.Linear, and {type(model).__name__} has Conv1D layers instead.",
+                available=[name for name, kind in KINDS.items() if kind.wraps_conv1d],
+            )
+        return chosen
+
+    def _prompt(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Sizes of a prompt or prefix, for families where peft does not find them itself."""
+        config = model.config.get_text_config()
+        hidden = int(config.hidden_size)
+        width = cast("nn.Embedding", model.get_input_embeddings()).embedding_dim
+        sizes = {"num_layers": int(config.num_hidden_layers), "num_attention_heads": int(config.num_attention_heads)}
+        if self.adapter != "prefix":
+            return {
+                **sizes,
+                "token_dim": width,
+                **({"encoder_hidden_size": hidden} if self.adapter == "p_tuning" else {}),
+            }
+        body = getattr(model, model.base_model_prefix)
+        if not any("past_key_values" in inspect.signature(part.forward).parameters for part in (model, body)):
+            raise ConfigError(
+                f"adapter: prefix puts keys and values before the text's own, and {type(model).__name__} takes none.",
+                available=[name for name in KINDS if name != "prefix"],
+            )
+        return sizes | {"token_dim": hidden}
+
+
+def _unknown(name: str) -> str:
+    close = nearest(name, KINDS)
+    return f"adapter: {name!r} is not one of {', '.join(KINDS)}" + (f"; did you mean {close}?" if close else "")
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers of the transformer blocks by name; poolers, heads and projections of embeddings are outside.
+
+    A layer whose weights are all 0 is left out: it is the query or key of the layer that computes a mean, which must
+    stay 0 (`nlpxfer.checkpoint.pooling`), and DoRA would divide by its norm.
+    """
+    prefix = f"{model.base_model_prefix}."
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        wrapped = isinstance(module, nn.Linear) or _is_transposed(module)
+        if wrapped and name.startswith(prefix) and _IN_A_BLOCK.search(name):
+            weight = cast("Tensor", module.weight)
+            if bool(weight.any()):
+                found[name] = module
+    if not found:
+        raise CheckpointError(f"{type(model).__name__} has no linear layers in numbered blocks.")
+    return found
+
+
+def _is_transposed(module: nn.Module) -> bool:
+    """Whether it is GPT-2's linear layer, whose weight is stored as (inputs, outputs)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _endings(names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
+    """Names below their block: bert.encoder.layer.3.output.dense -> output.dense."""
+    return sorted({_IN_A_BLOCK.split(name)[-1] for name in names})
+
+
+def _short(chosen: dict[str, nn.Module], model: PreTrainedModel) -> list[str]:
+    """The layers by the ends of their names where these mean the same layers, else by their whole names."""
+    ends = _endings(chosen)
+    meant = {n for n, m in model.named_modules() if any(f".{n}".endswith(f".{end}") for end in ends)}
+    return ends if meant == set(chosen) else sorted(chosen)
+
+
+def _norms(model: PreTrainedModel) -> list[str]:
+    """Names of the normalisation layers of the body, of whatever class."""
+    prefix = f"{model.base_model_prefix}."
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.startswith(prefix) and "Norm" in type(module).__name__ and not list(module.children())
+    ]
+
+
+def _body_biases(model: PreTrainedModel, adapted: nn.Module) -> set[str]:
+    """Trained biases outside of the head."""
+    saved = tuple(f"{name}." for name in cast("Any", adapted).active_peft_config.modules_to_save)
+    return {name for name in trained_names(adapted) if name.endswith("bias") and not name.startswith(saved)}

@@ -1,0 +1,154 @@
+"""Train an adapter on a pretrained checkpoint: a small part learns, the pretrained weights stay.
+
+    accelerate launch recipes/adapters.py
+    accelerate launch recipes/adapters.py recipes/configs/adapters.yaml --adapter dora --train_file train.csv
+
+A new head starts from a linear probe on frozen features; then adapter and head learn together. The output folder
+holds the adapter in `adapter/` and, for kinds that can be merged, the ordinary model that it makes with its base. The
+control arm is TF-IDF with logistic regression; `--full_arm true` adds full fine-tuning with the same number of epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from nlpxfer.checkpoint.adapter_kinds import KINDS, OPTIONS
+from nlpxfer.checkpoint.adapters import is_adapted
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier
+from nlpxfer.checkpoint.pooling import use_mean_pooling
+from nlpxfer.checkpoint.quantised import Bits, check_quantised
+from nlpxfer.checkpoint.resolve import resolve_checkpoint
+from nlpxfer.cli import run_main
+from nlpxfer.config import DEFAULT_LEARNING_RATE, DataOptions, RunOptions, option, parse
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import TrainedArm
+from nlpxfer.methods.adapters import Adapters
+from nlpxfer.methods.finetune import FineTune
+from nlpxfer.problem import SINGLE_LABEL, ProblemType
+from nlpxfer.report.report import Arm, Report, Verdict
+from nlpxfer.run import Run
+from nlpxfer.start import start_run
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What to adapt, and how."""
+
+    model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
+    model_revision: str | None = option(None, "Branch, tag or commit of a Hub checkpoint.")
+    adapter: str = option("lora", "Kind of adapter; docs/adapters.md lists them.")
+    adapter_rank: int | None = option(None, "r: inner size of the adapter. Default: that of the kind; LoRA: 8.")
+    adapter_alpha: float | None = option(None, "alpha: the output counts alpha / r. Default: of the kind; LoRA: 2 r.")
+    adapter_dropout: float | None = option(None, "Share of the adapter's inputs dropped in training. Default: 0.")
+    adapter_target_modules: list[str] | None = option(None, "Names of the layers to adapt. Default: all linear ones.")
+    num_virtual_tokens: int | None = option(None, "Length of a learnt prompt or prefix. Default: 20.")
+    load_in_8bit: bool = option(False, "Train on a base in 8 bits; needs an NVIDIA GPU and bitsandbytes.")
+    load_in_4bit: bool = option(False, "Train on a base in 4 bits (QLoRA); needs the same.")
+    full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at a learning rate of 0.0001.")
+
+    def __post_init__(self) -> None:
+        faults = []
+        try:
+            self.method()
+        except ConfigError as error:
+            faults += error.faults
+        if self.load_in_8bit and self.load_in_4bit:
+            faults.append("load_in_8bit, load_in_4bit: choose one of the two")
+        quantised = [name for name, kind in KINDS.items() if kind.quantised]
+        if self.bits and self.adapter in KINDS and self.adapter not in quantised:
+            faults.append(f"load_in_{self.bits}: works with {', '.join(quantised)}, not with {self.adapter}")
+        if faults:
+            raise ConfigError.from_faults(faults)
+
+    @property
+    def bits(self) -> Bits | None:
+        """In how many bits the base is loaded for training; None for float32."""
+        return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
+
+    def method(self, label_smoothing: float = 0.0, problem_type: ProblemType = SINGLE_LABEL) -> Adapters:
+        """The method that these options describe."""
+        values = {name: getattr(self, name) for name in OPTIONS}
+        values["adapter_target_modules"] = tuple(self.adapter_target_modules or ())
+        return Adapters(problem_type=problem_type, adapter=self.adapter, label_smoothing=label_smoothing, **values)
+
+
+def main(argv: Sequence[str] | None = None) -> Report:
+    """Run the recipe; see `--help` for its options."""
+    data_options, plan, options = parse((DataOptions, AdapterOptions, RunOptions), argv)
+    prepare(plan, options)
+    name = plan.model_name_or_path
+
+    with start_run("adapters", data_options, options, plan) as run:
+        method = plan.method(options.label_smoothing_factor, run.problem_type)
+
+        def build(seed: int, bits: Bits | None = None) -> Checkpoint:
+            revision = plan.model_revision
+            return load_classifier(name, schema=run.data.schema, seed=seed, revision=revision, quantised=bits)
+
+        base = resolve_checkpoint(name, revision=plan.model_revision)
+        start = build(options.seed)
+        parent = run.parent_facts(start)
+        run.begin(tried(start, method, options), arms=2 if plan.full_arm else 1)
+        facts = {"model": parent["weights"]}
+        trained = run.train("adapter", lambda seed: build(seed, plan.bits), method, facts=facts)
+        arms = [adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained"), run.majority_arm()]
+        models = {"adapter": trained[0]}
+        verdict = Verdict.unmeasured("the control arm was switched off")
+        if options.control_arm:
+            control, logits = run.no_transfer_arm()
+            arms.insert(1, control)
+            verdict = run.gain(trained, [logits] * len(trained), versus=control.name)
+        if plan.full_arm:
+            whole = FineTune(problem_type=run.problem_type, label_smoothing=method.label_smoothing)
+            full = run.train("full", build, whole, facts=facts, learning_rate=DEFAULT_LEARNING_RATE)
+            arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))
+            models["full"] = full[0]
+            run.checks["gain_over_full"] = vars(run.gain(trained, [arm.test_logits for arm in full], versus="full"))
+        arms = run.with_speed(arms, models)
+        merges = not is_adapted(trained[0].model)
+        return run.finish(
+            trained,
+            arms,
+            verdict,
+            description=f"{name} with an adapter of the kind {plan.adapter}"
+            + (", merged." if merges else "; no merged model exists, the folder `adapter` holds it."),
+            base_model=base,
+            parents={"model": parent},
+            tags=[plan.adapter],
+        )
+
+
+def prepare(plan: AdapterOptions, options: RunOptions) -> None:
+    """Check all that the options alone can tell, and set the learning rate where none was given.
+
+    Raises:
+        ConfigError: Options that do not fit together, or bits that this machine cannot load.
+    """
+    method = plan.method(options.label_smoothing_factor)
+    method.check(options)
+    if plan.bits:
+        if options.pooling == "mean":
+            raise ConfigError("pooling: mean adds a layer, which cannot be made in 8 or 4 bits; leave out load_in_...")
+        check_quantised(plan.bits)
+    if options.wanted_learning_rate is None:
+        options.learning_rate = method.kind.learning_rate
+
+
+def tried(start: Checkpoint, method: Adapters, options: RunOptions) -> Checkpoint:
+    """The checkpoint with an adapter as it will be trained, so that what cannot work is refused before work begins."""
+    model = use_mean_pooling(start.model) if options.pooling == "mean" else start.model
+    return replace(start, model=method.adapt(model, start.fresh))
+
+
+def adapter_arm(run: Run, trained: Sequence[TrainedArm], description: str) -> Arm:
+    """The arm with the size of what was trained, beside that of the whole model."""
+    arm = run.arm(trained, description)
+    bundle = trained[0].adapter
+    size = (bundle / "adapter_model.safetensors").stat().st_size if bundle else None
+    details = {**arm.details, "adapter_bytes": size, "merged": not is_adapted(trained[0].model)}
+    return replace(arm, details=details)
+
+
+if __name__ == "__main__":
+    run_main(main)
