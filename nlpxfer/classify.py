@@ -28,11 +28,12 @@ from tqdm.auto import tqdm
 from nlpxfer.checkpoint.adapters import find_bundle, load_adapter, merged
 from nlpxfer.checkpoint.load import Checkpoint, load_teacher, stored_schema
 from nlpxfer.checkpoint.tokenizer import max_positions
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import read_labels
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, row_writer
-from nlpxfer.data.tokenise import Collator, tokenise
+from nlpxfer.data.tokenise import Collator, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
 from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
@@ -69,8 +70,9 @@ class Classifier:
         bf16: Whether it computes in bfloat16.
         temperature: T of its probabilities, softmax(logits / T) or sigmoid(logits / T); fitted on the validation rows.
         thresholds_C: Multi-label: the probability above which a label is given; fitted likewise.
-        batch_size: Rows of the longest length per batch.
+        batch_size: Rows of the longest length per batch; windows of long texts count as rows.
         abstain: When it answers, if its training found a rule for that.
+        long_texts: What is read of texts of more than `max_length` tokens; as in the training.
     """
 
     checkpoint: Checkpoint
@@ -81,6 +83,7 @@ class Classifier:
     thresholds_C: Array
     batch_size: int = 64
     abstain: AbstainRule | None = None
+    long_texts: LongTexts = LongTexts()
 
     @classmethod
     def load(
@@ -103,12 +106,13 @@ class Classifier:
 
         Raises:
             CheckpointError: It is no classifier, or damaged; or an adapter without its base.
-            ConfigError: `base` is given for a whole model; or `max_length` is more than the model can read.
+            ConfigError: `base` is given for a whole model; or `max_length` is more than the model can read, or too
+                little for the windows of the training.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
         use_threads(None)
-        schema, checkpoint, trained_length = _opened(model, base)
+        schema, checkpoint, trained = _opened(model, base)
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = device or torch.device("cpu")
         checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
@@ -117,7 +121,10 @@ class Classifier:
             raise ConfigError(
                 f"max_length: {max_length} is not between 4 and the {limit} tokens that {model} can read."
             )
-        length = max_length or min(limit, trained_length)
+        known = trained.get("max_length")
+        length = max_length or min(limit, known if isinstance(known, int) else DEFAULT_LENGTH)
+        long_texts = LongTexts.from_options(trained)
+        check_windows(checkpoint.tokenizer, long_texts, length, pairs=trained.get("text_pair_column") is not None)
         return cls(
             checkpoint=checkpoint,
             schema=schema,
@@ -127,12 +134,13 @@ class Classifier:
             thresholds_C=load_thresholds(checkpoint.folder, schema.names),
             batch_size=batch_size,
             abstain=load_abstain_rule(checkpoint.folder),
+            long_texts=long_texts,
         )
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
         """Logits, shape (N, C), float32, columns in the order of `schema`; of a regression the number."""
         model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
-        rows = tokenise(tokenizer, texts, pairs, max_length=self.max_length)
+        rows = tokenise(tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
         multiple = padding_multiple(model.device, bf16=self.bf16)
         collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=self.max_length)
         return predict(model, rows, collator, batch_size=self.batch_size, bf16=self.bf16)
@@ -403,8 +411,8 @@ def _texts(
     return found[0], found[1] if len(found) > 1 else None, known
 
 
-def _opened(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, int]:
-    """Labels, model with tokenizer, and `max_length` of the training."""
+def _opened(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, dict[str, Any]]:
+    """Labels, model with tokenizer, and the options of the training, if the folder says."""
     bundle = find_bundle(model)
     if bundle is not None:
         adapter = load_adapter(bundle, base)
@@ -413,21 +421,21 @@ def _opened(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, int]
         checkpoint = Checkpoint(
             model=plain, tokenizer=adapter.tokenizer, name=model, folder=bundle, fresh=(), head_kept=True
         )
-        return adapter.schema, checkpoint, adapter.base.max_length or DEFAULT_LENGTH
+        return adapter.schema, checkpoint, _training_options(bundle) | {"max_length": adapter.base.max_length}
     if base is not None:
         raise ConfigError(f"base: {model} is a whole model and needs none", fix="leave --base out")
     schema = stored_schema(model)
     checkpoint = load_teacher(model, schema=schema)
-    return schema, checkpoint, _trained_length(checkpoint.folder)
+    return schema, checkpoint, _training_options(checkpoint.folder)
 
 
-def _trained_length(folder: Path | None) -> int:
-    """`max_length` of the training, if the folder says."""
+def _training_options(folder: Path | None) -> dict[str, Any]:
+    """The options of the training, if the folder says."""
     file = None if folder is None else folder / "run.json"
     if file is None or not file.is_file():
-        return DEFAULT_LENGTH
-    length = json.loads(file.read_text(encoding="utf-8")).get("config", {}).get("max_length")
-    return int(length) if isinstance(length, int) else DEFAULT_LENGTH
+        return {}
+    options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("config", {})
+    return options
 
 
 def is_quiet() -> bool:

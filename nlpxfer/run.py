@@ -30,9 +30,11 @@ from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
-from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
+from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
+from nlpxfer.data.windows import length_facts, tell_lengths
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
@@ -64,6 +66,7 @@ from nlpxfer.report.table import arms_text
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
+from nlpxfer.train.trainer import Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -109,6 +112,7 @@ class Run:
         checks: What was verified, for the report.
         folds: Of the training rows, if the run trains on folds too.
         out_of_fold: What the fold models say; from `cross_validate`.
+        lengths: Tokenizer -> split -> how much of the rows is read.
     """
 
     recipe: str
@@ -122,6 +126,7 @@ class Run:
     checks: dict[str, Any] = field(default_factory=dict)
     folds: Folds | None = None
     out_of_fold: OutOfFold | None = None
+    lengths: dict[PreTrainedTokenizerBase, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -133,7 +138,19 @@ class Run:
         texts, pairs = self.texts(split)
         rows = getattr(self.data, split)
         labels = self.labels(split) if "label" in rows.column_names else self.data.schema.unlabelled(len(rows))
-        return tokenise(tokenizer, texts, pairs, max_length=self.data_options.max_length, labels=labels)
+        length = self.data_options.max_length
+        found = tokenise(tokenizer, texts, pairs, max_length=length, long_texts=self.long_texts, labels=labels)
+        known = self.lengths.setdefault(tokenizer, {})
+        if split not in known:
+            known[split] = length_facts(found)
+            if split == "train":
+                tell_lengths(found, self.long_texts, length, batch_size=self.options.per_device_train_batch_size)
+        return found
+
+    @property
+    def long_texts(self) -> LongTexts:
+        """What is read of texts of more than `max_length` tokens."""
+        return LongTexts.from_options(vars(self.data_options))
 
     def texts(self, split: str) -> tuple[list[str], list[str] | None]:
         """Texts of a split, and their second texts where the task is on pairs."""
@@ -154,6 +171,7 @@ class Run:
         seeds: Sequence[int] | None = None,
         max_steps: int | None = None,
         facts: Mapping[str, Any] | None = None,
+        sampling: Sampling = "natural",
         **changes: Any,  # noqa: ANN401 - values of RunOptions
     ) -> list[TrainedArm]:
         """Train an arm once per seed.
@@ -166,6 +184,7 @@ class Run:
             seeds: Default all seeds of the run.
             max_steps: Optimizer steps, instead of epochs.
             facts: Further values that a resumed run must share.
+            sampling: "balanced" draws all classes equally often.
             changes: Options that differ in this arm.
         """
         options = copy.copy(self.options)
@@ -187,6 +206,7 @@ class Run:
                 options=options,
                 seed=seed,
                 facts=identity,
+                sampling=sampling,
             )
             self._log_scores(arm)
             arms.append(arm)
@@ -363,10 +383,10 @@ class Run:
         return [replace(arm, rows_per_second=speeds.get(arm.name, arm.rows_per_second)) for arm in arms]
 
     def check_length(self, checkpoint: Checkpoint) -> Checkpoint:
-        """The checkpoint, if it can read texts of `max_length` tokens.
+        """The checkpoint, if it can read texts of `max_length` tokens, and longer ones as asked for.
 
         Raises:
-            ConfigError: Says how many tokens it can read.
+            ConfigError: Says how many tokens it can read, or why `long_texts` cannot be followed.
         """
         limit, asked = max_positions(checkpoint.model, checkpoint.tokenizer), self.data_options.max_length
         if asked > limit:
@@ -374,6 +394,8 @@ class Run:
                 f"max_length: {asked} is longer than the {limit} tokens that {checkpoint.name} can read.",
                 fix=f"--max_length {limit}",
             )
+        pairs = self.data_options.text_pair_column is not None
+        check_windows(checkpoint.tokenizer, self.long_texts, asked, pairs=pairs)
         return checkpoint
 
     def _checked(self, build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
@@ -465,7 +487,8 @@ class Run:
             arms,
             verdict=verdict,
             cost=self._cost(treated, arms),
-            data=self.data.facts() | {"leaking_rows": _leaking_rows(self.data)},
+            data=self.data.facts()
+            | {"leaking_rows": _leaking_rows(self.data), "long_texts": self._length_facts(treated[0].tokenizer)},
             checks=self._all_checks(treated),
             treated=treated[0].name,
         )
@@ -479,6 +502,12 @@ class Run:
             sys.stdout.flush()
         wait_for_everyone()
         return report
+
+    def _length_facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What was read of long texts, by split, as the tokenizer of the result counts."""
+        length = self.data_options.max_length
+        reading = {"policy": self.long_texts.describe(length), "max_length": length}
+        return reading | self.lengths.get(tokenizer, {})
 
     def _cost(self, treated: Sequence[TrainedArm], arms: Sequence[Arm]) -> Cost:
         seconds = sum(arm.train_seconds for arm in treated)
@@ -584,6 +613,7 @@ class Run:
             text_pairs=self.data_options.text_pair_column is not None,
             problem_type=self.problem_type,
             tags=tags,
+            limits=[self.long_texts.remark(self.data_options.max_length)],
             options={key: value for key, value in self.config.items() if value is not None},
         )
         write_card(self.folder, report, facts if merges else replace(facts, is_adapter=True))

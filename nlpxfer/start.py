@@ -15,6 +15,7 @@ import torch
 
 from nlpxfer.checkpoint.save import check_output_folder
 from nlpxfer.config import DataOptions, RunOptions, resolved
+from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.data.folds import make_folds
 from nlpxfer.data.load import DataRequest, load_data
 from nlpxfer.errors import ConfigError, ResumeError
@@ -62,6 +63,8 @@ def start_run(
     started = time.perf_counter()
     if options.num_folds and not folds:
         raise ConfigError(f"num_folds: {recipe} does not train on folds.", fix="recipes/finetune.py with --num_folds")
+    if options.num_folds and data_options.augmentation:
+        raise ConfigError("num_folds: edited copies of a held-out row would be learnt from; leave augmentation out.")
     gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
     _show_progress(options)
     device = options.device  # starts the process group
@@ -127,9 +130,14 @@ def _choose_metric(options: RunOptions, problem_type: ProblemType) -> None:
 
 
 def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:
-    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file"}
+    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file", "augmentation"}
     shared = {name: getattr(options, name) for name in known}
-    return DataRequest(**shared, seed=options.data_split_seed, unlabelled_file=unlabelled_file)
+    return DataRequest(
+        **shared,
+        seed=options.data_split_seed,
+        unlabelled_file=unlabelled_file,
+        augmentation=Augmentation.from_options(vars(options)),
+    )
 
 
 def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:

@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     prepare(plan, options)
     name = plan.model_name_or_path
 
-    with start_run("adapters", data_options, options, plan) as run:
+    with start_run("adapters", data_options, options, plan, folds=True) as run:
         method = plan.method(options.label_smoothing_factor, run.problem_type)
 
         def build(seed: int, bits: Bits | None = None) -> Checkpoint:
@@ -92,6 +92,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         run.begin(tried(start, method, options), arms=2 if plan.full_arm else 1)
         facts = {"model": parent["weights"]}
         trained = run.train("adapter", lambda seed: build(seed, plan.bits), method, facts=facts)
+        run.cross_validate(lambda seed: build(seed, plan.bits), method, facts=facts)
         arms = [adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained"), run.majority_arm()]
         models = {"adapter": trained[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")

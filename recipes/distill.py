@@ -195,6 +195,7 @@ class TransferRows:
             pairs,
             labels=run.data.schema.names,
             max_length=run.data_options.max_length,
+            long_texts=run.long_texts,
             batch_size=run.options.per_device_eval_batch_size,
             bf16=bool(run.options.bf16),
             folder=plan.teacher_cache,

@@ -24,6 +24,7 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
+from nlpxfer.train.regime import trained_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,12 @@ class FineTuneOptions:
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub checkpoint.")
     class_weights: Literal["none", "balanced"] = option("none", "balanced: all classes count alike, however rare.")
+    sampling: Literal["natural", "balanced"] = option(
+        "natural", "balanced: all classes are drawn equally often, rare rows several times an epoch."
+    )
     focal_gamma: float = option(0.0, "gamma: rows that are right already count (1 - p)^gamma.")
     logit_adjustment: float = option(0.0, "tau: add tau log(class share) to the logits while training.")
+    r_drop_weight: float = option(0.0, "alpha: draw the answers of two passes with dropout together (R-Drop).")
 
     def __post_init__(self) -> None:
         faults = []
@@ -44,8 +49,19 @@ class FineTuneOptions:
             faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
         if not 0 <= self.logit_adjustment < math.inf:
             faults.append(f"logit_adjustment: {self.logit_adjustment} is not a finite number of at least 0")
-        if self.class_weights == "balanced" and self.logit_adjustment:
-            faults.append("class_weights, logit_adjustment: both make rare classes count more; use one of them")
+        if self.sampling not in ("natural", "balanced"):
+            faults.append(f"sampling: {self.sampling!r} is not one of natural, balanced")
+        if not 0 <= self.r_drop_weight < math.inf:
+            faults.append(f"r_drop_weight: {self.r_drop_weight} is not a finite number of at least 0")
+        asked = {
+            "class_weights": self.class_weights == "balanced",
+            "sampling": self.sampling == "balanced",
+            "logit_adjustment": bool(self.logit_adjustment),
+        }
+        names = [name for name, is_on in asked.items() if is_on]
+        if len(names) > 1:
+            each = "both" if len(names) == 2 else "all"
+            faults.append(f"{', '.join(names)}: {each} make rare classes count more; use one of them")
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -63,10 +79,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
         method = method_for(run, model_options)
         base = resolve_checkpoint(name, revision=model_options.model_revision)
         start = build(options.seed)
+        check_dropout(start, model_options, options)
         run.begin(start, arms=1)
         parent = run.parent_facts(start)
-        trained = run.train("fine-tuned", build, method, facts={"model": parent["weights"]})
-        run.cross_validate(build, method, facts={"model": parent["weights"]})
+        facts = {"model": parent["weights"]}
+        trained = run.train("fine-tuned", build, method, facts=facts, sampling=model_options.sampling)
+        run.cross_validate(build, method, facts=facts, sampling=model_options.sampling)
         arms = [run.arm(trained, f"{name}, fine-tuned"), run.majority_arm()]
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
@@ -90,6 +108,8 @@ def method_for(run: Run, plan: FineTuneOptions) -> FineTune:
     tau = plan.logit_adjustment
     if tau and run.problem_type != SINGLE_LABEL:
         raise ConfigError("logit_adjustment: is for tasks with one class per row.")
+    if plan.sampling == "balanced" and run.problem_type != SINGLE_LABEL:
+        raise ConfigError("sampling: balanced is for tasks with one class per row.")
     if plan.class_weights == "balanced" and run.problem_type == REGRESSION:
         raise ConfigError("class_weights: means nothing for a regression.")
     weights: tuple[float, ...] = ()
@@ -102,7 +122,22 @@ def method_for(run: Run, plan: FineTuneOptions) -> FineTune:
         focal_gamma=plan.focal_gamma,
         class_weights=weights,
         offsets=tuple(tau * share for share in log_shares(labels, classes)) if tau else (),
+        r_drop_weight=plan.r_drop_weight,
     )
+
+
+def check_dropout(start: Checkpoint, plan: FineTuneOptions, options: RunOptions) -> None:
+    """See that two passes of R-Drop differ.
+
+    Raises:
+        ConfigError: The model trains without dropout.
+    """
+    if plan.r_drop_weight and not trained_dropout(start.model, options.dropout):
+        raise ConfigError(
+            f"r_drop_weight: {plan.r_drop_weight:g} does nothing where {start.name} trains without dropout.",
+            why="its own dropout is 0" if options.dropout is None else "--dropout is 0 by default",
+            fix="--dropout 0.1",
+        )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from tiny import build_checkpoint, build_tokenizer, make_rows
 from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from nlpxfer.config import RunOptions
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.tokenise import TokenisedRows, tokenise
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.methods.distill import Distill
@@ -23,30 +24,48 @@ from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, world
 from nlpxfer.train.trainer import TransferTrainer
 
-METHODS = {"finetune": FineTune(), "distill": Distill(temperature=3.0, kd_weight=0.7)}
+METHODS = {
+    "finetune": FineTune(),
+    "distill": Distill(temperature=3.0, kd_weight=0.7),
+    "r_drop": FineTune(r_drop_weight=2.0),
+}
 LABELLED = {
     "all": [True] * 8,
     # over micro-batches of two: 2, 1, 0 and 0 labelled rows, if the rows come in this order
     "uneven": [True, True, True, False, False, False, False, False],
 }
-# name -> method, which rows have a label, rows in all, rows per process and micro-batch, micro-batches
+# name -> method, which rows have a label, rows in all, rows per process and micro-batch, micro-batches.
+# In "windows" the rows are several windows each, in "balanced" they are drawn so that classes come equally often.
 CASES = {
     "finetune": ("finetune", "all", 8, 2, 2),
     "distill": ("distill", "uneven", 8, 2, 2),
     "ragged": ("distill", "uneven", 7, 2, 2),
     "one row over": ("finetune", "all", 5, 4, 1),
     "idle process": ("distill", "all", 4, 4, 1),
+    "windows": ("distill", "uneven", 7, 2, 2),
+    "balanced": ("finetune", "all", 8, 2, 2),
+    "two passes": ("r_drop", "all", 7, 2, 2),  # without dropout: they agree, and the gradient is that of one
 }
+WINDOWS = LongTexts(policy="sliding_window", window_overlap=1)
 
 
-def step_rows(family: str = "bert", labelled: str = "all", count: int = 8) -> TokenisedRows:
-    """Rows of unlike lengths with labels (-100: none) and teacher logits that are the same in every process."""
+def step_rows(family: str = "bert", labelled: str = "all", count: int = 8, *, windows: bool = False) -> TokenisedRows:
+    """Rows of unlike lengths with labels (-100: none) and teacher logits that are the same in every process.
+
+    windows: Of six tokens; the rows have one to four of them.
+    """
     made = make_rows(8, seed=3)
     names = sorted({row["label"] for row in made})
     gold = [names.index(row["label"]) if known else -100 for row, known in zip(made, LABELLED[labelled], strict=True)]
-    rows = tokenise(step_tokenizer(family), [row["text"] for row in made], max_length=32, labels=gold)
+    reading = {"max_length": 6, "long_texts": WINDOWS} if windows else {"max_length": 32}
+    rows = tokenise(step_tokenizer(family), [row["text"] for row in made], labels=gold, **reading)
     logits = np.random.default_rng(5).normal(size=(8, 4)).astype(np.float32)
     return rows.with_columns(teacher_logits=3 * logits).select(range(count))
+
+
+def rare_class(rows: TokenisedRows) -> TokenisedRows:
+    """The rows with other labels: six of one class and one each of two others, of eight rows."""
+    return rows.with_columns(labels=np.array([0, 0, 0, 2, 0, 0, 3, 0])[: len(rows)])
 
 
 def step_tokenizer(family: str):
@@ -56,7 +75,9 @@ def step_tokenizer(family: str):
     return tokenizer
 
 
-def step_trainer(model, method, options: RunOptions, rows: TokenisedRows, family: str) -> TransferTrainer:
+def step_trainer(
+    model, method, options: RunOptions, rows: TokenisedRows, family: str, sampling: str = "natural"
+) -> TransferTrainer:
     """A Trainer that trains and scores on the same rows."""
     return TransferTrainer(
         model,
@@ -67,6 +88,7 @@ def step_trainer(model, method, options: RunOptions, rows: TokenisedRows, family
         tokenizer=step_tokenizer(family),
         metrics=classification_metrics,
         identity=RunIdentity({}, {}),
+        sampling=sampling,
     )
 
 
@@ -90,6 +112,8 @@ def gradient_of(
     batch: int,
     micro_batches: int,
     family: str = "bert",
+    sampling: str = "natural",
+    prepare=lambda model: None,
     **changes,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Gradient and logged loss of one step."""
@@ -109,7 +133,8 @@ def gradient_of(
         **changes,
     )
     model = AutoModelForSequenceClassification.from_pretrained(model_folder)
-    trainer = step_trainer(model, METHODS[method], options, rows, family)
+    prepare(model)
+    trainer = step_trainer(model, METHODS[method], options, rows, family, sampling)
     keep = KeepGradient()
     trainer.add_callback(keep)
     trainer.fit()
@@ -127,8 +152,11 @@ def main(output: Path) -> None:
     torch.distributed.barrier()
     found = {}
     for name, (method, labelled, count, batch, micro_batches) in CASES.items():
-        rows = step_rows(labelled=labelled, count=count)
-        found[name] = gradient_of(output / "model", output, method, rows, batch, micro_batches)
+        rows = step_rows(labelled=labelled, count=count, windows=name == "windows")
+        sampling = "natural"
+        if name == "balanced":
+            rows, sampling = rare_class(rows), "balanced"
+        found[name] = gradient_of(output / "model", output, method, rows, batch, micro_batches, sampling=sampling)
     if is_main_process():
         torch.save({"processes": world()[1], "cases": found}, output / "gradients.pt")
     torch.distributed.barrier()

@@ -445,6 +445,7 @@ def test_refused_options_are_fields_and_have_reasons():
     assert set(REFUSED_OPTIONS) <= names
     for name, reason in REFUSED_OPTIONS.items():
         assert len(reason) > 15, name
+    names |= {field.name for field in dataclasses.fields(DataOptions)}
     assert set(NEEDED_SWITCHES) <= names
     assert {switch for switch, _ in NEEDED_SWITCHES.values()} <= names
 

@@ -451,3 +451,8 @@ def test_refusals_come_before_anything_is_written(tmp_path, tiny_data, tiny_chec
     for name in ("num_folds", "abstain_precision", "error_report"):
         assert f"{name}: is for tasks with one label per row" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_edited_copies_of_a_held_out_row_are_refused(tiny_data, tiny_checkpoint, tmp_path):
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), "--num_folds", "3", "--augmentation", "swap"]
+    assert "edited copies of a held-out row" in refused("finetune", tmp_path / "out", *words)

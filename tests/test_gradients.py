@@ -3,13 +3,15 @@
 Each is compared with a loop written by hand, in float64, one row at a time and without the Trainer.
 """
 
+import numpy as np
 import pytest
 import torch
-from gradients import CASES, METHODS, gradient_of, step_rows, step_tokenizer
+from gradients import CASES, METHODS, gradient_of, rare_class, step_rows, step_tokenizer
 from processes import run, torchrun
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from nlpxfer.data.tokenise import Collator
+from nlpxfer.train.balanced import BalancedDraws
 
 SPLITS = [(8, 1), (4, 2), (2, 4), (3, 3), (5, 2)]
 
@@ -22,7 +24,10 @@ def distance(found, expected):
 
 
 def by_hand(folder, method, rows):
-    """Loss and gradient in float64: label term over labelled rows, teacher term over all rows."""
+    """Loss and gradient in float64: label term over labelled rows, teacher term over all rows.
+
+    The logits of a row are the mean over its windows.
+    """
     model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
     settings = METHODS[method]
     share = getattr(settings, "kd_weight", 0.0)
@@ -31,8 +36,10 @@ def by_hand(folder, method, rows):
     loss = torch.zeros((), dtype=torch.float64)
     for i in range(len(rows)):
         row = rows[i]
-        ids = torch.tensor(row["input_ids"].astype("int64"))[None]
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
+        ends = np.cumsum(row.get("window_lengths", [len(row["input_ids"])]))[:-1]
+        windows = [torch.tensor(part.astype("int64"))[None] for part in np.split(row["input_ids"], ends)]
+        logits = sum(model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0] for ids in windows)
+        logits = logits / len(windows)
         if row["labels"] >= 0:
             loss = loss - (1 - share) * torch.log_softmax(logits, 0)[int(row["labels"])] / labelled
         if share:
@@ -53,6 +60,70 @@ def test_micro_batches_do_not_change_the_gradient(family, method, labelled, tiny
     expected, loss = by_hand(folder, method, rows)
     for batch, micro_batches in SPLITS:
         found, logged = gradient_of(folder, tmp_path, method, rows, batch, micro_batches, family)
+        assert distance(found, expected) <= 1e-5, (batch, micro_batches)
+        assert logged == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["finetune", "distill"])
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_windows_of_a_row_count_as_one_row(family, method, tiny_checkpoint, tmp_path):
+    """Rows of more and of fewer windows weigh the same, in whatever micro-batch they come."""
+    folder = tiny_checkpoint(family, kind="classifier")
+    rows = step_rows(family, "uneven", windows=True)
+    assert len(set(rows.windows_per_row)) >= 2
+    expected, loss = by_hand(folder, method, rows)
+    for batch, micro_batches in SPLITS:
+        found, logged = gradient_of(folder, tmp_path, method, rows, batch, micro_batches, family)
+        assert distance(found, expected) <= 1e-5, (batch, micro_batches)
+        assert logged == pytest.approx(loss, rel=1e-5)
+
+
+def unlike_passes(model):
+    """In place of dropout: the second half of a batch, which R-Drop adds, answers 1.5 times as loud."""
+
+    def louder(module, inputs, output):
+        first, second = output.logits.chunk(2)
+        output.logits = torch.cat([first, 1.5 * second])
+        return output
+
+    model.register_forward_hook(louder)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_micro_batches_do_not_change_the_gradient_of_r_drop(windows, tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("bert", kind="classifier")
+    rows = step_rows(labelled="uneven", windows=windows)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
+    loss = torch.zeros((), dtype=torch.float64)
+    for i in range(8):
+        each = rows.select([i]).each_window()
+        ids = [torch.tensor(each[j]["input_ids"].astype("int64"))[None] for j in range(len(each))]
+        first = torch.cat([model(input_ids=window, attention_mask=torch.ones_like(window)).logits for window in ids])
+        first = first.mean(dim=0)
+        log_p, log_q = torch.log_softmax(first, 0), torch.log_softmax(1.5 * first, 0)
+        gold = int(rows[i]["labels"])
+        if gold >= 0:
+            loss = loss - (log_p[gold] + log_q[gold]) / 2 / 3  # three labelled rows
+        divergence = (log_p.exp() * (log_p - log_q)).sum() + (log_q.exp() * (log_q - log_p)).sum()
+        loss = loss + 2.0 * divergence / 2 / 8
+    loss.backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    for batch, micro_batches in SPLITS:
+        found, logged = gradient_of(folder, tmp_path, "r_drop", rows, batch, micro_batches, prepare=unlike_passes)
+        assert distance(found, expected) <= 1e-5, (batch, micro_batches)
+        assert logged == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_balanced_draws_are_what_is_trained_on(tiny_checkpoint, tmp_path):
+    """Eight draws of rows with six, one and one of a class: each class comes two or three times."""
+    folder = tiny_checkpoint("bert", kind="classifier")
+    rows = rare_class(step_rows())
+    drawn = rows.select(BalancedDraws(rows.columns["labels"], seed=42).of_epoch(0))
+    assert np.bincount(drawn.columns["labels"]).tolist() == [3, 0, 3, 2]
+    expected, loss = by_hand(folder, "finetune", drawn)
+    assert distance(by_hand(folder, "finetune", rows)[0], expected) > 0.1
+    for batch, micro_batches in SPLITS:
+        found, logged = gradient_of(folder, tmp_path, "finetune", rows, batch, micro_batches, sampling="balanced")
         assert distance(found, expected) <= 1e-5, (batch, micro_batches)
         assert logged == pytest.approx(loss, rel=1e-5)
 
@@ -101,7 +172,11 @@ def test_two_processes_give_the_gradient_of_one(tiny_checkpoint, tmp_path):
     found = torch.load(tmp_path / "gradients.pt")
     assert found["processes"] == 2
     for name, (method, labelled, count, _, _) in CASES.items():
-        expected, loss = by_hand(tmp_path / "model", method, step_rows(labelled=labelled, count=count))
+        rows = step_rows(labelled=labelled, count=count, windows=name == "windows")
+        if name == "balanced":
+            rows = rare_class(rows)
+            rows = rows.select(BalancedDraws(rows.columns["labels"], seed=42).of_epoch(0))
+        expected, loss = by_hand(tmp_path / "model", method, rows)
         gradient, logged = found["cases"][name]
         assert distance(gradient, expected) <= 1e-5, name
         assert logged == pytest.approx(loss, rel=1e-5), name

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from tiny import LABELS, make_rows
+from tiny import DECODERS, LABELS, make_rows
 
 from nlpxfer.checkpoint import load_classifier
 from nlpxfer.checkpoint.head import features
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, tokenise
+from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.predict import batches_by_length, predict
 
 SCHEMA = LabelSchema(LABELS)
@@ -35,7 +36,7 @@ def one_by_one(model, rows):
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", "gpt2", "qwen2"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "modernbert", *DECODERS])
 def test_predictions_are_those_of_each_row_alone(load, family, side):
     model, rows, collator = load(family, side)
     assert len(set(rows.lengths)) > 5
@@ -44,6 +45,23 @@ def test_predictions_are_those_of_each_row_alone(load, family, side):
     assert found.shape == (37, 4)
     np.testing.assert_allclose(found, one_by_one(model, rows), atol=1e-5)
     assert np.abs(found - found[0]).max() > 1e-2  # rows differ, so a wrong order would show
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_decoders_read_the_last_real_token_with_padding_on_either_side(load, family):
+    """Positions are given: counted from the padding, as GPT-2 has it without, they would tell the sides apart."""
+    model, rows, _ = load(family)
+    chosen = [rows[i] for i in range(8)]
+    assert len({len(row["input_ids"]) for row in chosen}) > 3
+    expected = one_by_one(model, chosen)
+    for side in ("right", "left"):
+        batch = model_inputs(Collator(model.config.pad_token_id, side)(chosen))
+        assert (batch["attention_mask"][:, 0 if side == "left" else -1] == 0).any()
+        positions = (batch["attention_mask"].cumsum(dim=1) - 1).clamp(min=0)
+        with torch.no_grad():
+            logits = model(**batch, position_ids=positions).logits
+        np.testing.assert_allclose(logits, expected, atol=1e-5, err_msg=side)
+    assert np.abs(expected - expected[0]).max() > 1e-2
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64, 1000])

@@ -94,6 +94,18 @@ def test_finetune_goes_on_bit_for_bit(step, words, whole, tmp_path, monkeypatch)
     assert not (tmp_path / "out" / "checkpoints").exists()
 
 
+def test_windows_balanced_draws_copies_and_two_passes_go_on_bit_for_bit(words, tmp_path, monkeypatch):
+    own = [*words["finetune"], "--sampling", "balanced", "--r_drop_weight", "0.5", "--dropout", "0.1"]
+    own += ["--augmentation", "swap,typo", "--long_texts", "sliding_window", "--control_arm", "false"]
+    own[own.index("--max_length") + 1] = "8"
+    of = 45  # 120 rows
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 20, "fine-tuned", of=of)
+    resumed = finished("finetune", tmp_path / "out", *own, *RESUME)
+    assert resumed.report["data"]["augmented"]["added"] == 60
+    assert resumed.report["data"]["long_texts"]["train"]["windows_per_row"] > 1
+    assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_that_come_together_are_one_request(number, words, tmp_path, monkeypatch):
     interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 2, "fine-tuned", number=number, times=3)

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments
 
+from nlpxfer.config.augmentation import Augmentation
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.errors import ConfigError
 from nlpxfer.problem import LOWER_IS_BETTER, METRICS
 
@@ -57,6 +59,11 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
     "liger_kernel_config": ("use_liger_kernel", True),
     "hub_private_repo": ("push_to_hub", True),
+    "head_share": ("long_texts", "head_tail"),
+    "window_overlap": ("long_texts", "sliding_window"),
+    "max_windows": ("long_texts", "sliding_window"),
+    "augmentation_copies": ("augmentation", None),
+    "augmentation_share": ("augmentation", None),
     "run_name": ("report_to", None),
     "project": ("report_to", None),
     "trackio_space_id": ("report_to", None),
@@ -64,6 +71,9 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "trackio_static_space_id": ("report_to", None),
 }
 """Option -> the switch that it needs, and the value of that (None: any). Without it the option would do nothing."""
+
+ANY_VALUE = {"report_to": "a tracker", "augmentation": "swap"}
+"""Switch of which any value will do -> what to type, for the message."""
 
 
 DEFAULT_LEARNING_RATE = 1e-4
@@ -100,12 +110,27 @@ class DataOptions:
     min_label_rows: int = option(1, "Multi-label: leave out labels with fewer training rows.")
     validation_share: float = option(0.1, "Share of the training rows held out if there is no validation file.")
     test_share: float = option(0.1, "Share of the training rows held out if there is no test file.")
-    max_length: int = option(128, "Longest input in tokens; longer texts are cut at the end.")
+    max_length: int = option(128, "Longest input in tokens; for longer texts see long_texts.")
+    long_texts: Literal["head", "head_tail", "sliding_window"] = option(
+        "head", "What is read of longer texts: the beginning, beginning and end, or all of it in windows."
+    )
+    head_share: float | None = option(None, "head_tail: share of max_length for the beginning. Default: 0.25.")
+    window_overlap: int | None = option(
+        None, "sliding_window: tokens that windows share at least. Default: a quarter of max_length."
+    )
+    max_windows: int | None = option(None, "sliding_window: most windows of a text; more leave gaps. Default: 8.")
     max_train_samples: int | None = option(None, "Train on a stratified sample of this many rows.")
     drop_leaks: bool = option(False, "Drop training rows that also stand in validation or test.")
+    augmentation: str | None = option(
+        None, "Edited copies of the training rows to add: swap, deletion, typo, or several with commas; none."
+    )
+    augmentation_copies: int | None = option(None, "Copies of each row. Default: 1.")
+    augmentation_share: float | None = option(None, "Share of the words that an edit touches. Default: 0.1.")
     data_split_seed: int = option(42, "Seed of splits and samples; apart from `seed`, so that seeds share their data.")
 
     def __post_init__(self) -> None:
+        if self.augmentation == "none":  # what the command line has for null
+            object.__setattr__(self, "augmentation", None)
         faults: list[str] = []
         require(faults, self.max_length >= 4, f"max_length: {self.max_length} is too small; want at least 4")
         for name in ("validation_share", "test_share"):
@@ -130,6 +155,11 @@ class DataOptions:
             given = getattr(self, f"{split}_file") and getattr(self, f"{split}_share") != 0.1
             require(faults, not given, f"{split}_share: does nothing beside {split}_file")
         require(faults, self.data_split_seed >= 0, f"data_split_seed: {self.data_split_seed} is negative")
+        for settings in (LongTexts, Augmentation):
+            try:
+                settings.from_options(vars(self))
+            except ConfigError as error:
+                faults += error.faults
         if faults:
             raise ConfigError.from_faults(faults)
 

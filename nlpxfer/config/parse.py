@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from nlpxfer.config.options import NEEDED_SWITCHES, REFUSED_OPTIONS
+from nlpxfer.config.options import ANY_VALUE, NEEDED_SWITCHES, REFUSED_OPTIONS
 from nlpxfer.config.yaml_file import Given, read_yaml
 from nlpxfer.errors import ConfigError, nearest
 
@@ -157,6 +157,6 @@ def _without_effect(options: object, parsed: Mapping[str, Any], given: Mapping[s
         value = getattr(options, switch)
         turned_off = given[key].where and switch in given and not given[switch].where
         if not turned_off and (value != wanted if wanted is not None else not value):
-            shown = "a tracker" if wanted is None else str(wanted).lower()
+            shown = ANY_VALUE[switch] if wanted is None else str(wanted).lower()
             faults.append(f"{key}: has no effect without --{switch} {shown}{given[key].where}")
     return faults

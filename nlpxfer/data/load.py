@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
+from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.data.arrange import (
     absent_classes,
     carve,
@@ -30,6 +31,7 @@ from nlpxfer.data.arrange import (
     keep_apart,
     sample,
 )
+from nlpxfer.data.augment import augment
 from nlpxfer.data.files import Table, read_table
 from nlpxfer.data.pack import fingerprint, to_dataset
 from nlpxfer.data.rows import Rows, check_rows, problem_type_of
@@ -69,6 +71,7 @@ class DataRequest:
         test_share: Part of the training rows that becomes the missing test split.
         seed: Draws the carved splits and the sample.
         drop_leaks: Remove training and unlabelled rows that stand, exactly or nearly, in validation or test.
+        augmentation: Edited copies of the training rows to add.
     """
 
     dataset_name: str | None = None
@@ -88,6 +91,7 @@ class DataRequest:
     test_share: float = 0.1
     seed: int = 42
     drop_leaks: bool = False
+    augmentation: Augmentation | None = None
 
     @property
     def text_columns(self) -> list[str]:
@@ -117,6 +121,8 @@ class TextData:
         removed: How many rows were taken out: `train_leaks`, `unlabelled_exact`, `unlabelled_leaks`, `train_sample`.
         contradictions: Distinct training texts that stand there with more than one label.
         warnings: What a reader of the report should know.
+        augmented: Edited copies among the training rows, which stand at their end: the `edits`, rows `added` and
+            `not_made`; empty if none were asked for. Leaks and contradictions are counted without them.
     """
 
     schema: LabelSchema
@@ -130,6 +136,7 @@ class TextData:
     removed: dict[str, int]
     contradictions: int
     warnings: tuple[str, ...]
+    augmented: dict[str, Any]
 
     def facts(self) -> dict[str, Any]:
         """What a report says about the data; the leaks without their rows."""
@@ -143,6 +150,7 @@ class TextData:
             "leaks": {pair: {k: v for k, v in found.items() if k != "rows"} for pair, found in self.leaks.items()},
             "contradictions": self.contradictions,
             "removed": dict(self.removed),
+            "augmented": dict(self.augmented),
             "warnings": list(self.warnings),
             "sources": dict(self.sources),
             "fingerprint": self.fingerprint,
@@ -204,18 +212,21 @@ def load_data(request: DataRequest) -> TextData:
         warnings += absent_classes(splits, schema)
     for line in warnings:
         LOGGER.warning(line)
+    leaks, contradictions = compare(splits, unlabelled), count_contradictions(splits["train"])
+    splits["train"], augmented = _augment(splits, request.augmentation)
     return TextData(
         schema=schema,
         train=to_dataset(splits["train"], schema),
         validation=to_dataset(splits["validation"], schema),
         test=to_dataset(splits["test"], schema),
         unlabelled=None if unlabelled is None else to_dataset(unlabelled, schema),
-        leaks=compare(splits, unlabelled),
+        leaks=leaks,
         fingerprint=fingerprint(schema, {**{split: splits[split] for split in SPLITS}, "unlabelled": unlabelled}),
         sources=sources,
         removed=removed,
-        contradictions=count_contradictions(splits["train"]),
+        contradictions=contradictions,
         warnings=tuple(warnings),
+        augmented=augmented,
     )
 
 
@@ -261,6 +272,17 @@ def _reduce(
         train = drawn
     LOGGER.info("rows taken out: %s", removed or "none")
     return train, unlabelled, removed
+
+
+def _augment(splits: Mapping[str, Rows], plan: Augmentation | None) -> tuple[Rows, dict[str, Any]]:
+    """The training rows with their edited copies, and what was done."""
+    train = splits["train"]
+    if plan is None:
+        return train, {}
+    rows, not_made = augment(train, [splits["validation"], splits["test"]], plan)
+    added = len(rows) - len(train)
+    LOGGER.info("augmentation: %d edited copies added, %d could not be made", added, not_made)
+    return rows, {"edits": list(plan.edits), "added": added, "not_made": not_made}
 
 
 def _check_request(request: DataRequest) -> None:

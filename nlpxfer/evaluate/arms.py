@@ -48,7 +48,7 @@ from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import set_dropout_
-from nlpxfer.train.trainer import TransferTrainer
+from nlpxfer.train.trainer import Sampling, TransferTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,6 +117,7 @@ def train_arm(
     options: RunOptions,
     seed: int,
     facts: Mapping[str, Any],
+    sampling: Sampling = "natural",
 ) -> TrainedArm:
     """Build, prepare, train and score one model.
 
@@ -132,6 +133,7 @@ def train_arm(
         options: How to train.
         seed: Seed of this repetition.
         facts: Flat JSON values that a resumed run must share: options and fingerprints.
+        sampling: "balanced" draws all classes equally often.
 
     Raises:
         Interrupted, NotFiniteError, ResumeError: See `TransferTrainer.fit`.
@@ -168,6 +170,7 @@ def train_arm(
         tokenizer=checkpoint.tokenizer,
         metrics=partial(task_metrics, schema.problem_type),
         identity=identity,
+        sampling=sampling,
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     preparation = time.perf_counter() - start

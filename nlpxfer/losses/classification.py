@@ -75,6 +75,32 @@ def label_loss(
     return loss_B
 
 
+def r_drop_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:
+    """(KL(p || q) + KL(q || p)) / 2 of two answers to the same rows, p = softmax(first), in nats; shape B.
+
+    Both sides receive the gradient. R-Drop adds alpha times this to the mean of the two label losses, as the authors'
+    code has it. Equation 4 of the paper has the sum of the two label losses instead, so its alpha is twice as large
+    for the same ratio, and its loss as a whole too.
+
+    Args:
+        first_BC: Logits of one pass with dropout.
+        second_BC: Logits of another.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: Liang, Wu et al. 2021, arXiv:2106.14448, equations 1 to 4.
+
+    >>> r_drop_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 2.0]]))  # 2 (p - q) = 2 tanh(1)
+    tensor([1.5232])
+    """
+    _check_shapes(first_BC, second_BC)
+    first_log_BC = functional.log_softmax(_at_least_float32(first_BC), dim=-1)
+    second_log_BC = functional.log_softmax(_at_least_float32(second_BC), dim=-1)
+    # the sum of the two divergences, of which each alone may lose its digits near 0
+    return ((first_log_BC.exp() - second_log_BC.exp()) * (first_log_BC - second_log_BC)).sum(dim=-1) / 2
+
+
 def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: float) -> Tensor:
     """T^2 * KL(teacher || student) of the distributions softened by T, in nats; shape B.
 
@@ -100,6 +126,21 @@ def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: flo
     teacher_log_BC = functional.log_softmax(_at_least_float32(teacher_BC) / temperature, dim=-1)
     divergence_BC = functional.kl_div(student_log_BC, teacher_log_BC, log_target=True, reduction="none")
     return temperature**2 * divergence_BC.sum(dim=-1)
+
+
+def binary_r_drop_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:
+    """`r_drop_loss` of each label's yes or no, p = sigmoid(first), in nats, averaged over the labels; shape B.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    >>> binary_r_drop_loss(torch.tensor([[2.0, 5.0]]), torch.tensor([[-2.0, 5.0]]))  # (2 (p - q) + 0) / 2
+    tensor([0.7616])
+    """
+    _check_shapes(first_BC, second_BC)
+    first_BC, second_BC = (_at_least_float32(logits) for logits in (first_BC, second_BC))
+    # log p - log (1 - p) is the logit itself, so the two divergences together are (p - q) times the difference
+    return ((torch.sigmoid(first_BC) - torch.sigmoid(second_BC)) * (first_BC - second_BC)).mean(dim=1) / 2
 
 
 def binary_label_loss(
@@ -218,6 +259,16 @@ def teacher_loss(
     if problem_type == MULTI_LABEL:
         return binary_soft_target_loss(student_BC, teacher_BC, temperature=temperature)
     return soft_target_loss(student_BC, teacher_BC, temperature=temperature)
+
+
+def agreement_loss(problem_type: ProblemType, first_BC: Tensor, second_BC: Tensor) -> Tensor:
+    """How far two answers to the same rows are apart: `r_drop_loss`, for multi-label `binary_r_drop_loss`; shape B."""
+    return (binary_r_drop_loss if problem_type == MULTI_LABEL else r_drop_loss)(first_BC, second_BC)
+
+
+def _check_shapes(first_BC: Tensor, second_BC: Tensor) -> None:
+    if first_BC.shape != second_BC.shape:
+        raise ValueError(f"the two answers differ in shape: {tuple(first_BC.shape)}, {tuple(second_BC.shape)}")
 
 
 def _check_soft(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> None:

@@ -4,7 +4,9 @@ A method returns losses per row and how many rows of a batch each loss counts; t
 the whole optimizer step, all micro-batches and processes together. So the same rows give the same gradient however
 they are split, also where only some rows have a label. (Batch means, the usual contract, cannot do that.)
 
-Shapes: B batch rows.
+A long row may be several windows, each a row of the model's inputs. Only `row_logits` and `mean_by_row` know that.
+
+Shapes: B batch rows, W windows of all of them (W = B where no row has several), C classes, D numbers per window.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
+
+from nlpxfer.data.tokenise import WINDOWS_PER_ROW
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,3 +75,38 @@ class Method(ABC):
 def model_inputs(batch: Batch) -> dict[str, Tensor]:
     """What of a batch goes to the model; never the labels, so that no model computes a loss of its own."""
     return {name: batch[name] for name in MODEL_INPUTS if name in batch}
+
+
+def row_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """The class logits of each row, the mean over its windows; shape (B, C).
+
+    Every method reads logits through this, so that all of them work on long texts, with a gradient through the mean.
+    """
+    logits_WC: Tensor = model(**model_inputs(batch)).logits
+    windows_B = batch.get(WINDOWS_PER_ROW)
+    return logits_WC if windows_B is None else mean_by_row(logits_WC, windows_B)
+
+
+def mean_by_row(values_WD: Tensor, windows_B: Tensor) -> Tensor:
+    """Means over the windows of each row; shape (B, D).
+
+    Args:
+        values_WD: Numbers of all windows, those of a row one after the other.
+        windows_B: Windows of each row, at least one; W in all.
+
+    >>> mean_by_row(torch.tensor([[1.0], [3.0], [5.0]]), torch.tensor([2, 1]))
+    tensor([[2.],
+            [5.]])
+    """
+    rows = torch.arange(len(windows_B), device=values_WD.device)
+    row_of_window_W = rows.repeat_interleave(windows_B, output_size=len(values_WD))
+    sums_BD = values_WD.new_zeros(len(windows_B), *values_WD.shape[1:]).index_add(0, row_of_window_W, values_WD)
+    return sums_BD / windows_B[:, None]
+
+
+def twice(batch: Batch) -> dict[str, Tensor]:
+    """What the model reads of a batch, two times over: 2B rows, which get their own dropout masks in one pass.
+
+    One pass rather than two, because a model in DDP or FSDP is made for one pass per backward pass.
+    """
+    return {name: torch.cat([batch[name]] * 2) for name in (*MODEL_INPUTS, WINDOWS_PER_ROW) if name in batch}

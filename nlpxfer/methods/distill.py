@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import gold_loss, labelled, teacher_loss
-from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits
 from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
 
 
@@ -62,7 +62,7 @@ class Distill(Method):
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Label loss of the labelled rows and distillation loss of all rows."""
-        logits_BC = model(**model_inputs(batch)).logits
+        logits_BC = row_logits(model, batch)
         label_B = gold_loss(self.problem_type, logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
         taught_BC = batch["teacher_logits"]
         soft_B = teacher_loss(self.problem_type, logits_BC, taught_BC, temperature=self.temperature)

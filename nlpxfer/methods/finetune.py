@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
-from nlpxfer.losses.classification import gold_loss, labelled
-from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+from nlpxfer.losses.classification import agreement_loss, gold_loss, labelled
+from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits, twice
 from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
 
 Array = np.ndarray[Any, Any]
@@ -34,6 +34,8 @@ class FineTune(Method):
         class_weights: Weight of the rows of each class, in schema order; empty for none. In a multi-label task a row
             that does not have the label keeps weight 1.
         offsets: Added to the logits of each class while training; empty for none.
+        r_drop_weight: alpha of R-Drop, at least 0: each row goes through the model twice, and the two answers, which
+            dropout makes differ, are drawn together: see `agreement_loss`. The offsets take no part in that.
 
     Raises:
         ConfigError: A value is outside its range, or means nothing for the task; all such values are listed.
@@ -44,6 +46,7 @@ class FineTune(Method):
     focal_gamma: float = 0.0
     class_weights: tuple[float, ...] = ()
     offsets: tuple[float, ...] = ()
+    r_drop_weight: float = 0.0
 
     def __post_init__(self) -> None:
         faults = []
@@ -51,6 +54,8 @@ class FineTune(Method):
             faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
         if not 0 <= self.focal_gamma < math.inf:
             faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
+        if not 0 <= self.r_drop_weight < math.inf:
+            faults.append(f"r_drop_weight: {self.r_drop_weight} is not a finite number of at least 0")
         if not all(0 <= weight < math.inf for weight in self.class_weights):
             faults.append("class_weights: a weight is not a finite number of at least 0")
         if self.offsets and self.problem_type != SINGLE_LABEL:
@@ -60,28 +65,41 @@ class FineTune(Method):
                 "label_smoothing_factor": self.label_smoothing,
                 "focal_gamma": self.focal_gamma,
                 "class_weights": self.class_weights,
+                "r_drop_weight": self.r_drop_weight,
             }
             faults += [f"{name}: means nothing for a regression" for name, value in asked.items() if value]
         if faults:
             raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of each row."""
-        logits_BC = model(**model_inputs(batch)).logits
-        rows_B = gold_loss(
+        """Label loss of each row; with R-Drop its mean over two passes, and the divergence between the two."""
+        if not self.r_drop_weight:
+            return {"label": LossTerm(self._label_loss(row_logits(model, batch), batch["labels"]), 1.0)}
+        first_BC, second_BC = row_logits(model, twice(batch)).chunk(2)
+        losses = [self._label_loss(logits_BC, batch["labels"]) for logits_BC in (first_BC, second_BC)]
+        return {
+            "label": LossTerm((losses[0] + losses[1]) / 2, 1.0),
+            "r_drop": LossTerm(agreement_loss(self.problem_type, first_BC, second_BC), self.r_drop_weight),
+        }
+
+    def _label_loss(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
+        return gold_loss(
             self.problem_type,
             logits_BC,
-            batch["labels"],
+            labels,
             label_smoothing=self.label_smoothing,
             focal_gamma=self.focal_gamma,
             class_weights_C=_tensor(self.class_weights, logits_BC),
             offsets_C=_tensor(self.offsets, logits_BC),
         )
-        return {"label": LossTerm(rows_B, 1.0)}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows with a label."""
-        return {"label": labelled(batch["labels"]).sum()}
+        """Rows with a label; and all rows, which R-Drop compares whether they have one or not."""
+        labels = batch["labels"]
+        counts = {"label": labelled(labels).sum()}
+        if self.r_drop_weight:
+            counts["r_drop"] = torch.tensor(len(labels), device=labels.device)
+        return counts
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""Equal shares for all processes without a row that counts twice.
+"""Equal shares for all processes without a row that counts more often than it was drawn.
 
 Several processes must make the same number of passes, so accelerate fills the last round of an epoch with rows from
 its beginning, which then weigh double. Here the order is filled up with empty places instead: they are left out of the

@@ -46,7 +46,7 @@ ITERATIONS = 40
 HEAD_SIZE = 0.5
 """Standard deviation of the states inside the transparent head: small enough that tanh is close to a straight line."""
 SAMPLE_ROWS = 256
-"""Training rows that the moments of the pooled state are taken from: their deviation is known to 4 %."""
+"""Training rows, or their windows, that the moments of the pooled state are taken from: known to 4 %."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ def _features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
 
 def _sample(model: PreTrainedModel, rows: TokenisedRows, collator: Collator) -> Iterator[dict[str, torch.Tensor]]:
     device = next(model.parameters()).device
+    rows = rows.each_window()  # whose states the head reads
     chosen = np.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).astype(int)
     chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
     for start in range(0, len(chosen), 64):

@@ -3,7 +3,11 @@
 The one way that rows go through a model without training: validation during training, final scores, features for the
 linear probe and teacher logits all come from here.
 
-Shapes: N rows, B batch rows, D outputs per row (classes or features).
+Windows of long rows go through the model as rows of their own and are averaged at the end, so a batch never holds more
+than rows of one window would: a row of eight windows may be spread over several batches. For features that is exact
+too: the final layer is linear.
+
+Shapes: N rows, B rows of a batch, W windows of all rows, D outputs per row (classes or features).
 """
 
 from __future__ import annotations
@@ -12,12 +16,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.methods.base import model_inputs
+from nlpxfer.methods.base import mean_by_row, model_inputs
 from nlpxfer.train.launch import world
 from nlpxfer.train.precision import computing_in
 from nlpxfer.train.regime import float32_head
@@ -55,7 +60,7 @@ def predict(
         model: Model on its device.
         rows: N tokenised rows.
         collator: Pads a batch.
-        batch_size: Rows of the longest length per batch; shorter rows come in batches of up to twice as many.
+        batch_size: Windows of the longest length per batch; shorter ones come in batches of up to twice as many.
         bf16: Compute in bfloat16, the head in float32 all the same.
         output: What of the model to keep.
         description: Shown beside the progress bar.
@@ -67,7 +72,8 @@ def predict(
     if not len(rows):
         raise ValueError("there are no rows to predict")
     rank, processes = world()
-    batches = batches_by_length(rows.lengths, batch_size)
+    windows = rows.each_window()
+    batches = batches_by_length(windows.lengths, batch_size)
     rounds = -(-len(batches) // processes)
     mine = [batches[i * processes + rank] if i * processes + rank < len(batches) else None for i in range(rounds)]
     device = next(model.parameters()).device
@@ -79,7 +85,7 @@ def predict(
             for indices in tqdm(mine, desc=description, disable=quiet or rank > 0, leave=False):
                 # every process makes the same number of forward passes: a sharded model needs all of them
                 asked = batches[0] if indices is None else indices
-                batch = model_inputs(collator([rows[int(i)] for i in asked]))
+                batch = model_inputs(collator([windows[int(i)] for i in asked]))
                 with computing_in(bf16, device):
                     values = output(model, {name: tensor.to(device) for name, tensor in batch.items()})
                 if indices is not None:
@@ -88,10 +94,13 @@ def predict(
         for module, mode in modes:
             module.training = mode
     parts = gather_object(found) if processes > 1 else found
-    result = np.empty((len(rows), *parts[0][1].shape[1:]), dtype=np.float32)
+    result = np.empty((len(windows), *parts[0][1].shape[1:]), dtype=np.float32)
     for indices, part in parts:
         result[indices] = part
-    return result
+    if rows.windows is None:
+        return result
+    means_ND: Array = mean_by_row(torch.from_numpy(result), torch.from_numpy(rows.windows_per_row)).numpy()
+    return means_ND
 
 
 def batches_by_length(lengths: Array, batch_size: int) -> list[Array]:

@@ -24,12 +24,27 @@ def set_dropout_(model: nn.Module, share: float) -> None:
         model: Any transformers model.
         share: Probability that a value is dropped, in [0, 1).
     """
+    for module, name in _dropouts(model):
+        setattr(module, name, share)
+
+
+def trained_dropout(model: nn.Module, share: float | None) -> float:
+    """The largest dropout with which a model trains: that of `set_dropout_`, or with None its own.
+
+    0 where it has no dropout to set.
+    """
+    own = [float(getattr(module, name)) for module, name in _dropouts(model)]
+    return max(own, default=0.0) if share is None else share * bool(own)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Each dropout of a model: the module, and the name of its share there."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = share
+            yield module, "p"
         for name in _ATTENTION_DROPOUTS:
             if isinstance(getattr(module, name, None), float):
-                setattr(module, name, share)
+                yield module, name
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """Teacher logits, computed once and kept on disk, keyed by content.
 
 A row is found by the sha256 of its text, so shuffling, subsets and further rows cannot misalign the cache. A folder
-belongs to one teacher: weights, tokenizer, label order, cut length and precision. With anything else it is refused.
+belongs to one teacher: weights, tokenizer, label order, cut length, how longer texts are read, and precision. With
+anything else it is refused.
 
     <folder>/manifest.json           what the logits were made from
     <folder>/part-*.safetensors      keys (N, 32) uint8 and logits (N, C) float32; named by the sha256 of both
@@ -28,6 +29,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.tokenise import Collator, tokenise
 from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.strict_json import write_json_whole
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 PART_ROWS = 8192
 """Rows per part: what an interruption can lose."""
 
@@ -55,6 +57,7 @@ class TeacherIdentity:
         labels: Label names in the order of the logits' columns.
         max_length: Tokens after which a text is cut.
         precision: "float32" or "bfloat16".
+        long_texts: How longer texts are read: `LongTexts.describe`.
     """
 
     weights: str
@@ -62,11 +65,13 @@ class TeacherIdentity:
     labels: tuple[str, ...]
     max_length: int
     precision: str
+    long_texts: str = "head"
 
     def as_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""
         facts = {"weights": self.weights, "tokenizer": self.tokenizer, "labels": list(self.labels)}
-        return {"version": FORMAT_VERSION, **facts, "max_length": self.max_length, "precision": self.precision}
+        reading = {"max_length": self.max_length, "long_texts": self.long_texts, "precision": self.precision}
+        return {"version": FORMAT_VERSION, **facts, **reading}
 
     @property
     def key(self) -> str:
@@ -95,6 +100,7 @@ def teacher_logits(
     *,
     labels: Sequence[str],
     max_length: int,
+    long_texts: LongTexts | None = None,
     batch_size: int = 64,
     bf16: bool = False,
     folder: str | Path | None = None,
@@ -108,6 +114,7 @@ def teacher_logits(
         pairs: N second texts, if the task is on pairs.
         labels: Label names.
         max_length: Tokens after which a text is cut.
+        long_texts: How longer texts are read; default: their beginning.
         batch_size: Rows of the longest length per batch.
         bf16: Compute in bfloat16.
         folder: Folder of the cache; default `default_cache_folder`.
@@ -120,19 +127,21 @@ def teacher_logits(
         StaleCacheError: The cache was made from something else, or is damaged.
     """
     start = time.perf_counter()
+    plan = long_texts or LongTexts()
     identity = TeacherIdentity(
         weights=teacher.weights_sha256,
         tokenizer=teacher.tokenizer_sha256,
         labels=tuple(labels),
         max_length=max_length,
         precision="bfloat16" if bf16 else "float32",
+        long_texts=plan.describe(max_length),
     )
     collator = Collator.for_tokenizer(teacher.tokenizer)
 
     def compute(rows: Array) -> Array:
         chosen = [texts[int(row)] for row in rows]
         second = None if pairs is None else [pairs[int(row)] for row in rows]
-        tokens = tokenise(teacher.tokenizer, chosen, second, max_length=max_length)
+        tokens = tokenise(teacher.tokenizer, chosen, second, max_length=max_length, long_texts=plan)
         return predict(
             teacher.model,
             tokens,

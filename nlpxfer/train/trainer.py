@@ -5,7 +5,8 @@ What differs from the stock Trainer, and why:
 - The loss is a sum over rows divided by the rows of the whole optimizer step, over all micro-batches and processes.
   The stock Trainer is off by the accumulation steps times the number of processes for classification heads
   (transformers issue 47688), and batch means are off wherever micro-batches hold unlike numbers of labelled rows.
-- Batches hold rows of like length, in an order that only depends on seed and epoch; no row counts twice in an epoch.
+- Batches hold rows of like length, in an order that only depends on seed and epoch; no row counts more often in an
+  epoch than it was drawn: once, or with balanced sampling as its class needs.
 - Validation goes through `predict`, and its loss is the mean over rows.
 - A loss or gradient that is not finite stops the run before the step is taken, and before anything is saved.
 - Checkpoints are sealed with a manifest; SIGTERM and SIGINT save one and end the run with `Interrupted`.
@@ -23,7 +24,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -48,6 +49,7 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import ConfigError, Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
 from nlpxfer.strict_json import write_json_whole
+from nlpxfer.train.balanced import BalancedDraws
 from nlpxfer.train.checkpoints import RunIdentity, load_trained_, newest_verified, save_trained, seal
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
@@ -78,6 +80,9 @@ TOKENS = "tokens"
 COST_FILE = "cost.json"
 """In a checkpoint: what the run had cost when it was saved, so that a resumed run reports the whole."""
 
+Sampling = Literal["natural", "balanced"]
+"""Whether every row comes once an epoch, or every class equally often."""
+
 Metrics = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], dict[str, float]]
 
 
@@ -93,6 +98,10 @@ class TransferTrainer(Trainer):
         tokenizer: Saved beside the weights; its padding token and side pad the batches.
         metrics: From logits (N, C) and labels (N) to scores by name, without prefix; must hold `loss`.
         identity: What a resumed run must have in common with the interrupted one.
+        sampling: "balanced" draws all classes equally often.
+
+    Raises:
+        DataError: Balanced sampling is asked for, and a training row has no label.
     """
 
     loss_is_scaled_for_ga = True
@@ -108,6 +117,7 @@ class TransferTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         metrics: Metrics,
         identity: RunIdentity,
+        sampling: Sampling = "natural",
     ) -> None:
         self.method = method
         self.options = options
@@ -116,8 +126,11 @@ class TransferTrainer(Trainer):
         self.score = metrics
         self.tokens_seen = 0
         self.seconds_before = 0.0
+        self.order_seed = options.seed if options.data_seed is None else options.data_seed
+        balanced = sampling == "balanced"
+        self.draws = BalancedDraws(train_rows.columns["labels"], seed=self.order_seed) if balanced else None
         multiple = padding_multiple(options.device, bf16=bool(options.bf16))
-        longest = int(train_rows.lengths.max())
+        longest = int(train_rows.each_window().lengths.max())
         collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=longest)
         super().__init__(
             model=model,
@@ -292,9 +305,10 @@ class TransferTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler | EvenSampler:  # noqa: ANN401
         a_round = self.args.train_batch_size * world()[1]
         together = a_round * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         grouped = self.args.train_sampling_strategy == "group_by_length"
-        self.sampler = LengthGroupedSampler(self.rows.lengths, together, seed=seed, grouped=grouped)
+        self.sampler = LengthGroupedSampler(
+            self.rows.lengths, together, seed=self.order_seed, grouped=grouped, draws=self.draws
+        )
         uneven = world()[1] > 1 and not self.args.dataloader_drop_last
         return EvenSampler(self.sampler, a_round) if uneven else self.sampler
 
