@@ -401,13 +401,14 @@ class Run:
     def _checked(self, build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
         return lambda: self.check_length(build(seed))
 
-    def begin(self, *models: Checkpoint, arms: int) -> None:
+    def begin(self, *models: Checkpoint, arms: int, checkpoints: bool = True) -> None:
         """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
 
         Args:
             models: Those that will be trained or asked; the largest decides about the space needed: its weights that
                 learn, and twice as much for Adam's moments, in each checkpoint.
             arms: Models that will be kept per seed.
+            checkpoints: Whether any are written while training.
 
         Raises:
             ConfigError: `max_length` is more than a model can read.
@@ -417,7 +418,7 @@ class Run:
             self.check_length(model)
         weights = max(_stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
-        kept = (self.options.save_total_limit or 10) + 1
+        kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
         whole_models = arms * len(self.seeds) + self.options.num_folds
         check_free_space(self.folder, max(learning) * 3 * kept + weights * whole_models)
         if self.options.resume and not (self.folder / "checkpoints").is_dir():

@@ -23,7 +23,7 @@ def option_classes(key):
     own = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
     own = [cls for cls in own if cls.__name__.endswith("Options")]
     assert len(own) == 1
-    return DataOptions, own[0], RunOptions
+    return (DataOptions, *own) if issubclass(own[0], RunOptions) else (DataOptions, *own, RunOptions)
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,16 @@ def files(data):
     return [word for name, path in named.items() for word in (f"--{name}", str(path))]
 
 
-def tiny_words(data, model=None, epochs=1, rate="1e-3"):
-    """Options of a tiny run of any recipe."""
-    words = [*QUICK, *files(data), "--num_train_epochs", str(epochs), "--learning_rate", rate]
+RANDOM = {"features": ["--classifier", "mlp"]}
+"""Options with which the seed matters, where it does not by itself."""
+
+
+def tiny_words(data, model=None, epochs=1, rate="1e-3", key=None):
+    """Options of a tiny run of any recipe; `key` names one that does not take steps unless it is told to."""
+    steps = ["--num_train_epochs", str(epochs), "--learning_rate", rate]
+    if key == "features":
+        steps = [] if (epochs, rate) == (1, "1e-3") else [*RANDOM[key], *steps]
+    words = [*QUICK, *files(data), *steps]
     return words + ([] if model is None else ["--model_name_or_path", str(model)])
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import sklearn.metrics
 import torch
-from recipe_runs import finished, refused, tiny_words
+from recipe_runs import QUICK, finished, refused, tiny_words
 from scipy.special import expit
 from sklearn.linear_model import LogisticRegression
 from tiny import FILLER, TOPICS, write_csv
@@ -66,6 +66,10 @@ def words_for(files, model, *words):
         if option in usual:
             del usual[usual.index(option) : usual.index(option) + 2]
     return [*usual, *words]
+
+
+def file_words(files):
+    return [word for name, path in files.items() for word in (f"--{name}_file", path)]
 
 
 MULTI = ["--label_column", "labels", "--label_separator", "|"]
@@ -466,6 +470,31 @@ def test_distilling(task, score, files, tiny_checkpoint, tiny_data, tmp_path):
     assert run.report["checks"]["teacher"]["retention"] == pytest.approx(
         run.arm("distilled")["metrics"]["test"][score] / run.arm("teacher")["metrics"]["test"][score]
     )
+
+
+@pytest.mark.parametrize(("task", "score"), [(MULTI, "micro_f1"), (NUMBERS, "spearman")], ids=["labels", "numbers"])
+@pytest.mark.parametrize("classifier", ["logistic", "mlp"])
+def test_frozen_features(classifier, task, score, files, tiny_checkpoint, tmp_path):
+    words = [*file_words(files), "--model_name_or_path", tiny_checkpoint("bert"), *task, "--classifier", classifier]
+    run = finished("features", tmp_path / "out", *words, *QUICK, "--feature_cache", tmp_path / "cache")
+    floor = run.report["arms"][-1]["metrics"]["test"][score]
+    assert run.report["metrics"]["test"][score] > max(0.2, floor)
+    assert run.report["checks"]["features"]["logits_difference"] < 1e-4
+
+
+@pytest.mark.parametrize(("task", "score"), [(MULTI, "micro_f1"), (NUMBERS, "spearman")], ids=["labels", "numbers"])
+def test_adapters(task, score, files, tiny_checkpoint, tmp_path):
+    """The bundle answers as the merged model does."""
+    words = words_for(files, tiny_checkpoint("bert"), *task, "--num_train_epochs", "4", "--learning_rate", "3e-3")
+    run = finished("adapters", tmp_path / "out", *words)
+    merged = Classifier.load(str(run.folder), bf16=False)
+    bundle = Classifier.load(str(run.folder / "adapter"), bf16=False, base=str(tiny_checkpoint("bert")))
+    assert bundle.schema == merged.schema
+    assert bundle.thresholds_C.tolist() == merged.thresholds_C.tolist()
+    texts = ["bread and cheese", "the concert of the singer"]
+    assert bundle.logits(texts) == pytest.approx(merged.logits(texts), abs=1e-5)
+    scores = evaluate_file(bundle, files["test"], label_column=task[1])
+    assert scores[score] == pytest.approx(run.report["metrics"]["test"][score], abs=1e-6)
 
 
 def test_a_head_of_another_kind_is_not_kept(files, tiny_checkpoint, tmp_path):

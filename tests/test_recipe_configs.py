@@ -8,6 +8,7 @@ import pytest
 import yaml
 from processes import ROOT
 from recipe_runs import KEYS, option_classes
+from transformers import TrainingArguments
 
 from nlpxfer.config import REFUSED_OPTIONS, parse
 from nlpxfer.methods import REGISTRY
@@ -21,11 +22,13 @@ def yaml_of(key):
 
 
 def own_options(key):
-    """The recipe's options without those that it takes over from TrainingArguments as they are."""
+    """The recipe's options without those that it takes over from TrainingArguments as they are, or refuses."""
     fields = {}
     for cls in option_classes(key):
-        declared = cls.__dict__["__annotations__"]
-        fields |= {f.name: f for f in dataclasses.fields(cls) if f.name in declared and f.name not in REFUSED_OPTIONS}
+        ours = [base for base in cls.__mro__ if base.__module__ != TrainingArguments.__module__]
+        declared = {name for base in ours for name in base.__dict__.get("__annotations__", {})}
+        declared -= REFUSED_OPTIONS.keys() | getattr(cls, "without_effect", {}).keys()
+        fields |= {f.name: f for f in dataclasses.fields(cls) if f.name in declared}
     return fields
 
 

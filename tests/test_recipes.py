@@ -9,7 +9,7 @@ import pytest
 import torch
 from processes import python
 from processes import run as run_program
-from recipe_runs import KEYS, call, finished, refused, tiny_words
+from recipe_runs import KEYS, RANDOM, call, finished, refused, tiny_words
 from tiny import LABELS, build_checkpoint, make_rows, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
@@ -77,7 +77,7 @@ def relabelled(teacher, folder, order):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_the_folder_keeps_the_contract(key, tiny_data, bert, tmp_path):
-    run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert))
+    run = finished(key, tmp_path / "runs" / "out", *tiny_words(tiny_data, bert, key=key))
     found = {path.name for path in run.folder.iterdir()}
     assert found == PLAIN_FILES | {"distill": {"teacher"}, "adapters": {"adapter"}}.get(key, set())
     for path in run.folder.rglob("*"):
@@ -89,7 +89,7 @@ def test_the_folder_keeps_the_contract(key, tiny_data, bert, tmp_path):
     assert report["recipe"] == key
     assert report["data"]["rows"] == {"train": 240, "validation": 80, "test": 80}
     assert report["cost"]["tokens"] > 0
-    assert run.run["config"]["learning_rate"] == 1e-3
+    assert run.run["config"].get("learning_rate") == (None if key == "features" else 1e-3)
     assert report["checks"]["precision"] == {"bf16": False, "speed_up": None, "chosen_by": "user"}
     assert str(run.folder / "report.json") in run.out
 
@@ -200,7 +200,7 @@ def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teach
 
 @pytest.mark.parametrize("key", KEYS)
 def test_without_a_control_arm_nothing_is_claimed(key, tiny_data, bert, tmp_path):
-    run = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert), "--control_arm", "false")
+    run = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
     verdict = run.report["verdict"]
     assert (verdict["gain"], verdict["call"], verdict["reason"]) == (
         None,
@@ -212,10 +212,10 @@ def test_without_a_control_arm_nothing_is_claimed(key, tiny_data, bert, tmp_path
 
 @pytest.mark.parametrize("key", KEYS)
 def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
-    words = [*tiny_words(tiny_data, bert), "--linear_probe", "false", "--max_train_samples", "64"]
+    words = [*tiny_words(tiny_data, bert, key=key), *RANDOM.get(key, []), "--linear_probe", "false"]
+    words += ["--max_train_samples", "64"]
     run = finished(key, tmp_path / "out", *words, "--num_seeds", "2")
-    name = {"adapters": "adapter", "finetune": "fine-tuned"}.get(key) or run.report["arms"][2]["name"]
-    arm = run.arm(name)
+    arm = run.report["arms"][2 if key == "distill" else 0]
     per_seed = [result["metrics"]["test"]["accuracy"] for result in arm["per_seed"]]
     assert [result["seed"] for result in arm["per_seed"]] == [42, 43]
     assert arm["metrics"]["test"]["accuracy"] == pytest.approx(np.mean(per_seed))
@@ -316,13 +316,13 @@ def test_text_pairs(family, tiny_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("key", KEYS)
 def test_overwriting_waits_until_the_new_run_can_start(key, tiny_data, bert, tmp_path):
-    first = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert), "--control_arm", "false")
+    first = finished(key, tmp_path / "out", *tiny_words(tiny_data, bert, key=key), "--control_arm", "false")
     before = {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()}
-    words = tiny_words(tiny_data, tmp_path / "missing")
+    words = tiny_words(tiny_data, tmp_path / "missing", key=key)
     failed = call(key, tmp_path / "out", *words, "--overwrite", "true")
     assert failed.code == 2
     assert {path.name: path.stat().st_mtime_ns for path in first.folder.iterdir()} == before
-    words = [*tiny_words(tiny_data, bert), "--control_arm", "false", "--seed", "5"]
+    words = [*tiny_words(tiny_data, bert, key=key), "--control_arm", "false", "--seed", "5"]
     again = finished(key, tmp_path / "out", *words, "--overwrite", "true")
     assert again.run["seeds"] == [5]
 

@@ -255,7 +255,7 @@ def test_logits_that_are_not_finite_are_not_kept(tmp_path, value):
 
 
 def test_logits_of_another_shape_are_not_kept(tmp_path):
-    with pytest.raises(ValueError, match=r"\(20, 2\).*3 labels"):
+    with pytest.raises(ValueError, match=r"\(20, 2\) for 20 rows of 3"):
         cached_logits(tmp_path / "cache", IDENTITY, text_keys(TEXTS), lambda rows: np.zeros((len(rows), 2)))
     assert parts_in(tmp_path / "cache") == []
 

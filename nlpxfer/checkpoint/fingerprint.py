@@ -4,21 +4,46 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import nn
 
+from nlpxfer.checkpoint.head import head_parameters
+
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_NOT_OF_THE_BODY: Final = frozenset(
+    {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path", "transformers_version"}
+)
 
 
 def weights_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """sha256 (hex) over the state dict, less `without`: names in sorted order, types, shapes and bytes."""
-    digest = hashlib.sha256()
-    state = model.state_dict()
-    for name in sorted(state.keys() - set(without)):
+    return _sha256_of({name: value for name, value in model.state_dict().items() if name not in set(without)})
+
+
+def body_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 (hex) over all that the state which a classifier's head reads depends on, once its tokens are given.
+
+    These are the weights outside of the head and the config, which decides about pooling, activations and the like;
+    names of labels, where the checkpoint came from and dropout do not count.
+    """
+    head = head_parameters(model)
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in _NOT_OF_THE_BODY and "drop" not in key
+    }
+    facts = json.dumps(config, sort_keys=True, default=str).encode()
+    return _sha256_of({name: value for name, value in model.state_dict().items() if name not in head}, facts)
+
+
+def _sha256_of(state: Mapping[str, Any], facts: bytes = b"") -> str:
+    digest = hashlib.sha256(facts)
+    for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))

@@ -186,9 +186,29 @@ def features(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch
     Returns:
         features_BH.
     """
-    final = head_of(model).final
+    return _input_of(head_of(model).final, model, batch)
+
+
+def pooled_states(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What the head reads: the input of the first transform, or `features` where there is none.
+
+    It depends on the body alone. `head_logits(model, pooled_BH)` is the logits, dropout left out.
+
+    Args:
+        model: A sequence classifier.
+        batch: Its inputs (B, L); labels are not needed and are left out.
+
+    Returns:
+        pooled_BH.
+    """
+    parts = head_of(model)
+    return _input_of(next(iter(parts.transforms.values()), parts.final), model, batch)
+
+
+def _input_of(layer: nn.Linear, model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a layer of the head reads for each row."""
     captured: list[torch.Tensor] = []
-    handle = final.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    handle = layer.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
         model(**{key: value for key, value in batch.items() if key != "labels"})
     finally:
@@ -211,6 +231,48 @@ def deciding_token(input_ids_BL: torch.Tensor, pad: int) -> torch.Tensor:
     return last_B
 
 
+def head_features(model: PreTrainedModel, pooled_BH: torch.Tensor) -> torch.Tensor:
+    """What the final layer makes of pooled states: norm(act(dense(pooled))) without dropout, with gradients.
+
+    Args:
+        model: A sequence classifier; its body takes no part.
+        pooled_BH: See `pooled_states`.
+
+    Raises:
+        CheckpointError: The head has several transforms, or an activation that transformers does not know.
+    """
+    from transformers.activations import ACT2FN
+
+    parts = head_of(model)
+    if not parts.transforms:
+        return pooled_BH
+    if len(parts.transforms) > 1 or parts.activation not in ACT2FN:
+        raise CheckpointError(
+            f"The head of {type(model).__name__} is not known: {list(parts.transforms)}, then {parts.activation!r}."
+        )
+    dense = next(iter(parts.transforms.values()))
+    hidden_BH: torch.Tensor = ACT2FN[parts.activation](dense(pooled_BH))
+    return hidden_BH if parts.norm is None else parts.norm(hidden_BH)
+
+
+def head_logits(model: PreTrainedModel, pooled_BH: torch.Tensor) -> torch.Tensor:
+    """Logits (B, C) of pooled states, without dropout, with gradients; see `head_features`."""
+    logits_BC: torch.Tensor = head_of(model).final(head_features(model, pooled_BH))
+    return logits_BC
+
+
+def head_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters of transforms, norm and final layer, by their names in the model."""
+    parts = head_of(model)
+    layers = {id(layer) for layer in (*parts.transforms.values(), parts.norm, parts.final) if layer is not None}
+    return {
+        f"{name}.{key}": parameter
+        for name, module in model.named_modules()
+        if id(module) in layers
+        for key, parameter in module.named_parameters()
+    }
+
+
 @dataclass(frozen=True, eq=False)
 class PooledMoments:
     """Mean and standard deviation of each entry of the pooled state over some rows; both of shape H."""
@@ -227,21 +289,8 @@ def pooled_moments(model: PreTrainedModel, batches: Iterable[Mapping[str, torch.
     Raises:
         ConfigError: `batches` holds fewer than two rows.
     """
-    parts = head_of(model)
-    captured: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
     with _evaluating(model), torch.no_grad():
-        for batch in batches:
-            if parts.transforms:
-                first = next(iter(parts.transforms.values()))
-                handle = first.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-                try:
-                    model(**{key: value for key, value in batch.items() if key != "labels"})
-                finally:
-                    handle.remove()
-                states.append(captured.pop().double())
-            else:
-                states.append(features(model, batch).double())
+        states = [pooled_states(model, batch).double() for batch in batches]
     if sum(map(len, states)) < 2:
         raise ConfigError("The moments of pooled states need two rows or more.")
     states_NH = torch.cat(states)

@@ -75,7 +75,7 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
         pooled = copy.deepcopy(model)
         pooled.config.classifier_pooling = "mean"
         return pooled
-    if family not in _POST_NORM or getattr(model.config, "is_decoder", False):
+    if not can_read_mean(model):
         raise CheckpointError(
             f"{type(model).__name__} cannot be read as a mean over its tokens.",
             why="Its class reads one token, and its layers cannot compute a mean exactly.",
@@ -92,6 +92,12 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     check_reload(pooled, reason="adding a layer that computes the mean")
     logger.info("Mean pooling: added layer %d, which computes the mean of the token states.", count)
     return pooled
+
+
+def can_read_mean(model: PreTrainedModel) -> bool:
+    """Whether `use_mean_pooling` works for a family."""
+    family = model.config.model_type
+    return family == "modernbert" or (family in _POST_NORM and not getattr(model.config, "is_decoder", False))
 
 
 def has_mean_layer(model: PreTrainedModel) -> bool:

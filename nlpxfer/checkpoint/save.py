@@ -217,12 +217,12 @@ def _is_own(entry: Path) -> bool:
     return entry.name in OWN_FILES or (entry.name.startswith("model-") and entry.suffix == ".safetensors")
 
 
-def check_free_space(folder: str | Path, needed_bytes: int) -> None:
+def check_free_space(folder: str | Path, needed_bytes: int, *, fix: str = "") -> None:
     """Raise NoSpaceError if the disk of `folder` (or of its nearest existing parent) has less than `needed_bytes`."""
     existing = next(path for path in (Path(folder).absolute(), *Path(folder).absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise NoSpaceError(
             f"The disk of {folder} has {free / 1e9:.2f} GB free; this run writes about {needed_bytes / 1e9:.2f} GB.",
-            fix="free some space, choose another --output_dir, or lower save_total_limit",
+            fix=fix or "free some space, choose another --output_dir, or lower save_total_limit",
         )

@@ -6,8 +6,10 @@ import dataclasses
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -59,11 +61,6 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
     "liger_kernel_config": ("use_liger_kernel", True),
     "hub_private_repo": ("push_to_hub", True),
-    "head_share": ("long_texts", "head_tail"),
-    "window_overlap": ("long_texts", "sliding_window"),
-    "max_windows": ("long_texts", "sliding_window"),
-    "augmentation_copies": ("augmentation", None),
-    "augmentation_share": ("augmentation", None),
     "run_name": ("report_to", None),
     "project": ("report_to", None),
     "trackio_space_id": ("report_to", None),
@@ -71,6 +68,15 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "trackio_static_space_id": ("report_to", None),
 }
 """Option -> the switch that it needs, and the value of that (None: any). Without it the option would do nothing."""
+
+DATA_SWITCHES: dict[str, tuple[str, object]] = {
+    "head_share": ("long_texts", "head_tail"),
+    "window_overlap": ("long_texts", "sliding_window"),
+    "max_windows": ("long_texts", "sliding_window"),
+    "augmentation_copies": ("augmentation", None),
+    "augmentation_share": ("augmentation", None),
+}
+"""The same for the options of the data."""
 
 ANY_VALUE = {"report_to": "a tracker", "augmentation": "swap"}
 """Switch of which any value will do -> what to type, for the message."""
@@ -93,7 +99,13 @@ def require(faults: list[str], condition: bool, fault: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """Where the rows come from."""
+    """Where the rows come from.
+
+    Attributes:
+        needed_switches: See `DATA_SWITCHES`.
+    """
+
+    needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = MappingProxyType(DATA_SWITCHES)
 
     dataset_name: str | None = option(None, "Bundled data set (debian-sections), local folder, or Hub id.")
     dataset_config_name: str | None = option(None, "Configuration of a Hub data set.")
@@ -166,7 +178,19 @@ class DataOptions:
 
 @dataclass(kw_only=True)
 class RunOptions(TrainingArguments):
-    """How to train: every field of transformers' `TrainingArguments`, with nlpxfer's defaults and additions."""
+    """How to train: every field of transformers' `TrainingArguments`, with nlpxfer's defaults and additions.
+
+    A recipe that has no use for some of them derives its own class.
+
+    Attributes:
+        without_effect: Option -> why it does nothing in this recipe. It is refused where it is given.
+        needed_switches: See `NEEDED_SWITCHES`.
+        poolings: What `pooling` may be.
+    """
+
+    without_effect: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = MappingProxyType(NEEDED_SWITCHES)
+    poolings: ClassVar[tuple[str, ...]] = ("own", "mean")
 
     output_dir: str | None = option(None, "Folder for the model and the report. Default: runs/<recipe>.")
     overwrite: bool = option(False, "Replace what an earlier run left in output_dir.")
@@ -222,7 +246,8 @@ class RunOptions(TrainingArguments):
     max_grad_norm: float = option(1.0, "Gradient norm above which gradients are scaled down; 0: never.")
 
     def __post_init__(self) -> None:
-        self._check()
+        if faults := self._faults():
+            raise ConfigError.from_faults(faults)
         self.chosen_output_dir = self.output_dir  # transformers puts a name of its own where there is none
         self.wanted_bf16 = self.bf16
         self.wanted_metric = self.metric_for_best_model
@@ -243,15 +268,19 @@ class RunOptions(TrainingArguments):
         self.metric_for_best_model = name.removeprefix("eval_")
         self.greater_is_better = self.metric_for_best_model not in LOWER_IS_BETTER
 
-    def _check(self) -> None:
+    def _faults(self) -> list[str]:
+        """What is wrong with the values, one sentence each."""
         faults: list[str] = []
         for f in dataclasses.fields(self):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.name in REFUSED_OPTIONS and f.name != "do_eval":  # which transformers itself sets
                 fault = f"{f.name}: not supported: {REFUSED_OPTIONS[f.name]}"
                 require(faults, getattr(self, f.name) == default, fault)
+            elif f.name in self.without_effect:
+                fault = f"{f.name}: has no effect here: {self.without_effect[f.name]}"
+                require(faults, getattr(self, f.name) == default, fault)
         for name, choices in (
-            ("pooling", ("own", "mean")),
+            ("pooling", self.poolings),
             ("train_sampling_strategy", ("group_by_length", "random")),
         ):
             value = getattr(self, name)
@@ -280,9 +309,9 @@ class RunOptions(TrainingArguments):
             value = getattr(self, name)
             require(faults, 0 <= value < math.inf, f"{name}: {value} is not a finite number of at least 0")
             require(faults, not (value and self.fp16), f"{name}: does not work with fp16; use bf16")
-        rate = self.learning_rate
+        rate, decay = self.learning_rate, self.weight_decay
         require(faults, rate is None or rate > 0, f"learning_rate: {rate} is not positive")
-        require(faults, self.weight_decay >= 0, f"weight_decay: {self.weight_decay} is negative")
+        require(faults, decay is None or decay >= 0, f"weight_decay: {decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(faults, getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")
         require(
@@ -312,8 +341,12 @@ class RunOptions(TrainingArguments):
             require(
                 faults, bool(self.hub_model_id), "push_to_hub: needs hub_model_id, such as --hub_model_id team/name"
             )
-        if faults:
-            raise ConfigError.from_faults(faults)
+        return faults
+
+    @property
+    def idle(self) -> frozenset[str]:
+        """Options that do nothing as things stand; they are left out of run.json."""
+        return frozenset(self.without_effect)
 
     @property
     def resume(self) -> bool:
@@ -337,8 +370,9 @@ def resolved(*options: object) -> dict[str, Any]:
     for part in options:
         if not dataclasses.is_dataclass(part) or isinstance(part, type):
             raise TypeError(f"expected a dataclass instance, got {type(part).__name__}")
+        idle = part.idle if isinstance(part, RunOptions) else frozenset()
         for f in dataclasses.fields(part):
-            if f.init and f.name != "hub_token":
+            if f.init and f.name != "hub_token" and f.name not in idle:
                 flat[f.name] = _plain(getattr(part, f.name))
     return flat
 

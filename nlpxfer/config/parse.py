@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from nlpxfer.config.options import ANY_VALUE, NEEDED_SWITCHES, REFUSED_OPTIONS
+from nlpxfer.config.options import ANY_VALUE, REFUSED_OPTIONS
 from nlpxfer.config.yaml_file import Given, read_yaml
 from nlpxfer.errors import ConfigError, nearest
 
@@ -44,8 +44,9 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
     """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(list[Any](types), allow_abbrev=False, add_help=False)
+    refused = _refusals(types)
     if any(word in ("-h", "--help") for word in words):
-        sys.stdout.write(_help(parser))
+        sys.stdout.write(_help(parser, refused))
         raise SystemExit(0)
     faults: list[str] = []
     given: dict[str, Given] = {}
@@ -57,16 +58,25 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
     parsed: dict[str, Any] = {}
     for key, value in given.items():
         try:
-            parsed[key] = _value_of(parser, key, value, known, hints.get(key))
+            parsed[key] = _value_of(parser, key, value, known, refused, hints.get(key))
         except argparse.ArgumentError as error:
             faults.append(f"{key}: {error.message}{value.where}")
     return _build(types, parsed, given, faults)
 
 
-def _help(parser: _Parser) -> str:
+def _refusals(types: Sequence[type]) -> dict[str, str]:
+    """Option -> what is said where it is given."""
+    refused = {key: f"not supported: {why}" for key, why in REFUSED_OPTIONS.items()}
+    for cls in types:
+        idle = getattr(cls, "without_effect", {})
+        refused |= {key: f"has no effect here: {why}" for key, why in idle.items() if key not in refused}
+    return refused
+
+
+def _help(parser: _Parser, refused: Mapping[str, str]) -> str:
     """The parser's help, without the options that `parse` refuses."""
     for action in parser._actions:  # argparse has no public way to them
-        if action.dest in REFUSED_OPTIONS or f"--{action.dest}" not in action.option_strings:
+        if action.dest in refused or f"--{action.dest}" not in action.option_strings:
             action.help = argparse.SUPPRESS
     parser.prog = f"{Path(sys.argv[0]).name} [config.yaml]"
     return parser.format_help()
@@ -90,17 +100,24 @@ def _read_words(words: Sequence[str], faults: list[str]) -> dict[str, Given]:
     return {key: Given(values) for key, values in given.items()}
 
 
-def _value_of(parser: _Parser, key: str, value: Given, known: set[str], hint: Any) -> Any:  # noqa: ANN401
+def _value_of(
+    parser: _Parser,
+    key: str,
+    value: Given,
+    known: set[str],
+    refused: Mapping[str, str],
+    hint: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
     """The typed value of an option.
 
     Raises:
         argparse.ArgumentError: It is unknown, not supported, or of a wrong type.
     """
     if key not in known:
-        close = nearest(key, known - REFUSED_OPTIONS.keys())
+        close = nearest(key, known - refused.keys())
         raise argparse.ArgumentError(None, "unknown option" + (f"; did you mean {close}?" if close else ""))
-    if key in REFUSED_OPTIONS:
-        raise argparse.ArgumentError(None, f"not supported: {REFUSED_OPTIONS[key]}")
+    if key in refused:
+        raise argparse.ArgumentError(None, refused[key])
     words, kinds = value.words, get_args(hint) or (hint,)
     if words is None:
         if type(None) not in kinds:
@@ -149,14 +166,16 @@ def _build(
 
 
 def _without_effect(options: object, parsed: Mapping[str, Any], given: Mapping[str, Given]) -> list[str]:
-    """Options that wait for a switch, save those of a file whose switch the command line turned off."""
+    """Options that wait for a switch, save lines of a file that repeat a default or whose switch was turned off."""
     faults = []
-    for key, (switch, wanted) in NEEDED_SWITCHES.items():
-        if parsed.get(key) is None or not hasattr(options, key):
+    defaults = {f.name: f.default for f in dataclasses.fields(options)}  # type: ignore[arg-type]  # a dataclass
+    for key, (switch, wanted) in getattr(options, "needed_switches", {}).items():
+        if parsed.get(key) is None:
             continue
         value = getattr(options, switch)
-        turned_off = given[key].where and switch in given and not given[switch].where
-        if not turned_off and (value != wanted if wanted is not None else not value):
+        turned_off = switch in given and not given[switch].where
+        harmless = given[key].where and (turned_off or parsed[key] == defaults[key])
+        if not harmless and (value != wanted if wanted is not None else not value):
             shown = ANY_VALUE[switch] if wanted is None else str(wanted).lower()
             faults.append(f"{key}: has no effect without --{switch} {shown}{given[key].where}")
     return faults

@@ -51,6 +51,13 @@ REGISTRY = (
         source="Kumar et al. 2022, arXiv:2202.10054",
     ),
     MethodRow(
+        key="features",
+        target="nlpxfer.methods.features:FeatureBased",
+        family="Transfer of a pretrained model",
+        summary="a classifier on frozen features, which are computed once",
+        source="Peters et al. 2019, arXiv:1903.05987",
+    ),
+    MethodRow(
         key="adapters",
         target="nlpxfer.methods.adapters:Adapters",
         family="Transfer of a pretrained model",

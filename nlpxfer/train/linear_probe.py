@@ -65,6 +65,12 @@ class Probe:
     penalty: float
     seconds: float
 
+    def __str__(self) -> str:
+        """The validation score and the penalty."""
+        right = self.validation_accuracy
+        score = f"loss {self.validation_loss:.4f}" if right is None else f"accuracy {right:.4f}"
+        return f"validation {score} with C = {self.penalty:g}"
+
 
 def start_from_linear_probe_(
     model: PreTrainedModel,
@@ -103,20 +109,41 @@ def start_from_linear_probe_(
         predict(model, rows, collator, bf16=bf16, output=_features, description="features", quiet=quiet)
         for rows in (labelled, validation_rows)
     ]
-    fitted = fit_probe(
+    fitted = fit_final_(
+        model,
         both[0],
         labelled.columns["labels"],
         both[1],
         validation_rows.columns["labels"],
+        problem_type=problem_type,
+    )
+    probe = Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
+    logger.info("linear probe: %s, %.1f s", probe, probe.seconds)
+    return probe
+
+
+def fit_final_(
+    model: PreTrainedModel,
+    train_NH: Array,
+    train_labels: Array,
+    validation_MH: Array,
+    validation_labels: Array,
+    *,
+    problem_type: ProblemType = SINGLE_LABEL,
+) -> FittedProbe:
+    """Set the final layer of `model` in place to the solution of `fit_probe` on what it reads."""
+    head = head_of(model)
+    fitted = fit_probe(
+        train_NH,
+        train_labels,
+        validation_MH,
+        validation_labels,
         classes=head.final.out_features,
         intercept=head.has_bias,
         problem_type=problem_type,
     )
     set_final_(model, torch.from_numpy(fitted.weight_CH), torch.from_numpy(fitted.bias_C) if head.has_bias else None)
-    probe = Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
-    score = f"loss {fitted.loss:.4f}" if fitted.accuracy is None else f"accuracy {fitted.accuracy:.4f}"
-    logger.info("linear probe: validation %s with C = %g, %.1f s", score, fitted.penalty, probe.seconds)
-    return probe
+    return fitted
 
 
 def _features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -4,11 +4,7 @@ A row is found by the sha256 of its text, so shuffling, subsets and further rows
 belongs to one teacher: weights, tokenizer, label order, cut length, how longer texts are read, and precision. With
 anything else it is refused.
 
-    <folder>/manifest.json           what the logits were made from
-    <folder>/part-*.safetensors      keys (N, 32) uint8 and logits (N, C) float32; named by the sha256 of both
-
-Parts are written whole (temporary name, then rename), so an interrupted run leaves finished parts and the next one
-computes only what is missing. A part whose content does not give its name is damaged, and refused.
+How the folder is laid out stands in `row_cache`. A damaged part is refused.
 
 Shapes: N rows, C classes.
 """
@@ -18,23 +14,18 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.tokenise import Collator, tokenise
-from nlpxfer.errors import NotFiniteError, StaleCacheError
-from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.predict import predict
+from nlpxfer.train.row_cache import RowCache, cache_root
 
 if TYPE_CHECKING:
     from nlpxfer.checkpoint.load import Checkpoint
@@ -82,8 +73,7 @@ class TeacherIdentity:
 
 def default_cache_folder(identity: TeacherIdentity) -> Path:
     """`$NLPXFER_CACHE` (default `~/.cache/nlpxfer`)/teacher/<key>."""
-    root = os.environ.get("NLPXFER_CACHE") or str(Path.home() / ".cache" / "nlpxfer")
-    return Path(root) / "teacher" / identity.key
+    return cache_root("teacher") / identity.key
 
 
 def text_keys(texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[bytes]:
@@ -165,9 +155,7 @@ def cached_logits(
     keys: Sequence[bytes],
     compute: Callable[[Array], Array],
 ) -> tuple[Array, int]:
-    """Logits of N rows, from the cache where they are there, else computed and added to it.
-
-    All processes call this together; `compute` must return the same array in all of them. The first one writes.
+    """Logits of N rows, from the cache where they are there, else computed and added to it; see `RowCache.rows`.
 
     Args:
         folder: Folder of the cache; made if it does not exist.
@@ -181,99 +169,17 @@ def cached_logits(
     Raises:
         StaleCacheError: The folder was made from something else, or is damaged; says what differs.
         NotFiniteError: The teacher gives NaN or infinite logits.
+        NoSpaceError: The disk has no room for the missing rows.
         ValueError: `compute` gives logits of another shape.
     """
-    known = _read(folder, identity)
-    first_row = {key: index for index, key in reversed(list(enumerate(keys))) if key not in known}
-    missing = np.array(sorted(first_row.values()), dtype=np.int64)
-    wait_for_everyone()
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "manifest.json").is_file():
-            write_json_whole(folder / "manifest.json", identity.as_manifest())
-    for start in range(0, len(missing), PART_ROWS):
-        rows = missing[start : start + PART_ROWS]
-        logits = compute(rows)
-        _require_sound(logits, len(rows), len(identity.labels))
-        part_keys = [keys[int(row)] for row in rows]
-        if is_main_process():
-            _write_part(folder, part_keys, logits)
-        known.update(zip(part_keys, logits, strict=True))
-    wait_for_everyone()
-    found = np.empty((len(keys), len(identity.labels)), dtype=np.float32)
-    for index, key in enumerate(keys):
-        found[index] = known[key]
-    return found, len(missing)
-
-
-def _require_sound(logits: Array, rows: int, classes: int) -> None:
-    if logits.shape != (rows, classes):
-        raise ValueError(f"the teacher gives logits of shape {logits.shape} for {rows} rows and {classes} labels")
-    if not np.isfinite(logits).all():
-        raise NotFiniteError(
-            "The teacher gives logits that are NaN or infinite.",
-            why="its weights are damaged, or it was trained until it diverged",
-        )
-
-
-def _read(folder: Path, identity: TeacherIdentity) -> dict[bytes, Array]:
-    if not folder.exists():
-        return {}
-    if not folder.is_dir():
-        raise StaleCacheError(f"{folder.name} is no folder.", fix="give another --teacher_cache folder")
-    _require_same_teacher(folder, identity.as_manifest())
-    known: dict[bytes, Array] = {}
-    for path in sorted(folder.glob("part-*.safetensors")):
-        try:
-            part = load_file(path)
-            keys, logits = part["keys"], part["logits"]
-        except (SafetensorError, KeyError, OSError) as error:
-            raise StaleCacheError(
-                f"The teacher cache is damaged: {path.name} cannot be read ({error}).", fix=f"delete {path.name}"
-            ) from error
-        if path.name != _part_name(keys, logits) or logits.shape != (len(keys), len(identity.labels)):
-            raise StaleCacheError(
-                f"The teacher cache is damaged: {path.name} was changed after it was written.",
-                fix=f"delete {path.name}",
-            )
-        known.update(zip((key.tobytes() for key in keys), logits, strict=True))
-    return known
-
-
-def _require_same_teacher(folder: Path, expected: Mapping[str, Any]) -> None:
-    path = folder / "manifest.json"
-    if not path.is_file():
-        if any(not entry.name.startswith(".") for entry in folder.iterdir()):  # dots: what an interruption left
-            raise StaleCacheError(f"{folder.name} holds files, but is no teacher cache.", fix="give another folder")
-        return
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("no object")
-    except ValueError as error:
-        raise StaleCacheError(
-            "The teacher cache is damaged: its manifest.json cannot be read.", fix="delete the folder"
-        ) from error
-    differing = [
-        f"{key}: cached {found.get(key)!r}, now {value!r}"
-        for key, value in expected.items()
-        if found.get(key) != value
-    ]
-    if differing:
-        raise StaleCacheError(
-            "The teacher cache was made from something else:\n  - " + "\n  - ".join(differing),
-            fix="give another --teacher_cache folder, or delete this one",
-        )
-
-
-def _write_part(folder: Path, keys: Sequence[bytes], logits: Array) -> None:
-    stacked = np.stack([np.frombuffer(key, dtype=np.uint8) for key in keys])
-    exact = np.ascontiguousarray(logits, dtype=np.float32)
-    name = _part_name(stacked, exact)
-    temporary = folder / f".{name}.{os.getpid()}.tmp"
-    save_file({"keys": stacked, "logits": exact}, temporary)
-    temporary.replace(folder / name)
-
-
-def _part_name(keys: Array, logits: Array) -> str:
-    return f"part-{hashlib.sha256(keys.tobytes() + logits.tobytes()).hexdigest()[:32]}.safetensors"
+    cache = RowCache(
+        folder=folder,
+        manifest=identity.as_manifest(),
+        width=len(identity.labels),
+        values="logits",
+        owner="teacher",
+        option="--teacher_cache",
+        part_rows=PART_ROWS,
+    )
+    logits, computed = cache.rows(keys, compute)
+    return logits, len(computed)

@@ -1,0 +1,155 @@
+"""Frozen features: the state that a classifier's head reads, computed once per text and kept on disk.
+
+A row is found by the sha256 of its token ids, not of its text: whatever changes them (tokenizer, cut length) gives
+other keys, and rows that a longer cut leaves alone are found again. A folder belongs to one body (weights and config
+outside of the head) and one precision, and lies under a name made from both: one `--feature_cache` serves all models.
+So seeds, labels, classifiers and penalties share the rows, and only new texts go through the model.
+
+A damaged part is removed and its rows are computed anew, chosen over refusing it as the teacher's cache does: the
+body is at hand, and the folder is named by what is in it.
+
+Shapes: N rows, H hidden.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from nlpxfer.checkpoint.fingerprint import body_fingerprint
+from nlpxfer.checkpoint.head import head_of, pooled_states
+from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.train.launch import world
+from nlpxfer.train.predict import predict
+from nlpxfer.train.row_cache import RowCache, cache_root
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+FORMAT_VERSION = 1
+PART_ROWS = 1024
+"""Rows per part and process: what an interruption can lose."""
+
+
+@dataclass(frozen=True, eq=False)
+class Features:
+    """Pooled states of N rows and what they cost.
+
+    Attributes:
+        states_NH: float32, in the order of the rows.
+        computed: Rows that went through the model: one for each distinct text that was not in the cache.
+        tokens: Tokens of these, without padding.
+        seconds: Wall-clock time, reading the cache included.
+        key: Name of the cache's folder.
+    """
+
+    states_NH: Array
+    computed: int
+    tokens: int
+    seconds: float
+    key: str
+
+    def facts(self) -> dict[str, Any]:
+        """For the report: rows, how many of them were computed, bytes, seconds, key."""
+        rows, size = len(self.states_NH), int(self.states_NH.nbytes)
+        return {"rows": rows, "computed": self.computed, "bytes": size, "seconds": self.seconds, "key": self.key}
+
+
+def row_keys(rows: TokenisedRows) -> list[bytes]:
+    """sha256 of the token ids (and segment ids) of each row, 32 bytes; labels and other columns do not count."""
+    keys = []
+    for begin, end in zip(rows.starts[:-1], rows.starts[1:], strict=True):
+        digest = hashlib.sha256(rows.tokens[begin:end].astype("<i4").tobytes())
+        if rows.token_types is not None:
+            digest.update(b"types" + rows.token_types[begin:end].tobytes())
+        keys.append(digest.digest())
+    return keys
+
+
+def pooled_features(
+    model: PreTrainedModel,
+    rows: TokenisedRows,
+    collator: Collator,
+    *,
+    batch_size: int = 64,
+    bf16: bool = False,
+    folder: str | Path | None = None,
+    description: str = "features",
+    quiet: bool = True,
+) -> Features:
+    """What the head of `model` reads for each row, from the cache as far as it is there.
+
+    With several processes each computes its share, all get the whole, and the first one writes.
+
+    Args:
+        model: A sequence classifier on its device; its head takes no part.
+        rows: N tokenised rows.
+        collator: Pads a batch.
+        batch_size: Rows of the longest length per batch.
+        bf16: Compute in bfloat16; the features are kept in float32.
+        folder: Folder of caches; default `$NLPXFER_CACHE/features`, else `~/.cache/nlpxfer/features`.
+        description: Shown beside the progress bar and in the log.
+        quiet: No progress bar.
+
+    Raises:
+        StaleCacheError: The folder of this body's cache holds something else.
+        NotFiniteError: The model gives NaN or infinite states.
+        NoSpaceError: The disk has no room for the missing rows.
+    """
+    start = time.perf_counter()
+    head = head_of(model)
+    manifest = {
+        "version": FORMAT_VERSION,
+        "body": body_fingerprint(model),
+        "precision": "bfloat16" if bf16 else "float32",
+        "width": next(iter(head.transforms.values()), head.final).in_features,
+    }
+    identity = json.dumps(manifest, sort_keys=True).encode()
+    key = hashlib.sha256(identity).hexdigest()[:20]
+    cache = RowCache(
+        folder=(Path(folder) if folder else cache_root("features")) / key,
+        manifest=manifest,
+        width=int(str(manifest["width"])),
+        values="features",
+        owner="feature",
+        option="--feature_cache",
+        part_rows=PART_ROWS * world()[1],
+        salt=identity,
+        mends=True,
+    )
+
+    def compute(indices: Array) -> Array:
+        chosen = rows.select(indices)
+        return predict(model, chosen, collator, batch_size=batch_size, bf16=bf16, output=_pooled, quiet=True)
+
+    states_NH, computed = cache.rows(
+        row_keys(rows), compute, lengths=rows.lengths, description=description, quiet=quiet
+    )
+    seconds = time.perf_counter() - start
+    logger.info(
+        "%s: %d rows of %d numbers (%.1f MB), %d computed in %s, %.1f s",
+        description,
+        *states_NH.shape,
+        states_NH.nbytes / 1e6,
+        len(computed),
+        manifest["precision"],
+        seconds,
+    )
+    return Features(states_NH, len(computed), int(rows.lengths[computed].sum()), round(seconds, 2), key)
+
+
+def _pooled(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return pooled_states(cast("PreTrainedModel", model), inputs)
