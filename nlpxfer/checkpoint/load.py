@@ -166,6 +166,10 @@ def stored_schema(name: str, *, revision: str | None = None) -> LabelSchema:
         CheckpointError: It is no classifier; or see `load_classifier`.
     """
     _, config = _open(name, revision)
+    return _schema(name, config)
+
+
+def _schema(name: str, config: PreTrainedConfig) -> LabelSchema:
     if not _is_classifier(config):
         raise CheckpointError(f"{name} is not a classifier (architectures: {config.architectures}).")
     return LabelSchema(tuple(_label_names(config)), _problem_type(config))
@@ -175,6 +179,38 @@ def _problem_type(config: PreTrainedConfig) -> ProblemType:
     """The kind of task; transformers takes a single output without one for a regression."""
     found: ProblemType | None = config.problem_type
     return found or (REGRESSION if len(config.id2label or {}) == 1 else SINGLE_LABEL)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Description:
+    """What a classifier's folder says beside its weights.
+
+    Attributes:
+        config: Its config.json.
+        schema: Its labels, in the order of the logits, and its kind of task.
+        tokenizer: Its tokenizer.
+        folder: Where these were read from.
+    """
+
+    config: PreTrainedConfig
+    schema: LabelSchema
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+
+def load_description(name: str) -> Description:
+    """Read a classifier's folder that holds its weights as something else than safetensors, after the same checks.
+
+    Raises:
+        CheckpointError: It is no classifier; or see `load_classifier`.
+    """
+    resolved, config = _open(name, None, weights=False)
+    return Description(
+        config=config,
+        schema=_schema(name, config),
+        tokenizer=load_tokenizer(resolved.folder, name=name),
+        folder=resolved.folder,
+    )
 
 
 def load_teacher(
@@ -223,12 +259,12 @@ def _shown(names: Sequence[str], limit: int = 40) -> str:
     return (", ".join(names[:limit]) or "none") + more
 
 
-def _open(name: str, revision: str | None) -> tuple[ResolvedCheckpoint, PreTrainedConfig]:
+def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[ResolvedCheckpoint, PreTrainedConfig]:
     """Resolve, check and read the config; refuses a family that has no classifier class."""
     from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, AutoConfig
 
     resolved = resolve_checkpoint(name, revision=revision)
-    check_folder(resolved.folder)
+    check_folder(resolved.folder, weights=weights)
     try:
         config = AutoConfig.from_pretrained(resolved.folder, trust_remote_code=False)
     except (ValueError, KeyError, OSError, TypeError) as error:

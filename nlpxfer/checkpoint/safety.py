@@ -25,8 +25,12 @@ _LEADING_AWAY: Final = ("megatron_config", "layer_replication", "tokenizer_name_
 _TOKENIZER_FILES: Final = ("vocab_file", "merges_file", "tokenizer_file", "spm_file")
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, *, weights: bool = True) -> None:
     """Refuse a checkpoint folder that is incomplete, damaged or unsafe.
+
+    Args:
+        folder: The folder.
+        weights: Whether it must hold safetensors; a folder of `nlpxfer export` does not.
 
     Raises:
         CheckpointNotFoundError: The folder does not exist.
@@ -55,7 +59,7 @@ def check_folder(folder: Path) -> None:
     config = _read_json(folder / "config.json")
     _check_remote_code(folder, config)
     _check_tokenizer_paths(folder)
-    for file in _weight_files(folder, config):
+    for file in _weight_files(folder, config) if weights else ():
         check_safetensors(file)
 
 

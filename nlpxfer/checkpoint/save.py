@@ -22,7 +22,7 @@ from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from nlpxfer.data.schema import LabelSchema
 
@@ -87,14 +87,23 @@ def save_classifier(
     try:
         with quiet_transformers():
             model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-        schema.save(staging)
-        _drop_origin(staging / "config.json")
+        save_description(model.config, tokenizer, schema, staging)
         move_staged(staging, folder, last="config.json")
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     logger.info("Saved %s with %d labels.", type(model).__name__, len(schema.names))
     return folder
+
+
+def save_description(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, schema: LabelSchema, folder: str | Path
+) -> None:
+    """Write all of a classifier's folder but its weights: config.json, tokenizer files and labels.json."""
+    with quiet_transformers():
+        config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    schema.save(folder)
+    _drop_origin(Path(folder) / "config.json")
 
 
 def _check_savable(model: PreTrainedModel, schema: LabelSchema) -> None:

@@ -97,9 +97,14 @@ def predict(
     result = np.empty((len(windows), *parts[0][1].shape[1:]), dtype=np.float32)
     for indices, part in parts:
         result[indices] = part
+    return mean_of_windows(result, rows)
+
+
+def mean_of_windows(values_WD: Array, rows: TokenisedRows) -> Array:
+    """Means over the windows of each of N rows, shape (N, D)."""
     if rows.windows is None:
-        return result
-    means_ND: Array = mean_by_row(torch.from_numpy(result), torch.from_numpy(rows.windows_per_row)).numpy()
+        return values_WD
+    means_ND: Array = mean_by_row(torch.from_numpy(values_WD), torch.from_numpy(rows.windows_per_row)).numpy()
     return means_ND
 
 
