@@ -104,9 +104,10 @@ class Classifier:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
         backend = open_backend(model, base=base, int8=int8, bf16=bf16)
-        if max_length is not None and not 4 <= max_length <= backend.max_positions:
+        limit = backend.max_positions
+        if max_length is not None and not 4 <= max_length <= limit:
             raise ConfigError(
-                f"max_length: {max_length} is not between 4 and the {backend.max_positions} tokens that {model} can read."
+                f"max_length: {max_length} is not between 4 and the {limit} tokens that {model} can read."
             )
         return cls.of(backend, max_length=max_length, batch_size=batch_size)
 
