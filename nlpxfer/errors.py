@@ -112,6 +112,10 @@ class ExportError(NlpxferError, RuntimeError):
     """A model cannot be written in another format, or does not answer there as it does here."""
 
 
+class SearchError(NlpxferError, RuntimeError):
+    """No trial of a search for options could be completed."""
+
+
 class PushError(NlpxferError, RuntimeError):
     """A push to the Hub failed or could not be verified."""
 

@@ -31,12 +31,14 @@ from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.config.long_texts import LongTexts
+from nlpxfer.config.options import plain_value
+from nlpxfer.config.ranges import Plan, with_values
 from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
 from nlpxfer.data.windows import length_facts, tell_lengths
 from nlpxfer.errors import ConfigError
-from nlpxfer.evaluate.arms import Splits, TrainedArm, train_arm
+from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
@@ -45,6 +47,7 @@ from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
+from nlpxfer.evaluate.trials import TrialArm, make_trials
 from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
@@ -63,9 +66,12 @@ from nlpxfer.report.report import (
 )
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
+from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
+from nlpxfer.train.search import Search
+from nlpxfer.train.study import SearchPlan
 from nlpxfer.train.trainer import Sampling
 
 if TYPE_CHECKING:
@@ -80,7 +86,7 @@ NOT_PART_OF_THE_RUN = frozenset(
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
     "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
     "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache "
-    "error_report num_folds abstain_precision".split()
+    "error_report num_folds abstain_precision search_timeout".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
 
@@ -113,6 +119,8 @@ class Run:
         folds: Of the training rows, if the run trains on folds too.
         out_of_fold: What the fold models say; from `cross_validate`.
         lengths: Tokenizer -> split -> how much of the rows is read.
+        searching: Whether trials are being made: then there are no test rows.
+        found: The search, for the report; None if there was none.
     """
 
     recipe: str
@@ -127,6 +135,8 @@ class Run:
     folds: Folds | None = None
     out_of_fold: OutOfFold | None = None
     lengths: dict[PreTrainedTokenizerBase, dict[str, dict[str, float]]] = field(default_factory=dict)
+    searching: bool = False
+    found: dict[str, Any] | None = None
 
     @property
     def seeds(self) -> list[int]:
@@ -134,7 +144,9 @@ class Run:
         return [self.options.seed + i for i in range(self.options.num_seeds)]
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
-        """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it."""
+        """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it; no test row in trials."""
+        if self.searching and split == "test":
+            return self.tokenise(tokenizer, "validation").select([])
         texts, pairs = self.texts(split)
         rows = getattr(self.data, split)
         labels = self.labels(split) if "label" in rows.column_names else self.data.schema.unlabelled(len(rows))
@@ -190,9 +202,7 @@ class Run:
         options = copy.copy(self.options)
         for key, value in (changes | ({} if max_steps is None else {"max_steps": max_steps})).items():
             setattr(options, key, value)
-        shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
-        measured = {"bf16": options.bf16, "data_fingerprint": self.data.fingerprint}
-        identity = {**shared, **measured, **changes, **(facts or {})}
+        identity = {**self._facts(), **changes, **(facts or {})}
         arms = []
         for seed in self.seeds if seeds is None else seeds:
             logger.info("%s, seed %d", name, seed)
@@ -211,6 +221,65 @@ class Run:
             self._log_scores(arm)
             arms.append(arm)
         return arms
+
+    def _facts(self) -> dict[str, Any]:
+        """What a resumed run must share: options and data."""
+        shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
+        return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
+
+    def search(self, name: str, arm_of: Callable[[Plan], Mapping[str, Any]], plan: Plan) -> Plan:
+        """Search the options that are given as ranges, by trials of an arm; the best hold for the rest of the run.
+
+        Trials are trained with the first seed and scored on the validation rows. Without ranges nothing happens.
+
+        Args:
+            name: Name of the arm that the options are for.
+            arm_of: From the recipe's own options to the arguments of `train` for this arm: `build`, `method`, `split`,
+                `facts`, `sampling`. `self.options` are then those of the trial.
+            plan: The recipe's own options.
+
+        Returns:
+            The recipe's own options with the best values; `self.options` and `self.config` have theirs too.
+
+        Raises:
+            SearchError: All trials failed.
+            Interrupted: As in `train`; finished trials are kept.
+        """
+        options, ranges = self.options, self.options.ranges
+        if not ranges:
+            return plan
+        logger.info("%s: searching %s in %d trials", name, ", ".join(ranges), options.num_trials)
+        fixed = {key: value for key, value in self._facts().items() if key not in ranges}
+        drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}
+        parents = arm_of(plan).get("facts") or {}
+        search = Search(
+            SearchPlan.of(options, plan),
+            self.folder / "checkpoints" / "search",
+            identity=RunIdentity({**fixed, **drawn, **parents, "arm": name}, topology(options)),
+            resume=options.resume,
+            allow_topology_change=options.allow_topology_change,
+        )
+
+        def trial(values: Mapping[str, Any]) -> TrialArm:
+            self.options, tried = with_values(options, plan, values)
+            arm = {"split": self.split, "facts": {}, **arm_of(tried)}
+            shown = {key: plain_value(value) for key, value in values.items()}
+            arm["facts"] = {**self._facts(), **shown, **arm["facts"]}
+            arm["build"] = self._checked(arm["build"], options.seed)
+            return TrialArm(schema=self.data.schema, options=self.options, **arm)
+
+        self.searching = True
+        try:
+            make_trials(search, trial, quiet=bool(options.disable_tqdm))
+        finally:
+            self.searching, self.options = False, options
+        best = search.best_values()
+        self.options, plan = with_values(options, plan, best)
+        self.options.ranges = {}
+        self.config.update({key: plain_value(value) for key, value in best.items()})
+        self.found = search.result()
+        self.started -= search.seconds_before
+        return plan
 
     def cross_validate(
         self,
@@ -492,6 +561,7 @@ class Run:
             | {"leaking_rows": _leaking_rows(self.data), "long_texts": self._length_facts(treated[0].tokenizer)},
             checks=self._all_checks(treated),
             treated=treated[0].name,
+            search=self.found,
         )
         if is_main_process():
             self._write(treated[0], report, description, base_model, parents, tags)
@@ -519,6 +589,7 @@ class Run:
             tokens=tokens,
             tokens_per_second=tokens / seconds if seconds else 0.0,
             peak_memory_bytes=peak_memory_bytes(self.options.device),
+            search_seconds=self.found["seconds"] if self.found else 0.0,
         )
 
     def _all_checks(self, treated: Sequence[TrainedArm]) -> dict[str, Any]:
@@ -601,7 +672,8 @@ class Run:
             seeds=self.seeds,
             data_fingerprint=self.data.fingerprint,
             parents=parents,
-            facts={"processes": world()[1], "device": self.options.device.type},
+            facts={"processes": world()[1], "device": self.options.device.type}
+            | ({"ranges": self.found["ranges"]} if self.found else {}),
         )
         facts = CardFacts(
             model_name=self.options.hub_model_id or self.folder.name,
@@ -614,7 +686,7 @@ class Run:
             text_pairs=self.data_options.text_pair_column is not None,
             problem_type=self.problem_type,
             tags=tags,
-            limits=[self.long_texts.remark(self.data_options.max_length)],
+            limits=[self.long_texts.remark(self.data_options.max_length), *_search_limits(self.found)],
             options={key: value for key, value in self.config.items() if value is not None},
         )
         write_card(self.folder, report, facts if merges else replace(facts, is_adapter=True))
@@ -682,6 +754,16 @@ def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logi
 def is_private(options: RunOptions) -> bool:
     """Whether a new repository on the Hub is private: yes, unless the user says otherwise."""
     return True if options.hub_private_repo is None else bool(options.hub_private_repo)
+
+
+def _search_limits(found: Mapping[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    names, trials = ", ".join(found["ranges"]), len(found["trials"])
+    return [
+        f"{names}: chosen by the validation {found['metric']} of {trials} trials, which makes the validation scores "
+        "look better than they are. No trial saw the test rows."
+    ]
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:

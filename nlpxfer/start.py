@@ -27,6 +27,7 @@ from nlpxfer.run import Run, is_private
 from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
 from nlpxfer.train.precision import Precision, choose_precision
 from nlpxfer.train.reporters import check_reporters
+from nlpxfer.train.study import check_search_installed
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def start_run(
     options: RunOptions,
     *others: Any,  # noqa: ANN401
     folds: bool = False,
+    searches: bool = False,
 ) -> Iterator[Run]:
     """Check everything that can be checked before the work starts, then load the data.
 
@@ -50,13 +52,15 @@ def start_run(
         options: How to train.
         others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
         folds: Whether the recipe calls `Run.cross_validate`; without it `num_folds` is refused.
+        searches: Whether the recipe calls `Run.search`; options given as ranges are refused otherwise.
 
     Raises:
         LaunchError: Fewer processes run than were asked for.
         OutputExistsError: The output folder is in use.
         ResumeError: The run to resume is finished.
-        ConfigError: `report_to` names what is not installed; `num_folds` is not for this recipe or these rows; the
-            validation rows cannot show `abstain_precision`; or an option is not for this kind of task.
+        ConfigError: `report_to` or a search needs what is not installed; `num_folds` or a search is not for this
+            recipe, or folds not for these rows; the validation rows cannot show `abstain_precision`; or an option is
+            not for this kind of task.
         PushError: A later push could not work.
         DataError, LabelError: The data cannot be used.
     """
@@ -82,6 +86,7 @@ def start_run(
             f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
         )
     check_reporters(options.report_to or ())
+    _check_search(recipe, options, searches)
     wait_for_everyone()
     precision = _precision_for_all(options, device)
     options.bf16 = config["bf16"] = precision.bf16
@@ -127,6 +132,17 @@ def _choose_metric(options: RunOptions, problem_type: ProblemType) -> None:
             available=METRICS[problem_type],
         )
     options.set_best_metric(asked or BEST[problem_type])
+
+
+def _check_search(recipe: str, options: RunOptions, searches: bool) -> None:
+    if not options.num_trials:
+        return
+    if not searches:
+        raise ConfigError(
+            f"{', '.join(options.ranges)}: {recipe} does not search options.",
+            fix="a value instead of each range, and no num_trials",
+        )
+    check_search_installed()
 
 
 def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:

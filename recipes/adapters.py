@@ -10,8 +10,9 @@ control arm is TF-IDF with logistic regression; `--full_arm true` adds full fine
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from nlpxfer.checkpoint.adapter_kinds import KINDS, OPTIONS
 from nlpxfer.checkpoint.adapters import is_adapted
@@ -34,6 +35,12 @@ from nlpxfer.start import start_run
 @dataclass(frozen=True, kw_only=True)
 class AdapterOptions:
     """What to adapt, and how."""
+
+    NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
+        "load_in_8bit": "it does not change what is learnt",
+        "load_in_4bit": "it does not change what is learnt",
+        "full_arm": "it is no part of the adapter",
+    }
 
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub checkpoint.")
@@ -79,8 +86,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     prepare(plan, options)
     name = plan.model_name_or_path
 
-    with start_run("adapters", data_options, options, plan, folds=True) as run:
-        method = plan.method(options.label_smoothing_factor, run.problem_type)
+    with start_run("adapters", data_options, options, plan, folds=True, searches=True) as run:
 
         def build(seed: int, bits: Bits | None = None) -> Checkpoint:
             revision = plan.model_revision
@@ -89,10 +95,16 @@ def main(argv: Sequence[str] | None = None) -> Report:
         base = resolve_checkpoint(name, revision=plan.model_revision)
         start = build(options.seed)
         parent = run.parent_facts(start)
-        run.begin(tried(start, method, options), arms=2 if plan.full_arm else 1)
         facts = {"model": parent["weights"]}
-        trained = run.train("adapter", lambda seed: build(seed, plan.bits), method, facts=facts)
-        run.cross_validate(lambda seed: build(seed, plan.bits), method, facts=facts)
+
+        def arm(plan: AdapterOptions) -> dict[str, Any]:
+            method = plan.method(run.options.label_smoothing_factor, run.problem_type)
+            return {"build": lambda seed: build(seed, plan.bits), "method": method, "facts": facts}
+
+        run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
+        plan = run.search("adapter", arm, plan)
+        trained = run.train("adapter", **arm(plan))
+        run.cross_validate(**arm(plan))
         arms = [adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained"), run.majority_arm()]
         models = {"adapter": trained[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
@@ -101,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             arms.insert(1, control)
             verdict = run.gain(trained, [logits] * len(trained), versus=control.name)
         if plan.full_arm:
-            whole = FineTune(problem_type=run.problem_type, label_smoothing=method.label_smoothing)
+            whole = FineTune(problem_type=run.problem_type, label_smoothing=run.options.label_smoothing_factor)
             full = run.train("full", build, whole, facts=facts, learning_rate=DEFAULT_LEARNING_RATE)
             arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))
             models["full"] = full[0]

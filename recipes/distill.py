@@ -5,13 +5,15 @@
 
 Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a slice of the teacher's layers, or any
 checkpoint. The control arm is the same student with the same number of steps and no teacher: a slice starts from the
-pretrained checkpoint that the teacher came from, where that is known.
+pretrained checkpoint that the teacher came from, where that is known. Options given as ranges are searched for the
+student: a teacher made on the spot has the defaults of these, or what `teacher_*` says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
@@ -36,6 +38,11 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions:
     """Teacher, student and how the one learns from the other."""
+
+    NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
+        "teacher_num_train_epochs": "the search is for the student",
+        "teacher_learning_rate": "the search is for the student",
+    }
 
     model_name_or_path: str | None = option(
         None,
@@ -87,29 +94,29 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, plan, options = parse((DataOptions, DistillOptions, RunOptions), argv)
 
-    with start_run("distill", data_options, options, plan) as run:
-        kind = run.problem_type
-        if kind == REGRESSION and plan.temperature != DistillOptions.temperature:
+    with start_run("distill", data_options, options, plan, searches=True) as run:
+        if run.problem_type == REGRESSION and (
+            plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
+        ):
             raise ConfigError("temperature: means nothing for a regression.")
-        alone = FineTune(problem_type=kind, label_smoothing=options.label_smoothing_factor)
-        method = Distill(
-            problem_type=kind,
-            temperature=plan.temperature,
-            kd_weight=plan.kd_weight,
-            label_smoothing=options.label_smoothing_factor,
-        )
+        _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
         rows = TransferRows(run, plan, teacher)
-        facts = {"teacher": teacher.weights_sha256}
 
-        student = run.train("distilled", student_of(run, plan, teacher), method, split=rows.with_teacher, facts=facts)
+        def arm(plan: DistillOptions) -> dict[str, Any]:
+            build, (method, _) = student_of(run, plan, teacher), methods_for(run, plan)
+            facts = {"teacher": teacher.weights_sha256}
+            return {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
+
+        plan = run.search("distilled", arm, plan)
+        student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {teacher.name}")
         arms = [distilled, run.majority_arm()]
         models = {teacher_arm.name: teacher, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
-            untaught = student_of(run, plan, pretrained)
+            untaught, (_, alone) = student_of(run, plan, pretrained), methods_for(run, plan)
             control = run.train("control", untaught, alone, max_steps=student[0].steps)
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
@@ -127,6 +134,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
         )
+
+
+def methods_for(run: Run, plan: DistillOptions) -> tuple[Distill, FineTune]:
+    """What the student minimises, and what the teacher and the control student do."""
+    kind, smoothing = run.problem_type, run.options.label_smoothing_factor
+    taught = Distill(
+        problem_type=kind, temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing
+    )
+    return taught, FineTune(problem_type=kind, label_smoothing=smoothing)
 
 
 def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Checkpoint, Arm, Checkpoint]:

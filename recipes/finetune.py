@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
@@ -71,20 +71,25 @@ def main(argv: Sequence[str] | None = None) -> Report:
     data_options, model_options, options = parse((DataOptions, FineTuneOptions, RunOptions), argv)
     name = model_options.model_name_or_path
 
-    with start_run("finetune", data_options, options, model_options, folds=True) as run:
+    with start_run("finetune", data_options, options, model_options, folds=True, searches=True) as run:
 
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)
 
-        method = method_for(run, model_options)
         base = resolve_checkpoint(name, revision=model_options.model_revision)
         start = build(options.seed)
-        check_dropout(start, model_options, options)
-        run.begin(start, arms=1)
         parent = run.parent_facts(start)
-        facts = {"model": parent["weights"]}
-        trained = run.train("fine-tuned", build, method, facts=facts, sampling=model_options.sampling)
-        run.cross_validate(build, method, facts=facts, sampling=model_options.sampling)
+
+        def arm(plan: FineTuneOptions) -> dict[str, Any]:
+            check_dropout(start, plan, run.options)
+            method, facts = method_for(run, plan), {"model": parent["weights"]}
+            return {"build": build, "method": method, "facts": facts, "sampling": plan.sampling}
+
+        arm(model_options)  # refuses what this kind of task cannot have
+        run.begin(start, arms=1)
+        chosen = run.search("fine-tuned", arm, model_options)
+        trained = run.train("fine-tuned", **arm(chosen))
+        run.cross_validate(**arm(chosen))
         arms = [run.arm(trained, f"{name}, fine-tuned"), run.majority_arm()]
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:

@@ -239,12 +239,6 @@ def test_an_option_that_cannot_be_used(key, name, tmp_path, monkeypatch, out):
     assert not out.exists()
 
 
-def test_tensorboard_needs_a_folder_that_is_not_removed(monkeypatch, out):
-    monkeypatch.setattr("transformers.integrations.get_available_reporting_integrations", lambda: ["tensorboard"])
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
-    assert "TENSORBOARD_LOGGING_DIR" in refused("finetune", out, "--report_to", "tensorboard")
-
-
 DISTILLING = {
     "temperature 0": (["--temperature", "0"], "temperature: 0.0 is not above 0"),
     "kd_weight 2": (["--kd_weight", "2"], "kd_weight: 2.0 is not between 0 and 1"),

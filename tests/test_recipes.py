@@ -259,6 +259,22 @@ def test_early_stopping(tiny_data, bert, tmp_path):
     assert run.arm("fine-tuned")["details"]["steps"] == 3 * 8
 
 
+@pytest.mark.parametrize(("metric", "steps"), [("macro_f1", 3 * 8), ("accuracy", 5 * 8)])
+def test_early_stopping_follows_the_metric_that_was_named(metric, steps, tiny_data, bert, tmp_path, monkeypatch):
+    """Made-up scores: accuracy only rises, macro-F1 only falls, so that two more evaluations end the run."""
+    rising = iter(range(1, 6))
+
+    def scores(problem_type, logits, labels):
+        step = next(rising)
+        return {"accuracy": step / 10, "macro_f1": 1 - step / 10, "loss": 1.0}
+
+    monkeypatch.setattr("nlpxfer.evaluate.arms.task_metrics", scores)
+    words = [*tiny_words(tiny_data, bert, epochs=5), "--metric_for_best_model", metric, "--linear_probe", "false"]
+    words += ["--early_stopping_patience", "2", "--control_arm", "false"]
+    run = finished("finetune", tmp_path / "out", *words)
+    assert run.arm("fine-tuned")["details"]["steps"] == steps
+
+
 def test_the_best_weights_are_kept(tiny_data, bert, tmp_path):
     words = [*tiny_words(tiny_data, bert, epochs=4, rate="3e-3"), "--control_arm", "false"]
     run = finished("finetune", tmp_path / "out", *words)

@@ -59,7 +59,7 @@ OWN_FILES: Final = frozenset(
         "label_errors.jsonl",
     }
 )
-OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "predictions", "teacher"})
+OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "predictions", "teacher", "tensorboard"})
 _STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 

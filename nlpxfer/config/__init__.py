@@ -20,12 +20,14 @@ from nlpxfer.config.options import (
     resolved,
 )
 from nlpxfer.config.parse import parse
+from nlpxfer.config.ranges import Range
 
 __all__ = [
     "DEFAULT_LEARNING_RATE",
     "NEEDED_SWITCHES",
     "REFUSED_OPTIONS",
     "DataOptions",
+    "Range",
     "RunOptions",
     "option",
     "parse",

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from transformers import TrainingArguments
 
@@ -17,6 +17,9 @@ from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.errors import ConfigError
 from nlpxfer.problem import LOWER_IS_BETTER, METRICS
+
+if TYPE_CHECKING:
+    from nlpxfer.config.ranges import Range
 
 REFUSED_OPTIONS = {
     "hub_token": "a token on the command line stays in the shell's history; set HF_TOKEN or run `hf auth login`",
@@ -212,6 +215,8 @@ class RunOptions(TrainingArguments):
     abstain_precision: float | None = option(None, "Find the probability from which answers are right this often.")
     num_threads: int | None = option(None, "CPU threads per process. Default: all cores, shared by local processes.")
     allow_topology_change: bool = option(False, "Resume with another number of processes or batch size.")
+    num_trials: int = option(0, "Trials of a search over the options that are given as ranges; 0: no search.")
+    search_timeout: float | None = option(None, "Seconds after which a search starts no further trial.")
 
     # None until the run has measured what is faster
     bf16: bool | None = option(  # type: ignore[assignment]
@@ -255,6 +260,8 @@ class RunOptions(TrainingArguments):
         self.wanted_learning_rate = self.learning_rate
         if self.learning_rate is None:
             self.learning_rate = DEFAULT_LEARNING_RATE
+        self.ranges: dict[str, Range] = {}
+        """Options that a search varies; `parse` puts them here."""
         if self.bf16 is None:
             self.bf16 = False
         if self.disable_tqdm is None:
@@ -317,6 +324,10 @@ class RunOptions(TrainingArguments):
         require(
             faults, self.num_threads is None or self.num_threads >= 1, f"num_threads: {self.num_threads} is below 1"
         )
+        require(faults, self.num_trials >= 0, f"num_trials: {self.num_trials} is negative")
+        timeout = self.search_timeout
+        require(faults, timeout is None or timeout > 0, f"search_timeout: {timeout} is not positive")
+        require(faults, timeout is None or self.num_trials != 0, "search_timeout: has no effect without num_trials")
         require(faults, self.early_stopping_patience >= 0, "early_stopping_patience: it cannot be negative")
         metric = (self.metric_for_best_model or "accuracy").removeprefix("eval_")
         metrics = dict.fromkeys(name for names in METRICS.values() for name in names)
@@ -373,17 +384,18 @@ def resolved(*options: object) -> dict[str, Any]:
         idle = part.idle if isinstance(part, RunOptions) else frozenset()
         for f in dataclasses.fields(part):
             if f.init and f.name != "hub_token" and f.name not in idle:
-                flat[f.name] = _plain(getattr(part, f.name))
+                flat[f.name] = plain_value(getattr(part, f.name))
     return flat
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def plain_value(value: Any) -> Any:  # noqa: ANN401
+    """The value of an option as JSON has it."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)  # strict JSON has no infinity
     if isinstance(value, (str, int, float, bool)) or value is None:
         return getattr(value, "value", value)
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain_value(item) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain_value(item) for key, item in value.items()}
     return str(getattr(value, "value", value))

@@ -8,14 +8,15 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
 from nlpxfer.config.options import ANY_VALUE, REFUSED_OPTIONS
-from nlpxfer.config.yaml_file import Given, read_yaml
+from nlpxfer.config.ranges import Range, as_converted, attach, end_faults, read_range, search_faults
+from nlpxfer.config.yaml_file import Given, Parts, read_yaml, written_parts
 from nlpxfer.errors import ConfigError, nearest
 
 
@@ -32,10 +33,11 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
     Args:
         types: Dataclasses whose fields together are the options; no two share a field.
         argv: Words of the command line without the program's name; default `sys.argv[1:]`. The first may be a YAML
-            file with flat keys.
+            file with flat keys. A mapping with `low` and `high`, or with `choices`, is a range to search.
 
     Returns:
-        One instance of each type, in the order given.
+        One instance of each type, in the order given. `RunOptions` holds the ranges; an option with a range has its
+        default.
 
     Raises:
         ConfigError: Unknown, misspelt, doubled or ill-typed options, options without effect, and values outside their
@@ -53,15 +55,22 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
     if words and not words[0].startswith("-"):
         given.update(read_yaml(words.pop(0), faults))
     given.update(_read_words(words, faults))
-    known = {f.name for cls in types for f in dataclasses.fields(cls) if f.init}
+    owners = {f.name: cls for cls in types for f in dataclasses.fields(cls) if f.init}
     hints = {name: hint for cls in types for name, hint in get_type_hints(cls).items()}
     parsed: dict[str, Any] = {}
+    ranges: dict[str, Range] = {}
     for key, value in given.items():
         try:
-            parsed[key] = _value_of(parser, key, value, known, refused, hints.get(key))
+            hint = hints.get(key)
+            if value.parts is not None and _is_range(value.parts, hint):
+                ranges[key] = _range_of(parser, key, value, owners, refused, hint)
+            else:
+                parsed[key] = _value_of(parser, key, value, owners.keys(), refused, hint)
         except argparse.ArgumentError as error:
             faults.append(f"{key}: {error.message}{value.where}")
-    return _build(types, parsed, given, faults)
+        except ConfigError as error:
+            faults += [f"{key}: {fault}{value.where}" for fault in error.faults]
+    return _build(types, parsed, ranges, given, faults)
 
 
 def _refusals(types: Sequence[type]) -> dict[str, str]:
@@ -97,14 +106,39 @@ def _read_words(words: Sequence[str], faults: list[str]) -> dict[str, Given]:
             faults.append(f"{word!r}: expected --key before it")
         else:
             given[key].append(word)
-    return {key: Given(values) for key, values in given.items()}
+    return {key: Given(values, parts=written_parts(values)) for key, values in given.items()}
+
+
+def _is_range(parts: Parts, hint: Any) -> bool:  # noqa: ANN401
+    """Whether a mapping is meant as a range: it has the parts of one, or no other mapping is a value of the option."""
+    kinds = get_args(hint) or (hint,)
+    if any(kind is dict or get_origin(kind) is dict for kind in kinds):
+        return False
+    return bool(parts.keys() & {"low", "high", "choices"}) or (hint is not None and str not in kinds)
+
+
+def _range_of(
+    parser: _Parser,
+    key: str,
+    value: Given,
+    owners: Mapping[str, type],
+    refused: Mapping[str, str],
+    hint: Any,  # noqa: ANN401
+) -> Range:
+    if key not in owners or key in refused:
+        _value_of(parser, key, value, owners.keys(), refused, hint)  # says which of the two
+
+    def typed(word: str | None) -> Any:  # noqa: ANN401
+        return _value_of(parser, key, Given(None if word is None else [word]), owners.keys(), refused, hint)
+
+    return read_range(owners[key], key, hint, value.parts or {}, typed)
 
 
 def _value_of(
     parser: _Parser,
     key: str,
     value: Given,
-    known: set[str],
+    known: Collection[str],
     refused: Mapping[str, str],
     hint: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
@@ -114,7 +148,7 @@ def _value_of(
         argparse.ArgumentError: It is unknown, not supported, or of a wrong type.
     """
     if key not in known:
-        close = nearest(key, known - refused.keys())
+        close = nearest(key, set(known) - refused.keys())
         raise argparse.ArgumentError(None, "unknown option" + (f"; did you mean {close}?" if close else ""))
     if key in refused:
         raise argparse.ArgumentError(None, refused[key])
@@ -149,17 +183,31 @@ def _nested(text: str) -> dict[str, Any]:
 
 
 def _build(
-    types: Sequence[type], parsed: Mapping[str, Any], given: Mapping[str, Given], faults: list[str]
+    types: Sequence[type],
+    parsed: Mapping[str, Any],
+    ranges: Mapping[str, Range],
+    given: Mapping[str, Given],
+    faults: list[str],
 ) -> tuple[Any, ...]:
     built: list[Any] = []
+    converted: dict[str, Range] = {}
     for cls in types:
         names = {f.name for f in dataclasses.fields(cls) if f.init}
+        values = {key: value for key, value in parsed.items() if key in names}
+        mine = {key: found for key, found in ranges.items() if key in names}
+        own: list[str] = []
         try:
-            built.append(cls(**{key: value for key, value in parsed.items() if key in names}))
+            built.append(cls(**values))
         except (ValueError, TypeError) as error:
-            faults += (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
+            own += (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
         else:
             faults += _without_effect(built[-1], parsed, given)
+        own += end_faults(cls, values, mine, own)
+        converted |= {} if own else dict(as_converted(cls, values, mine))
+        faults += own
+    if "num_trials" not in given or not faults:
+        faults += search_faults(parsed.get("num_trials", 0), parsed, ranges)
+    attach(built, converted)
     if faults:
         raise ConfigError.from_faults(faults, fix="--help lists all options")
     return tuple(built)

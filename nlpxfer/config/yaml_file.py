@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +17,20 @@ _YAML_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in "null str int float bool t
 _EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
+Parts = Mapping[str, "str | None | list[str | None]"]
+"""A mapping as it is written: names to words, or to lists of words; None is YAML's null."""
+
+
 @dataclass(frozen=True)
 class Given:
-    """What an option was set to: words as on a command line, or None for YAML's null, and where that stands."""
+    """What an option was set to: words as on a command line, or None for YAML's null, and where that stands.
+
+    A mapping is one word, its JSON, and `parts` holds its items as they are written.
+    """
 
     words: list[str] | None
     where: str = ""
+    parts: Parts | None = None
 
 
 def read_yaml(path: str, faults: list[str]) -> dict[str, Given]:
@@ -53,8 +62,31 @@ def read_yaml(path: str, faults: list[str]) -> dict[str, Given]:
             faults.append(f"{key}: given twice{where}")
         if node.tag not in _YAML_TAGS or (isinstance(node, yaml.SequenceNode) and not node.value):
             faults.append(f"{key}: no value can be read from {node.tag if node.value else 'an empty list'}{where}")
-        given[key] = Given(_words_of(node), where)
+        given[key] = Given(_words_of(node), where, _parts_of(node))
     return given
+
+
+def written_parts(words: Sequence[str]) -> Parts | None:
+    """What stands in a mapping on a command line; None if the words are no mapping."""
+    if len(words) != 1 or not words[0].startswith("{"):
+        return None
+    try:
+        return _parts_of(yaml.compose(words[0], Loader=yaml.SafeLoader))
+    except yaml.YAMLError:
+        return None
+
+
+def _parts_of(node: yaml.Node | None) -> Parts | None:
+    if not isinstance(node, yaml.MappingNode):
+        return None
+    return {str(key.value): _part(value) for key, value in node.value}
+
+
+def _part(node: yaml.Node) -> str | None | list[str | None]:
+    if isinstance(node, yaml.SequenceNode):
+        return [None if item.tag == _NULL else " ".join(_words_of(item) or []) for item in node.value]
+    words = _words_of(node)
+    return None if words is None else words[0]
 
 
 def _words_of(node: yaml.Node) -> list[str] | None:

@@ -48,6 +48,7 @@ from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import set_dropout_
+from nlpxfer.train.reporters import report_to_tensorboard
 from nlpxfer.train.trainer import Sampling, TransferTrainer
 
 if TYPE_CHECKING:
@@ -143,11 +144,75 @@ def train_arm(
     folder = Path(str(options.output_dir)) / "checkpoints" / f"{name}-{seed}"
     options.output_dir, options.seed = str(folder), seed
     options.push_to_hub = False  # `Run.finish` pushes, once; the Trainer would make the repository at once
-    identity = RunIdentity({**facts, "arm": name, "seed": seed}, _topology(options))
+    identity = RunIdentity({**facts, "arm": name, "seed": seed}, topology(options))
     finished = folder / FINISHED
     if options.resume and finished.is_dir() and not damage(finished):
         return _load_finished(finished, name, seed, build, split, schema, options, identity)
-    seed_everything(seed)
+    prepared = prepare_arm(
+        build=build,
+        method=method,
+        split=split,
+        schema=schema,
+        options=options,
+        identity=identity,
+        sampling=sampling,
+    )
+    trainer, checkpoint, base, probe = prepared.trainer, prepared.checkpoint, prepared.base, prepared.probe
+    report_to_tensorboard(trainer, folder.parent.parent, folder.name)
+    trainer.fit(resume=options.resume)
+    record = {
+        "train_seconds": prepared.seconds + trainer.seconds,
+        "steps": trainer.state.global_step,
+        "tokens": trainer.tokens_seen,
+        "trained_parameters": prepared.trained_parameters,
+        "probe": vars(probe) if probe else None,
+        "history": [_numbers(line) for line in trainer.state.log_history],
+    }
+    _finish(trainer, finished, record, checkpoint, schema, identity, base)
+    model = _plain_model(trainer, finished, schema, options)
+    if base is not None:
+        model = _finished_adapter(finished, checkpoint, schema, options)
+    splits, collator = prepared.splits, prepared.collator
+    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedArm:
+    """A model that is ready to be trained.
+
+    Attributes:
+        trainer: Holds it.
+        checkpoint: Where it comes from.
+        base: What an adapter sits on; None for a model without one.
+        splits: The rows as its tokenizer sees them.
+        collator: Pads its batches.
+        probe: The linear probe it starts from, if any.
+        seconds: What the preparation took; loading and tokenising do not count.
+        trained_parameters: Parameters that will be updated.
+    """
+
+    trainer: TransferTrainer
+    checkpoint: Checkpoint
+    base: BaseFacts | None
+    splits: Splits
+    collator: Collator
+    probe: Probe | None
+    seconds: float
+    trained_parameters: int
+
+
+def prepare_arm(
+    *,
+    build: Callable[[], Checkpoint],
+    method: Method,
+    split: Callable[[PreTrainedTokenizerBase], Splits],
+    schema: LabelSchema,
+    options: RunOptions,
+    identity: RunIdentity,
+    sampling: Sampling,
+) -> PreparedArm:
+    """Build a model, start its head from a probe, freeze what stays, and make its trainer; see `train_arm`."""
+    seed_everything(options.seed)
     checkpoint = build()
     base = base_facts(checkpoint, adapter=method.adapter, pooling=options.pooling) if method.adapter else None
     model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
@@ -160,7 +225,7 @@ def train_arm(
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
     probe = _prepare_(model, checkpoint, splits, collator, options, schema.problem_type)
-    seed_everything(seed)
+    seed_everything(options.seed)
     trainer = TransferTrainer(
         model,
         method,
@@ -172,22 +237,16 @@ def train_arm(
         identity=identity,
         sampling=sampling,
     )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    preparation = time.perf_counter() - start
-    trainer.fit(resume=options.resume)
-    record = {
-        "train_seconds": preparation + trainer.seconds,
-        "steps": trainer.state.global_step,
-        "tokens": trainer.tokens_seen,
-        "trained_parameters": trained,
-        "probe": vars(probe) if probe else None,
-        "history": [_numbers(line) for line in trainer.state.log_history],
-    }
-    _finish(trainer, finished, record, checkpoint, schema, identity, base)
-    model = _plain_model(trainer, finished, schema, options)
-    if base is not None:
-        model = _finished_adapter(finished, checkpoint, schema, options)
-    return _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
+    return PreparedArm(
+        trainer=trainer,
+        checkpoint=checkpoint,
+        base=base,
+        splits=splits,
+        collator=collator,
+        probe=probe,
+        seconds=time.perf_counter() - start,
+        trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+    )
 
 
 def _prepare_(
@@ -231,7 +290,8 @@ def _prepare_(
     return probe
 
 
-def _topology(options: RunOptions) -> dict[str, int]:
+def topology(options: RunOptions) -> dict[str, int]:
+    """Processes and batch sizes of a run, in which its continuation must not differ."""
     return {
         "processes": world()[1],
         "per_device_train_batch_size": options.per_device_train_batch_size,

@@ -54,7 +54,7 @@ class Cost:
     """The `cost` of report.json; seconds of wall-clock time, tokens without padding, bytes.
 
     `train_seconds` is the time in the training loop, `total_seconds` everything from start to end, preparation and
-    search included. `tokens` were trained on in `train_seconds`.
+    search included. `tokens` were trained on in `train_seconds`. `search_seconds` went into trials of a search.
     """
 
     train_seconds: float
@@ -62,6 +62,7 @@ class Cost:
     tokens: int
     tokens_per_second: float
     peak_memory_bytes: int
+    search_seconds: float = 0.0
 
 
 class Stopwatch:

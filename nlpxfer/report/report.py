@@ -1,9 +1,10 @@
 """report.json: what a run reached, what it cost, and whether the transfer helped.
 
 The shape of the file is a contract that others read: `schema_version`, `recipe`, `metrics` (`validation`, `test`),
-`arms`, `verdict`, `cost`, `data`, `checks`. `validate_report` says what a file lacks, and nothing is written that it
-finds fault with. The metrics of an arm have the same shape as those of the report: `validation` and `test`, each with
-`accuracy`, `macro_f1` and `loss`, or what `nlpxfer.problem.METRICS` has for the kind of task in `data.problem_type`.
+`arms`, `verdict`, `cost`, `data`, `checks`, and `search` where options were searched. `validate_report` says what a
+file lacks, and nothing is written that it finds fault with. The metrics of an arm have the same shape as those of the
+report: `validation` and `test`, each with `accuracy`, `macro_f1` and `loss`, or what `nlpxfer.problem.METRICS` has for
+the kind of task in `data.problem_type`.
 """
 
 from __future__ import annotations
@@ -148,6 +149,7 @@ class Report:
     cost: Cost
     data: Mapping[str, Any]
     checks: Mapping[str, Any]
+    search: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,7 +160,7 @@ class Report:
             ConfigError: A value has no counterpart in JSON.
         """
         converted = plain(self)
-        ordered = {name: converted[name] for name in _PARTS}
+        ordered = {name: converted[name] for name in (*_PARTS, *(() if self.search is None else ("search",)))}
         cleaned: dict[str, Any] = scrub(ordered, known_folders_only=True)
         return cleaned
 
@@ -172,6 +174,7 @@ def build_report(
     data: Mapping[str, Any],
     checks: Mapping[str, Any],
     treated: str | None = None,
+    search: Mapping[str, Any] | None = None,
 ) -> Report:
     """A report whose `metrics` are those of the arm that was saved.
 
@@ -183,6 +186,7 @@ def build_report(
         data: The data's facts: `rows`, `classes`, `leaks` and more.
         checks: Name of a check -> what it found.
         treated: Name of the saved arm; the first if not given.
+        search: The trials of a search for options, if there was one.
 
     Raises:
         ConfigError: No arms, two of one name, or no arm named `treated`.
@@ -194,7 +198,16 @@ def build_report(
     if saved not in names:
         raise ConfigError(f"No arm is named {saved}", available=names)
     metrics = arms[names.index(saved)].metrics
-    return Report(recipe=recipe, metrics=metrics, arms=arms, verdict=verdict, cost=cost, data=data, checks=checks)
+    return Report(
+        recipe=recipe,
+        metrics=metrics,
+        arms=arms,
+        verdict=verdict,
+        cost=cost,
+        data=data,
+        checks=checks,
+        search=search,
+    )
 
 
 def mean_metrics(per_seed: Sequence[SeedResult]) -> dict[str, dict[str, float]]:

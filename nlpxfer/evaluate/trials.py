@@ -1,0 +1,166 @@
+"""The trials of a search: short-lived arms that are scored on the validation rows and leave nothing but their score.
+
+A trial is prepared and trained by the same code as an arm. Its score is what decides about an arm's weights too: the
+best evaluation where `load_best_model_at_end` is on, the last one otherwise. It saves no checkpoints of its own, only
+the one of an interruption, and sends nothing to trackers: report.json holds all trials.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from tqdm.auto import tqdm
+from transformers.trainer_utils import SaveStrategy
+
+from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint
+from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.config import RunOptions
+from nlpxfer.config.options import plain_value
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.errors import ConfigError, NlpxferError, NotFiniteError, SearchError
+from nlpxfer.evaluate.arms import Splits, prepare_arm, topology
+from nlpxfer.methods.base import Method
+from nlpxfer.train.checkpoints import RunIdentity
+from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.search import Judge, Search
+from nlpxfer.train.study import Outcome
+from nlpxfer.train.trainer import Sampling
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+FAILURES = (NotFiniteError, ConfigError, torch.OutOfMemoryError)
+"""What the values of a trial can be at fault for."""
+
+Split = Callable[["PreTrainedTokenizerBase"], Splits]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialArm:
+    """What a trial trains; the fields are the arguments of `train_arm` of these names."""
+
+    build: Callable[[], Checkpoint]
+    method: Method
+    split: Split
+    schema: LabelSchema
+    options: RunOptions
+    facts: Mapping[str, Any]
+    sampling: Sampling = "natural"
+
+
+def make_trials(search: Search, arm_of: Callable[[Mapping[str, Any]], TrialArm], *, quiet: bool) -> None:
+    """Make trials until the search has enough of them.
+
+    Args:
+        search: Gives the values and remembers the scores.
+        arm_of: From values to what is trained; its rows are tokenised once for each tokenizer.
+        quiet: No progress bar.
+
+    Raises:
+        Interrupted: A signal asked to stop; finished trials are kept, and a checkpoint of this one.
+        SearchError: A trial failed, and there are several processes.
+    """
+    total, started, known = search.plan.num_trials, time.perf_counter(), dict[str, Splits]()
+    hidden = quiet or not is_main_process()
+    with tqdm(total=total, initial=search.done, desc="search", unit="trial", disable=hidden) as bar:
+        while search.wants_more():
+            number, values = search.ask()
+            shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
+            logger.info("trial %d of %d: %s", number, total, shown)
+            outcome = _tried(number, partial(arm_of, values), known, search)
+            best = search.tell(outcome)
+            leader = "none complete yet" if best is None else f"best {best[1]:.4f} (trial {best[0]})"
+            left = (time.perf_counter() - started) / (number - search.done) * (total - number)
+            told = (number, total, _ended(outcome, search.plan.metric), leader, left)
+            logger.info("trial %d of %d: %s; %s; about %.0f s left", *told)
+            bar.set_postfix_str(leader)
+            bar.update()
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(plain_value(value))
+
+
+def _ended(outcome: Outcome, metric: str) -> str:
+    reason = f" ({outcome.reason})" if outcome.reason else ""
+    score = "" if outcome.value is None else f", {metric} {outcome.value:.4f}"
+    return f"{outcome.state}{reason}{score}, {outcome.seconds:.0f} s"
+
+
+def _once_each(split: Split, known: dict[str, Splits], tokenizer: PreTrainedTokenizerBase) -> Splits:
+    """The rows as a tokenizer sees them, as an earlier trial left them if its tokenizer was the same."""
+    key = tokenizer_fingerprint(tokenizer)
+    if key not in known:
+        known[key] = split(tokenizer)
+    return known[key]
+
+
+def _tried(number: int, arm: Callable[[], TrialArm], known: dict[str, Splits], search: Search) -> Outcome:
+    """A trial from the first build to its score; what its values are at fault for makes it a failed one."""
+    start, folder = time.perf_counter(), search.folder / f"trial-{number}"
+    try:
+        outcome = _train(number, arm(), known, search, folder)
+    except FAILURES as error:
+        reason = error.what if isinstance(error, NlpxferError) else str(error).partition("\n")[0]
+        seconds = time.perf_counter() - start
+        outcome = Outcome(state="failed", value=None, seconds=seconds, steps=None, reason=reason)
+        if world()[1] > 1:
+            search.note(outcome)
+            raise SearchError(
+                f"Trial {number} failed: {reason}",
+                why="with several processes the search cannot go on by itself: they may stand at unlike steps",
+                fix="the same command with --resume_from_checkpoint true goes on with the next trial",
+            ) from error
+    clear_device_cache(garbage_collection=True)
+    wait_for_everyone()
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    return outcome
+
+
+def _train(number: int, arm: TrialArm, known: dict[str, Splits], search: Search, folder: Path) -> Outcome:
+    """Train a trial, and read its score from its evaluations."""
+    arm.method.check(arm.options)
+    options, start = copy.copy(arm.options), time.perf_counter()
+    resume = options.resume and folder.is_dir()
+    options.output_dir, options.save_strategy = str(folder), SaveStrategy.NO
+    options.report_to, options.push_to_hub, options.disable_tqdm = [], False, True
+    facts = {**arm.facts, "arm": f"trial {number}", "seed": options.seed}
+    identity = RunIdentity(facts, topology(options))
+    prepared = prepare_arm(
+        build=arm.build,
+        method=arm.method,
+        split=partial(_once_each, arm.split, known),
+        schema=arm.schema,
+        options=options,
+        identity=identity,
+        sampling=arm.sampling,
+    )
+    trainer, judge = prepared.trainer, Judge(search)
+    trainer.add_callback(judge)
+    trainer.fit(resume=resume)
+    trainer.remove_callback(judge)
+    curve, state, keep_best = judge.curve(trainer.state), trainer.state, bool(options.load_best_model_at_end)
+    if not curve or (not keep_best and curve[-1][0] < state.global_step / state.max_steps):
+        trainer.evaluate()
+        curve = judge.curve(state)
+    better = max if options.greater_is_better else min
+    return Outcome(
+        state="pruned" if judge.pruned else "complete",
+        value=better(value for _, value in curve) if keep_best else curve[-1][1],
+        seconds=trainer.seconds_before + time.perf_counter() - start,
+        steps=state.global_step,
+        curve=curve,
+    )
