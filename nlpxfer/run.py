@@ -767,8 +767,9 @@ def _search_limits(found: Mapping[str, Any] | None) -> list[str]:
 
 
 def _stored_bytes(model: PreTrainedModel) -> int:
-    kept = (value for name, value in model.state_dict().items() if ".original_module." not in f".{name}")
-    return sum(value.numel() * value.element_size() for value in kept)
+    """Bytes of the weights, each counted once; not those of the head that an adapter's own replaces."""
+    kept = {v.data_ptr(): v for name, v in model.state_dict().items() if ".original_module." not in f".{name}"}
+    return sum(value.numel() * value.element_size() for value in kept.values())
 
 
 def _trained_bytes(model: PreTrainedModel) -> int:

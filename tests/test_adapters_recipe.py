@@ -106,7 +106,11 @@ def test_what_the_report_says_of_an_adapter(lora, bert):
 def test_without_a_merged_model_the_run_is_used_through_its_bundle(prompt, bert, texts, tmp_path, capsys):
     names = {path.name for path in prompt.folder.iterdir()}
     assert not names & {"config.json", "model.safetensors", "tokenizer.json"}
-    assert prompt.arm("adapter")["details"]["merged"] is False
+    arm = prompt.arm("adapter")
+    assert arm["details"]["merged"] is False
+    body = sum(4 * value.numel() for value in load_file(bert / "model.safetensors").values())
+    classifier, prompt_tokens = 4 * 33, 4 * 32  # the pooler takes the place of the base's own
+    assert arm["bytes"] == 4 * arm["parameters"] == body + 4 * (classifier + prompt_tokens)
     card = (prompt.folder / "README.md").read_text()
     assert "no merged model exists" in card
     assert "library_name: peft" in card
