@@ -138,9 +138,7 @@ def open_backend(model: str, *, base: str | None = None, int8: bool = False, bf1
         return open_torch(model, base=base, bf16=bf16)
     faults = [] if base is None else [f"base: {file} is a whole model and needs none"]
     if bf16 is not None:
-        faults.append(
-            f"bf16: {file} is computed in the precision that it was written in (--int8 takes the smaller file)"
-        )
+        faults.append(f"bf16: {file} is computed in the precision that it was written in")
     if faults:
         raise ConfigError.from_faults(faults)
     return open_onnx(file)

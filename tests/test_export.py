@@ -168,12 +168,14 @@ def read(path):
         return list(csv.DictReader(file))
 
 
-def test_the_folder_holds_what_is_promised(exported):
+def test_the_folder_holds_what_is_promised(exported, trained):
     folder, _ = exported
     assert sorted(path.name for path in folder.iterdir()) == [
         *("calibration.json", "config.json", "export.json", "labels.json", "model.onnx", "model_int8.onnx"),
-        *("tokenizer.json", "tokenizer_config.json"),
+        *("run.json", "tokenizer.json", "tokenizer_config.json"),
     ]
+    for name in ("calibration.json", "labels.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (folder / name).read_bytes() == (trained / name).read_bytes(), name
     assert [path.name for path in folder.parent.iterdir()] == ["onnx"]
     assert json.loads((folder / "calibration.json").read_text()) == {"temperature": 1.7}
     assert json.loads((folder / "labels.json").read_text())["names"] == list(LABELS)
@@ -292,11 +294,26 @@ def test_onnxruntime_uses_the_cores_and_does_not_spin(exported, monkeypatch):
 
 def test_options_that_an_exported_model_cannot_have(exported):
     for bf16 in (True, False):
-        with pytest.raises(ConfigError, match="bf16 cannot be set"):
+        with pytest.raises(ConfigError, match="bf16: .* precision that it was written in"):
             Classifier.load(str(exported[0]), bf16=bf16)
+    with pytest.raises(ConfigError, match="base: .* is a whole model"):
+        Classifier.load(str(exported[0]), base="elsewhere")
     with pytest.raises(ConfigError, match="max_length: 65 is not between 4 and the 64 tokens"):
         Classifier.load(str(exported[0]), max_length=65)
     assert Classifier.load(str(exported[0]), max_length=64).max_length == 64
+
+
+def test_long_texts_are_read_in_the_windows_of_the_training(exported, trained, tmp_path):
+    long = [" ".join(row["text"] for row in make_rows(3, seed=seed)) for seed in range(5)]
+    found = []
+    for name, source, options in (("torch", trained, {"bf16": False}), ("onnx", exported[0], {})):
+        folder = Path(shutil.copytree(source, tmp_path / name))
+        config = {"max_length": 12, "long_texts": "sliding_window", "window_overlap": 4}
+        (folder / "run.json").write_text(json.dumps({"config": config}))
+        classifier = Classifier.load(str(folder), **options)
+        assert min(classifier.rows(long).windows_per_row) > 1
+        found.append(classifier.logits([*long, "bread"]))
+    np.testing.assert_allclose(*found, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("family", "kind"), [("bert", MULTI_LABEL), ("gpt2", REGRESSION)])
@@ -565,4 +582,4 @@ def test_commands(quick, trained, rows, tmp_path, capfd, monkeypatch):
     with pytest.raises(SystemExit) as left:
         main(["predict", str(out), str(source), "--output_file", str(tmp_path / "b.csv"), "--bf16", "true"])
     assert left.value.code == 2
-    assert "bf16 cannot be set" in capfd.readouterr().err
+    assert "precision that it was written in" in capfd.readouterr().err
