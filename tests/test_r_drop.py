@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from recipe_runs import finished, recipe, refused, tiny_words
+from recipe_runs import finished, refused, tiny_words
 from tiny import make_rows, write_csv
 
 from nlpxfer.checkpoint import load_classifier
@@ -15,6 +15,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.losses import agreement_loss, binary_r_drop_loss, label_loss, r_drop_loss
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from nlpxfer.recipes import load_recipe
 from nlpxfer.train.regime import set_dropout_, trained_dropout
 
 SCHEMA = LabelSchema(("food", "music", "sport", "travel"))
@@ -139,7 +140,7 @@ def test_it_needs_dropout(tiny_data, tiny_checkpoint, tmp_path):
 
 
 def test_it_needs_dropout_also_where_the_model_has_its_own(tiny_checkpoint):
-    module = recipe("finetune")
+    module = load_recipe("finetune")
     plan = module.FineTuneOptions(r_drop_weight=1.0)
     for own, fault in ((0.2, None), (0.0, "its own dropout is 0")):
         start = load_classifier(str(tiny_checkpoint("bert", dropout=own)), schema=SCHEMA)
