@@ -52,7 +52,7 @@ def data_sets(names: Sequence[str], work: Path) -> dict[str, dict[str, Any]]:
         else:
             logger.warning("%s is left out: %s names no folder with %s/train.csv", name, DATA_VARIABLE, name)
     if not sets:
-        raise ConfigError("There is no data to measure on.", fix=f"{DATA_VARIABLE}=FOLDER, or --data bundled")
+        raise ConfigError("There is no data to measure on.", fix=f"{DATA_VARIABLE}=FOLDER, or --data debian-sections")
     return sets
 
 

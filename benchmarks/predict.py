@@ -1,7 +1,7 @@
 """Using a classifier: `nlpxfer predict` on a file against transformers' pipeline; memory over a long file.
 
-    python benchmarks/predict.py --scale small --data bundled
-    python benchmarks/predict.py --scale full --data bundled        a million rows: hours on a CPU
+    python benchmarks/predict.py --scale small --data debian-sections
+    python benchmarks/predict.py --scale full --data debian-sections        a million rows: hours on a CPU
 
 The classifier is the checkpoint with a linear probe as its head. Cells of each data set:
 
@@ -31,6 +31,7 @@ from typing import Any
 import measuring
 import psutil
 import torch
+from data_sets import data_sets
 from measuring import Results, judged
 from transformers import pipeline
 
@@ -297,7 +298,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     """Measure and write the results file; `sets` replaces the data sets (name -> values of `DataOptions`)."""
     asked = measuring.arguments("predict", __doc__ or "", argv)
     measuring.show_log()
-    known = measuring.data_sets(asked.data, asked.work) if sets is None else sets
+    known = data_sets(asked.data, asked.work) if sets is None else sets
     size = SIZES[asked.scale]
     settings = {"model": asked.model, "pipeline_batch_sizes": list(BATCHES), **asdict(size)}
     results = Results("predict", asked, settings)
