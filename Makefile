@@ -108,7 +108,8 @@ demo:
 
 test:
 	@sh -c "$$SETUP" setup demo test
-	@.venv/bin/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile \
+		--cov --cov-report=term-missing:skip-covered $(ARGS)
 
 lint:
 	@sh -c "$$SETUP" setup demo test dev
