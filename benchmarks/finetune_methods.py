@@ -224,7 +224,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     results = Results(
         "finetune_methods",
         asked,
-        {"model": asked.model, "methods": METHODS, "stock": STOCK | {"learning_rate": 3e-4}}
+        {"model": asked.model, "methods": METHODS, "stock": STOCK, "stock_learning_rate": 3e-4}
         | {name: asdict(size) for name, size in sizes.items()},
     )
     summary = {}

@@ -200,3 +200,15 @@ def test_free_space(tmp_path, monkeypatch):
     check_free_space(tmp_path / "not" / "yet", 10**8)
     with pytest.raises(NoSpaceError, match=r"0.10 GB free; this run writes about 0.50 GB"):
         check_free_space(tmp_path / "not" / "yet", 5 * 10**8)
+
+
+def test_what_calls_left_in_a_tokenizer_is_not_saved(tiny_checkpoint, tmp_path):
+    """A call cuts and pads by settings of the tokenizer itself, which would go into tokenizer.json."""
+    schema = LabelSchema(LABELS)
+    checkpoint = load_classifier(str(tiny_checkpoint("bert", kind="classifier")), schema=schema)
+    save_classifier(checkpoint.model, checkpoint.tokenizer, schema, tmp_path / "before")
+    checkpoint.tokenizer(["a book", "a long word in the garden"], truncation=True, max_length=4, padding=True)
+    save_classifier(checkpoint.model, checkpoint.tokenizer, schema, tmp_path / "after")
+    before, after = ((tmp_path / name / "tokenizer.json").read_text() for name in ("before", "after"))
+    assert before == after
+    assert json.loads(after)["truncation"] is None

@@ -422,7 +422,7 @@ def test_a_checkpoint_that_knows_the_labels_already_is_named(noisy, tmp_path, ca
 @pytest.mark.parametrize("key", KEYS)
 def test_every_recipe_trains_on_folds_or_refuses(key, tmp_path, tiny_data, tiny_checkpoint):
     words = [
-        *tiny_words(tiny_data, tiny_checkpoint("bert", layers=2)),
+        *tiny_words(tiny_data, tiny_checkpoint("bert", layers=2), key=key),
         "--max_train_samples",
         "32",
         "--num_folds",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import tempfile
@@ -91,7 +90,6 @@ def _origin(base: BaseFacts) -> dict[str, Any]:
 
 @torch.no_grad()
 def _logits(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
-    tokenizer = copy.deepcopy(tokenizer)  # a call leaves its truncation and padding behind, to be saved with it
     inputs = tokenizer(list(_TEXTS), padding=True, truncation=True, max_length=32, return_tensors="pt")
     names = ("input_ids", "attention_mask", "token_type_ids")
     logits: torch.Tensor = model(**{name: inputs[name] for name in names if name in inputs}).logits

@@ -35,7 +35,7 @@ from nlpxfer.checkpoint.pooling import use_mean_pooling
 from nlpxfer.checkpoint.resolve import BUNDLED, resolve_checkpoint
 from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 from nlpxfer.checkpoint.save import move_staged, refuse_not_finite
-from nlpxfer.checkpoint.tokenizer import load_tokenizer
+from nlpxfer.checkpoint.tokenizer import load_tokenizer, save_tokenizer
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, LabelError
 from nlpxfer.strict_json import write_json_whole
@@ -214,7 +214,7 @@ def save_adapter(
         model.save_pretrained(str(staging), save_embedding_layers=False)
         (staging / "README.md").unlink(missing_ok=True)  # peft's card: it names the base's path
         _sort_names(staging / ADAPTER_CONFIG)
-        tokenizer.save_pretrained(staging)
+        save_tokenizer(tokenizer, staging)
         schema.save(staging)
         write_json_whole(staging / BASE_FILE, {"schema_version": 1, **asdict(base)})
         move_staged(staging, folder, last=ADAPTER_CONFIG)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from nlpxfer.checkpoint.quiet import quiet_transformers
+from nlpxfer.checkpoint.tokenizer import save_tokenizer
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ def save_description(
     """Write all of a classifier's folder but its weights: config.json, tokenizer files and labels.json."""
     with quiet_transformers():
         config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
     schema.save(folder)
     _drop_origin(Path(folder) / "config.json")
 

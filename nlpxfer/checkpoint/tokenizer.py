@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -66,6 +67,20 @@ def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase:
     # with padding on the left, the positions of most families shift with the longest row of the batch
     tokenizer.padding_side = "right"
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Write the tokenizer's files without what calls left behind.
+
+    A call sets truncation and padding of the backend, and transformers saves them: the files would depend on what the
+    tokenizer was last used for, and cut the texts of whoever reads tokenizer.json without transformers.
+    """
+    plain = copy.deepcopy(tokenizer)
+    backend = getattr(plain, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    plain.save_pretrained(folder)
 
 
 def _compare_with_file(tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:

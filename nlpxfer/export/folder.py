@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import os
@@ -124,13 +123,12 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     request.check()
     backend = open_torch(request.model, base=request.base, bf16=False)
     _refuse_unmerged(backend)
-    pristine = copy.deepcopy(backend.tokenizer)  # a call leaves its truncation behind, to be saved with it
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
     texts = texts_to_compare(backend.tokenizer, request.texts, request.text_column, request.text_pair_column)
     check_free_space(request.out, (6 if request.int8 else 5) * parameter_count(backend.checkpoint.model))
     with _appearing(request.out) as folder, tqdm(total=4, desc="export", unit="step", disable=quiet) as bar:
-        save_description(backend.config, pristine, backend.schema, folder)
+        save_description(backend.config, backend.tokenizer, backend.schema, folder)
         opset = _write_graphs(backend, folder, int8=request.int8, opset=request.opset)
         report = _describe(classifier, backend) | {"opset": opset}
         _write_rest(backend, folder, report)
