@@ -30,6 +30,11 @@ def test_what_rounding_explains(other, holds):
     assert parity([[0.0, 1.0]], other).holds is holds
 
 
+def test_rounding_grows_with_the_logits():
+    assert parity([[0.0, 30.0]], [[0.02, 30.0]]).holds
+    assert not parity([[0.0, 30.0]], [[0.04, 30.0]]).holds
+
+
 def test_a_tie_may_change_but_no_clear_prediction():
     assert parity([[0.0, 0.0005]], [[0.0005, 0.0]]).holds
     clear = parity([[0.0, 0.0015]], [[0.0008, 0.0007]])

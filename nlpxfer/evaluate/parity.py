@@ -17,7 +17,8 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 Array = NDArray[Any]
 
 TOLERANCE: Final = 1e-3
-"""Largest difference of a logit that rounding in float32 explains; a choice between logits as close is a tie."""
+"""Largest difference of a logit that rounding in float32 explains, as a share of the largest logit, or of 1 where that
+is smaller: a head that was fitted on a state that hardly varies has large weights. A choice as close is a tie."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,8 @@ class Parity:
         mean_difference: Mean absolute difference over all logits.
         changed: Rows with another prediction.
         changed_share: The same as a share of N.
-        changed_ties: Those of them whose choice the reference makes by no more than `TOLERANCE`.
+        changed_ties: Those of them whose choice the reference makes by no more than `allowed`.
+        largest: Largest absolute logit of the reference.
     """
 
     rows: int
@@ -39,11 +41,17 @@ class Parity:
     changed: int
     changed_share: float
     changed_ties: int
+    largest: float
+
+    @property
+    def allowed(self) -> float:
+        """Largest difference that rounding explains."""
+        return TOLERANCE * max(1.0, self.largest)
 
     @property
     def holds(self) -> bool:
         """Whether both are the same but for rounding in float32."""
-        return self.max_difference <= TOLERANCE and self.changed == self.changed_ties
+        return self.max_difference <= self.allowed and self.changed == self.changed_ties
 
     def joined(self, other: Parity) -> Parity:
         """The differences over the rows of both."""
@@ -56,6 +64,7 @@ class Parity:
             changed=changed,
             changed_share=changed / rows,
             changed_ties=self.changed_ties + other.changed_ties,
+            largest=max(self.largest, other.largest),
         )
 
 
@@ -68,7 +77,8 @@ def parity(
     """Compare logits with those of the reference; N of at least 1.
 
     >>> parity([[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.5], [1.0, 0.0]])
-    Parity(rows=2, max_difference=1.0, mean_difference=0.625, changed=1, changed_share=0.5, changed_ties=0)
+    Parity(rows=2, max_difference=1.0, mean_difference=0.625, changed=1, changed_share=0.5, changed_ties=0,
+           largest=1.0)
 
     Args:
         reference_NC: Logits, shape (N, C).
@@ -86,13 +96,15 @@ def parity(
     differences_NC = np.abs(expected_NC - found_NC)
     distance_N = _distances(expected_NC, found_NC, problem_type, np.asarray(cuts_C, dtype=np.float64))
     changed_N = distance_N >= 0
+    largest = float(np.abs(expected_NC).max())
     return Parity(
         rows=len(expected_NC),
         max_difference=float(differences_NC.max()),
         mean_difference=float(differences_NC.mean()),
         changed=int(changed_N.sum()),
         changed_share=float(changed_N.mean()),
-        changed_ties=int((changed_N & (distance_N <= TOLERANCE)).sum()),
+        changed_ties=int((changed_N & (distance_N <= TOLERANCE * max(1.0, largest))).sum()),
+        largest=largest,
     )
 
 

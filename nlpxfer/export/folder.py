@@ -29,7 +29,7 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError, ExportError, OutputExistsError
 from nlpxfer.evaluate.calibration import CALIBRATION_FILE, save_calibration
 from nlpxfer.evaluate.cost import alternate_rates, parameter_count
-from nlpxfer.evaluate.parity import TOLERANCE, Parity, parity
+from nlpxfer.evaluate.parity import Parity, parity
 from nlpxfer.export.graph import OPSETS, head_nodes, quantise, require_onnx, save_graph, to_graph
 from nlpxfer.export.texts import Texts, texts_to_compare
 from nlpxfer.methods.base import model_inputs
@@ -225,7 +225,7 @@ def _refuse_differences(parities: Mapping[str, Parity], max_changed: float | Non
     if not exact.holds:
         raise ExportError(
             f"{ONNX_FILE} does not answer as the torch model does: a logit differs by {exact.max_difference:.2g} "
-            f"(allowed: {TOLERANCE}), and {exact.changed} of {exact.rows} predictions changed.",
+            f"(allowed: {exact.allowed:.2g}), and {exact.changed} of {exact.rows} predictions changed.",
             why="the exporter or onnxruntime computes a part of this family otherwise",
             fix="another --opset; or use the folder as it is: nlpxfer predict reads it with torch",
         )
