@@ -146,7 +146,8 @@ class Run:
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
         """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it; no test row in trials."""
         if self.searching and split == "test":
-            return self.tokenise(tokenizer, "validation").select([])
+            none = self.data.schema.unlabelled(0)
+            return tokenise(tokenizer, [], max_length=self.data_options.max_length, labels=none)
         texts, pairs = self.texts(split)
         rows = getattr(self.data, split)
         labels = self.labels(split) if "label" in rows.column_names else self.data.schema.unlabelled(len(rows))
@@ -415,6 +416,14 @@ class Run:
             details={"strength": found.strength, "converged": found.converged},
         )
         return arm, logits["test"]
+
+    def against_no_transfer(self, trained: Sequence[TrainedArm], arms: Sequence[Arm]) -> tuple[list[Arm], Verdict]:
+        """The arms with their floor and, if asked for, the control arm without a pretrained model; and the verdict."""
+        floor = self.majority_arm()
+        if not self.options.control_arm:
+            return [*arms, floor], Verdict.unmeasured("the control arm was switched off")
+        control, logits = self.no_transfer_arm()
+        return [*arms, control, floor], self.gain(trained, [logits] * len(trained), versus=control.name)
 
     def predict(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, split: str) -> Array:
         """float32 logits of a model for a split."""

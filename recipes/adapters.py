@@ -27,7 +27,7 @@ from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.methods.adapters import Adapters
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
-from nlpxfer.report.report import Arm, Report, Verdict
+from nlpxfer.report.report import Arm, Report
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 
@@ -105,13 +105,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
         plan = run.search("adapter", arm, plan)
         trained = run.train("adapter", **arm(plan))
         run.cross_validate(**arm(plan))
-        arms = [adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained"), run.majority_arm()]
+        own = adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained")
+        arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
-        verdict = Verdict.unmeasured("the control arm was switched off")
-        if options.control_arm:
-            control, logits = run.no_transfer_arm()
-            arms.insert(1, control)
-            verdict = run.gain(trained, [logits] * len(trained), versus=control.name)
         if plan.full_arm:
             whole = FineTune(problem_type=run.problem_type, label_smoothing=run.options.label_smoothing_factor)
             full = run.train("full", build, whole, facts=facts, learning_rate=DEFAULT_LEARNING_RATE)

@@ -22,7 +22,7 @@ from nlpxfer.config import NEEDED_SWITCHES, DataOptions, RunOptions, option, par
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.feature_arm import feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
-from nlpxfer.report.report import Report, Verdict
+from nlpxfer.report.report import Report
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.feature_head import WEIGHT_DECAYS, MlpPlan
@@ -139,13 +139,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             for seed in run.seeds
         ]
         arm = run.arm(trained, f"{name}, frozen, with {classifier} on its features")
-        arms = [replace(arm, details={**arm.details, **trained[0].details}), run.majority_arm()]
+        arms, verdict = run.against_no_transfer(trained, [replace(arm, details={**arm.details, **trained[0].details})])
         run.checks["features"] = {"logits_difference": max(one.logits_difference for one in trained)}
-        verdict = Verdict.unmeasured("the control arm was switched off")
-        if options.control_arm:
-            control, logits = run.no_transfer_arm()
-            arms.insert(1, control)
-            verdict = run.gain(trained, [logits] * len(trained), versus=control.name)
         arms = run.with_speed(arms, {"features": trained[0]})
         return run.finish(
             trained,

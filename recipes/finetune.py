@@ -21,7 +21,7 @@ from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.errors import ConfigError
 from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares, positive_weights
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from nlpxfer.report.report import Report, Verdict
+from nlpxfer.report.report import Report
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import trained_dropout
@@ -90,12 +90,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         chosen = run.search("fine-tuned", arm, model_options)
         trained = run.train("fine-tuned", **arm(chosen))
         run.cross_validate(**arm(chosen))
-        arms = [run.arm(trained, f"{name}, fine-tuned"), run.majority_arm()]
-        verdict = Verdict.unmeasured("the control arm was switched off")
-        if options.control_arm:
-            control, logits = run.no_transfer_arm()
-            arms.insert(1, control)
-            verdict = run.gain(trained, [logits] * len(trained), versus=control.name)
+        arms, verdict = run.against_no_transfer(trained, [run.arm(trained, f"{name}, fine-tuned")])
         arms = run.with_speed(arms, {trained[0].name: trained[0]})
         return run.finish(
             trained,

@@ -211,11 +211,16 @@ def _checked(logits_BC: ArrayLike, labels_B: ArrayLike) -> tuple[NDArray[np.floa
             f"Row {outside[0]} has label {labels[outside[0]]}, but the logits have classes 0 to {logits.shape[1] - 1}",
             why="the labels come from another schema than the model's",
         )
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
+    require_finite(logits)
+    return logits, labels.astype(np.int64)
+
+
+def require_finite(logits_NC: NDArray[Any]) -> None:
+    """Raise NotFiniteError, naming the first row, if a logit is NaN or infinite."""
+    bad = np.flatnonzero(~np.isfinite(logits_NC).all(axis=1))
     if bad.size:
         raise NotFiniteError(
-            f"{bad.size} of {len(logits)} rows have logits that are NaN or infinite, the first is row {bad[0]}",
+            f"{bad.size} of {len(logits_NC)} rows have logits that are NaN or infinite, the first is row {bad[0]}",
             why="training diverged, or half precision overflowed",
             fix="a lower learning_rate, or bf16 instead of fp16",
         )
-    return logits, labels.astype(np.int64)

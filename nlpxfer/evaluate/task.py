@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nlpxfer.errors import DataError, NotFiniteError
-from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.errors import DataError
+from nlpxfer.evaluate.metrics import classification_metrics, require_finite
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 Array = NDArray[Any]
@@ -143,11 +143,5 @@ def _checked(logits_NC: ArrayLike, labels: ArrayLike, *, several: bool) -> tuple
             f"Logits of shape {logits.shape} and labels of shape {gold.shape} cannot be scored",
             why="multi-label needs (rows, labels) of both, a regression (rows, 1) and (rows,), with at least one row",
         )
-    bad = np.flatnonzero(~np.isfinite(logits).all(axis=1))
-    if bad.size:
-        raise NotFiniteError(
-            f"{bad.size} of {len(logits)} rows have logits that are NaN or infinite, the first is row {bad[0]}",
-            why="training diverged, or half precision overflowed",
-            fix="a lower learning_rate, or bf16 instead of fp16",
-        )
+    require_finite(logits)
     return logits, gold

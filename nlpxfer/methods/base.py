@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from nlpxfer.data.tokenise import WINDOWS_PER_ROW
+from nlpxfer.problem import REGRESSION, ProblemType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,6 +71,16 @@ class Method(ABC):
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many rows each term counts in this batch: scalar int64 tensors, keyed as `loss_terms`."""
+
+
+def smoothing_faults(label_smoothing: float, problem_type: ProblemType) -> list[str]:
+    """What is wrong with a share of label smoothing, one sentence each."""
+    faults = []
+    if not 0 <= label_smoothing < 1:
+        faults.append(f"label_smoothing_factor: {label_smoothing} is not in [0, 1)")
+    if label_smoothing and problem_type == REGRESSION:
+        faults.append("label_smoothing_factor: means nothing for a regression")
+    return faults
 
 
 def model_inputs(batch: Batch) -> dict[str, Tensor]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import gold_loss, labelled, teacher_loss
-from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits
-from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits, smoothing_faults
+from nlpxfer.problem import SINGLE_LABEL, ProblemType
 
 
 @final
@@ -53,10 +53,7 @@ class Distill(Method):
         if not 0 <= self.kd_weight <= 1:
             why = "it is the share of the distillation loss"
             faults.append(f"kd_weight: {self.kd_weight} is not between 0 and 1; {why}")
-        if not 0 <= self.label_smoothing < 1:
-            faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
-        if self.label_smoothing and self.problem_type == REGRESSION:
-            faults.append("label_smoothing_factor: means nothing for a regression")
+        faults += smoothing_faults(self.label_smoothing, self.problem_type)
         if faults:
             raise ConfigError.from_faults(faults)
 

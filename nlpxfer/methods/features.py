@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from nlpxfer.checkpoint.head import head_features, head_of, head_parameters, pooled_states
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import gold_loss, labelled
-from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
-from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs, smoothing_faults
+from nlpxfer.problem import SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +56,7 @@ class FeatureBased(Method):
         faults = []
         if self.classifier not in CLASSIFIERS:
             faults.append(f"classifier: {self.classifier!r} is not one of {', '.join(CLASSIFIERS)}")
-        if not 0 <= self.label_smoothing < 1:
-            faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
-        if self.label_smoothing and self.problem_type == REGRESSION:
-            faults.append("label_smoothing_factor: means nothing for a regression")
+        faults += smoothing_faults(self.label_smoothing, self.problem_type)
         if faults:
             raise ConfigError.from_faults(faults)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import agreement_loss, gold_loss, labelled
-from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits, twice
+from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits, smoothing_faults, twice
 from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
 
 Array = np.ndarray[Any, Any]
@@ -49,9 +49,7 @@ class FineTune(Method):
     r_drop_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        faults = []
-        if not 0 <= self.label_smoothing < 1:
-            faults.append(f"label_smoothing_factor: {self.label_smoothing} is not in [0, 1)")
+        faults = smoothing_faults(self.label_smoothing, self.problem_type)
         if not 0 <= self.focal_gamma < math.inf:
             faults.append(f"focal_gamma: {self.focal_gamma} is not a finite number of at least 0")
         if not 0 <= self.r_drop_weight < math.inf:
@@ -62,7 +60,6 @@ class FineTune(Method):
             faults.append("logit_adjustment: is for tasks with one class per row")
         if self.problem_type == REGRESSION:
             asked = {
-                "label_smoothing_factor": self.label_smoothing,
                 "focal_gamma": self.focal_gamma,
                 "class_weights": self.class_weights,
                 "r_drop_weight": self.r_drop_weight,
