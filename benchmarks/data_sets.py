@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nlpxfer.data.splits import stratified_sample
 from nlpxfer.errors import ConfigError
 
 logger = logging.getLogger("benchmarks")
@@ -32,12 +33,18 @@ EXTERNAL: Mapping[str, Mapping[str, Any]] = {
     "unfair_tos": {},
 }
 """Options of each beside its files."""
+SAMPLE_SEED = 42
 LEFT_OUT: Mapping[str, str] = {"clinc150": "oos"}
 """Label whose rows are left out."""
 
 
-def data_sets(names: Sequence[str], work: Path) -> dict[str, dict[str, Any]]:
+def data_sets(names: Sequence[str], work: Path, most: Mapping[str, int] | None = None) -> dict[str, dict[str, Any]]:
     """The sets of these names; those whose files are missing are left out with a message.
+
+    Args:
+        names: Names of sets.
+        work: Where copies of the files go.
+        most: Split -> rows that are kept of it, a stratified sample; bundled sets are small and stay whole.
 
     Raises:
         ConfigError: None is at hand, or a folder lacks its files.
@@ -48,7 +55,8 @@ def data_sets(names: Sequence[str], work: Path) -> dict[str, dict[str, Any]]:
         if name in BUNDLED:
             sets[name] = dict(BUNDLED[name])
         elif folder:
-            sets[name] = _files(Path(folder) / name, work / f"{name}-data", LEFT_OUT.get(name)) | EXTERNAL[name]
+            sets[name] = _files(Path(folder) / name, work / f"{name}-data", LEFT_OUT.get(name), most or {})
+            sets[name] |= EXTERNAL[name]
         else:
             logger.warning("%s is left out: %s names no folder with %s/train.csv", name, DATA_VARIABLE, name)
     if not sets:
@@ -56,8 +64,8 @@ def data_sets(names: Sequence[str], work: Path) -> dict[str, dict[str, Any]]:
     return sets
 
 
-def _files(source: Path, folder: Path, left_out: str | None) -> dict[str, Any]:
-    """Copies of the files in `folder`, with validation rows and without those left out."""
+def _files(source: Path, folder: Path, left_out: str | None, most: Mapping[str, int]) -> dict[str, Any]:
+    """Copies of the files in `folder`: with validation rows, without those left out, no more than `most` rows."""
     missing = [name for name in ("train.csv", "test.csv") if not (source / name).is_file()]
     if missing:
         raise ConfigError(f"{DATA_VARIABLE} has no {' and no '.join(f'{source.name}/{name}' for name in missing)}.")
@@ -69,6 +77,9 @@ def _files(source: Path, folder: Path, left_out: str | None) -> dict[str, Any]:
             rows = [row for row in csv.DictReader(file) if row["label"] != left_out]
         if not own and name != "test":
             rows = [row for row in rows if _is_held_out(row) is (name == "validation")]
+        if name in most and most[name] < len(rows):
+            texts, labels = [next(iter(row.values())) for row in rows], [row["label"] for row in rows]
+            rows = [rows[i] for i in stratified_sample(labels, texts, count=most[name], seed=SAMPLE_SEED)]
         with (folder / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(rows[0]))
             writer.writeheader()

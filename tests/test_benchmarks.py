@@ -263,6 +263,22 @@ def test_banking77_validation_rows_are_chosen_by_hash(load, tmp_path, monkeypatc
     assert sorted(held + kept) == sorted(f"{text},label" for text in texts)
 
 
+def test_evaluation_rows_can_be_a_stratified_sample(load, tmp_path, monkeypatch):
+    source = tmp_path / "scicite"
+    source.mkdir()
+    for name in ("train", "validation", "test"):
+        lines = "".join(f"{name} {number},{'ab'[number % 4 == 0]}\n" for number in range(40))
+        (source / f"{name}.csv").write_text("text,label\n" + lines, encoding="utf-8")
+    monkeypatch.setenv("NLPXFER_DATA", str(tmp_path))
+    values = load("data_sets").data_sets(["scicite"], tmp_path / "work", {"validation": 100, "test": 12})["scicite"]
+    rows = {
+        name: Path(values[f"{name}_file"]).read_text(encoding="utf-8").splitlines()[1:]
+        for name in ("train", "validation", "test")
+    }
+    assert {name: len(lines) for name, lines in rows.items()} == {"train": 40, "validation": 40, "test": 12}
+    assert sum(line.endswith(",b") for line in rows["test"]) == 3
+
+
 def test_no_data_is_said(load, monkeypatch, tmp_path):
     monkeypatch.delenv("NLPXFER_DATA", raising=False)
     with pytest.raises(ConfigError, match="no data"):
