@@ -110,6 +110,15 @@ def test_other_families_are_refused(load, family):
 
 
 @pytest.mark.parametrize("family", ["bert", "distilbert"])
+def test_the_added_layer_follows_the_model_to_another_attention(load, family):
+    """A layer with a config of its own would keep the attention kernel that it was made with."""
+    pooled = use_mean_pooling(load(family).model)
+    pooled.set_attn_implementation("eager")
+    kernels = {m.config._attn_implementation for m in pooled.modules() if hasattr(m, "config")}
+    assert kernels == {"eager"}
+
+
+@pytest.mark.parametrize("family", POST_NORM)
 def test_a_mean_layer_is_known_and_not_added_twice(family, tiny_checkpoint):
     model = AutoModelForSequenceClassification.from_pretrained(tiny_checkpoint(family, kind="classifier"))
     pooled = use_mean_pooling(model)

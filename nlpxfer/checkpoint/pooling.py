@@ -84,7 +84,8 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     pooled = copy.deepcopy(model)
     _, layers = model_layers(pooled)
     count = len(layers)
-    extra = copy.deepcopy(layers[-1])
+    # with the model's own config: a copy of it would not hear of another attention kernel
+    extra = copy.deepcopy(layers[-1], {id(pooled.config): pooled.config})
     renumber_(extra, count - 1, count)
     _compute_mean_(extra, _POST_NORM[family])
     layers.append(extra)
