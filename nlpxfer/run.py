@@ -37,14 +37,16 @@ from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
 from nlpxfer.data.windows import length_facts, tell_lengths
-from nlpxfer.errors import ConfigError
+from nlpxfer.errors import ConfigError, TargetMissedError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
+from nlpxfer.evaluate.latency import Stages, latency_facts
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.retention import Answers, Gold, calibration_facts, fitted_temperature, retained
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
 from nlpxfer.evaluate.trials import TrialArm, make_trials
@@ -52,6 +54,7 @@ from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.card import CardFacts, write_card
+from nlpxfer.report.disagreements import TwoAnswers, disagreements, write_disagreements
 from nlpxfer.report.error_report import error_summary, write_error_report
 from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
@@ -64,6 +67,7 @@ from nlpxfer.report.report import (
     mean_metrics,
     write_report,
 )
+from nlpxfer.report.retention import retention_lines, size_facts
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.train.checkpoints import RunIdentity
@@ -86,7 +90,7 @@ NOT_PART_OF_THE_RUN = frozenset(
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
     "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
     "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache "
-    "error_report num_folds abstain_precision search_timeout".split()
+    "error_report num_folds abstain_precision search_timeout min_retention min_class_retention disagreements".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
 
@@ -121,6 +125,7 @@ class Run:
         lengths: Tokenizer -> split -> how much of the rows is read.
         searching: Whether trials are being made: then there are no test rows.
         found: The search, for the report; None if there was none.
+        answers: Name of an arm -> its logits, one for each training seed.
     """
 
     recipe: str
@@ -137,6 +142,7 @@ class Run:
     lengths: dict[PreTrainedTokenizerBase, dict[str, dict[str, float]]] = field(default_factory=dict)
     searching: bool = False
     found: dict[str, Any] | None = None
+    answers: dict[str, list[Answers]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -374,6 +380,7 @@ class Run:
     def arm(self, trained: Sequence[TrainedArm], description: str, *, name: str | None = None) -> Arm:
         """A report's arm from the repetitions of a trained one."""
         first = trained[0]
+        self.answers[name or first.name] = [Answers(arm.validation_logits, arm.test_logits) for arm in trained]
         per_seed = [
             SeedResult(seed=arm.seed, metrics=self.metrics(arm.validation_logits, arm.test_logits)) for arm in trained
         ]
@@ -460,6 +467,68 @@ class Run:
         speeds = {name: rate.rows_per_second for name, rate in measured.rates.items()}
         return [replace(arm, rows_per_second=speeds.get(arm.name, arm.rows_per_second)) for arm in arms]
 
+    def with_latency(self, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:
+        """The arms with the time that an answer takes on the CPU in float32, on texts of the test rows."""
+        if not is_main_process() or not models:
+            return list(arms)
+        length, reading = self.data_options.max_length, self.long_texts
+        stages = {
+            name: Stages.of(copy.deepcopy(arm.model).cpu(), arm.tokenizer, max_length=length, long_texts=reading)
+            for name, arm in models.items()
+        }
+        found = latency_facts(stages, *self.texts("test"))
+        return [replace(arm, latency=found.get(arm.name)) for arm in arms]
+
+    def gold(self) -> Gold:
+        """The task and the labels of its validation and test rows."""
+        labels = [self.labels(split) for split in ("validation", "test")]
+        return Gold(self.problem_type, self.data.schema.names, *labels)
+
+    def retention(self, teacher: str, students: Sequence[str], arms: Sequence[Arm]) -> dict[str, Any]:
+        """What students, and control arms, keep of a teacher; for `checks.retention` of the report.
+
+        Args:
+            teacher: Name of its arm.
+            students: Names of arms, the result first.
+            arms: The table, with speeds.
+        """
+        gold, asked, by_name = self.gold(), self.answers[teacher][0], {arm.name: arm for arm in arms}
+        kept = {
+            name: retained(self.answers[name], asked, gold) | {"size": size_facts(by_name[name], by_name[teacher])}
+            for name in students
+        }
+        return {"teacher_arm": teacher, "teacher": calibration_facts(asked, gold), "students": kept}
+
+    def write_disagreements(self, teacher: str, student: TrainedArm, known: Mapping[str, Array]) -> None:
+        """Write `disagreements.jsonl`: rows of all splits that a teacher and a student answer differently.
+
+        Args:
+            teacher: Name of its arm.
+            student: The student.
+            known: Split (`train`, `unlabelled`) -> logits of the teacher for it.
+        """
+        theirs, gold = self.answers[teacher][0], self.gold()
+        ours = Answers(student.validation_logits, student.test_logits)
+        pairs = {"validation": (theirs.validation, ours.validation), "test": (theirs.test, ours.test)}
+        pairs |= {
+            split: (logits, self.predict(student.model, student.tokenizer, split)) for split, logits in known.items()
+        }
+        asked = [
+            TwoAnswers(
+                split,
+                getattr(self.data, split)["row"][:],
+                *self.texts(split),
+                self.labels(split) if "label" in getattr(self.data, split).column_names else None,
+                *logits,
+            )
+            for split, logits in pairs.items()
+        ]
+        if is_main_process():
+            temperatures = (fitted_temperature(theirs, gold), fitted_temperature(ours, gold))
+            found = disagreements(asked, gold.names, gold.problem_type, temperatures)
+            write_disagreements(self.folder, found)
+        wait_for_everyone()
+
     def check_length(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, if it can read texts of `max_length` tokens, and longer ones as asked for.
 
@@ -518,6 +587,7 @@ class Run:
         """The arm of a model that is used as it is."""
         start = time.perf_counter()
         logits = [self.predict(checkpoint.model, checkpoint.tokenizer, split) for split in ("validation", "test")]
+        self.answers[name] = [Answers(*logits)]
         return Arm(
             name=name,
             metrics=self.metrics(*logits),
@@ -547,6 +617,7 @@ class Run:
         base_model: ResolvedCheckpoint,
         parents: Mapping[str, Mapping[str, Any]],
         tags: Sequence[str] = (),
+        missed: Sequence[str] = (),
     ) -> Report:
         """Write the output folder, push it if asked to, and print the table of arms.
 
@@ -560,6 +631,10 @@ class Run:
             base_model: Checkpoint that the weights come from.
             parents: Role -> name and fingerprint of what went in.
             tags: Further tags of the model card.
+            missed: Targets that the result falls short of, one sentence each; then nothing is pushed.
+
+        Raises:
+            TargetMissedError: After everything is written, if any target is missed.
         """
         report = build_report(
             self.recipe,
@@ -574,13 +649,18 @@ class Run:
         )
         if is_main_process():
             self._write(treated[0], report, description, base_model, parents, tags)
-            if self.options.push_to_hub:
+            if self.options.push_to_hub and not missed:
                 pushed = push_folder(self.folder, str(self.options.hub_model_id), private=is_private(self.options))
                 logger.warning("pushed to %s", pushed.url)
             table = arms_text(arms, verdict)
+            table += "".join(f"{line}\n" for line in retention_lines(report))
             sys.stdout.write(f"\n{table}model:  {self.folder}\nreport: {self.folder / 'report.json'}\n")
             sys.stdout.flush()
         wait_for_everyone()
+        if missed:
+            pushed_not = " Nothing was pushed." if self.options.push_to_hub else ""
+            listed = "".join(f"\n  - {fault}" for fault in missed)
+            raise TargetMissedError(f"The run is finished, but misses its target:{listed}\n{self.folder}{pushed_not}")
         return report
 
     def _length_facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

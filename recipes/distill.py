@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
@@ -24,6 +26,7 @@ from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
+from nlpxfer.evaluate.retention import check_gate, gate_faults
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
@@ -42,6 +45,8 @@ class DistillOptions:
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
+        "min_retention": "it is a check of the result",
+        "min_class_retention": "it is a check of the result",
     }
 
     model_name_or_path: str | None = option(
@@ -62,6 +67,15 @@ class DistillOptions:
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
+    min_retention: float | None = option(
+        None, "End with exit code 3 if the student keeps less of the teacher's test score, such as 0.97."
+    )
+    min_class_retention: float | None = option(
+        None, "The same for the F1 of each class that has 20 or more test rows."
+    )
+    disagreements: bool = option(
+        False, "Write disagreements.jsonl: rows, with texts, that the two answer differently."
+    )
 
     def __post_init__(self) -> None:
         faults = []
@@ -75,6 +89,10 @@ class DistillOptions:
                 faults.append(f"{name}: {value} is not positive")
             if value is not None and self.teacher_name_or_path:
                 faults.append(f"{name}: does nothing beside teacher_name_or_path")
+        for name in ("min_retention", "min_class_retention"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                faults.append(f"{name}: {value} is not a share above 0 and up to 1")
         if self.model_name_or_path and self.teacher_name_or_path and self.student_name_or_path:
             faults.append("model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path")
         try:
@@ -99,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
+        check_gate(run.gold(), plan.min_class_retention)
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
@@ -122,8 +141,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
-        arms = run.with_speed([teacher_arm, *arms], models)
-        run.checks["teacher"] = rows.cache | retention(teacher_arm, distilled)
+        arms = run.with_latency(run.with_speed([teacher_arm, *arms], models), models)
+        students = [name for name in ("distilled", "control") if name in models]
+        kept = run.checks["retention"] = run.retention("teacher", students, arms)
+        run.checks["teacher"] = rows.cache | {"retention": kept["students"]["distilled"]["score"]["value"]}
+        if plan.disagreements:
+            run.write_disagreements("teacher", student[0], rows.by_split())
         layers = student[0].model.config.num_hidden_layers
         return run.finish(
             student,
@@ -133,6 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
+            missed=gate_faults(kept["students"]["distilled"], plan.min_retention, plan.min_class_retention),
         )
 
 
@@ -218,6 +242,11 @@ class TransferRows:
             quiet=bool(run.options.disable_tqdm),
         )
 
+    def by_split(self) -> dict[str, Any]:
+        """The teacher's logits of each split."""
+        ends = np.cumsum([len(getattr(self.run.data, split)) for split in self.splits])
+        return dict(zip(self.splits, np.split(self.logits, ends[:-1]), strict=True))
+
     def with_teacher(self, tokenizer: object) -> Splits:
         """The splits as the student's tokenizer sees them; `train` has the column `teacher_logits`."""
         splits = self.run.split(tokenizer)
@@ -242,17 +271,6 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
         return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
 
     return build
-
-
-def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:
-    """Share of the teacher's test score that the student keeps; None if the teacher gets nothing right.
-
-    The score is the accuracy, for multi-label the micro-F1, for numbers the rank correlation.
-    """
-    have = teacher.metrics["test"]
-    metric = next(name for name in ("micro_f1", "spearman", "accuracy") if name in have)
-    kept, of = (arm.metrics["test"][metric] for arm in (distilled, teacher))
-    return {"retention": kept / of if of else None}
 
 
 if __name__ == "__main__":

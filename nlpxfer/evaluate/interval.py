@@ -152,7 +152,7 @@ def paired_gain(
 
 
 def seed_shares(seeds: int, resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
-    """The weight of each of S training seeds in each of R resamples, shape (R, S): S - 1 are drawn, see `paired_gain`."""
+    """The weight of each of S seeds in each of R resamples, shape (R, S): S - 1 are drawn, see `paired_gain`."""
     draws = max(seeds - 1, 1)
     shares_RS: NDArray[np.float64] = generator.multinomial(draws, np.full(seeds, 1 / seeds), size=resamples) / draws
     return shares_RS

@@ -1,7 +1,7 @@
 """What share of another model's score a model reaches, with a paired bootstrap interval over the test rows.
 
-A ratio of two scores, not a difference: "the student keeps 98 % of its teacher". Numerator and denominator are drawn on
-the same resampled rows, which is what makes the interval narrow: both models find the same rows hard.
+A ratio of two scores, not a difference: "the student keeps 98 % of its teacher". Numerator and denominator are drawn
+on the same resampled rows, which is what makes the interval narrow: both models find the same rows hard.
 
 Micro-F1 and Spearman's correlation are no means over rows, so each resample is scored anew, from how often it holds
 each row. For Spearman these counts give the ranks of the resample, ties included, without sorting it again.
@@ -123,7 +123,8 @@ def _scorer(metric: RatioMetric, found: NDArray[Any], gold: NDArray[Any]) -> Cal
 
         def micro_f1(counts_RN: Counts) -> Counts:
             total_R = counts_RN @ total_N
-            return np.divide(counts_RN @ hits_N, total_R, out=np.zeros_like(total_R), where=total_R > 0)
+            found_R: Counts = np.divide(counts_RN @ hits_N, total_R, out=np.zeros_like(total_R), where=total_R > 0)
+            return found_R
 
         return micro_f1
     if metric == "spearman":
@@ -143,7 +144,8 @@ def _spearman(counts_RN: Counts, found_N: NDArray[Any], gold_N: NDArray[Any]) ->
     first_RN, second_RN = centred
     covariance_R = (counts_RN * first_RN * second_RN).sum(axis=1)
     scale_R = np.sqrt((counts_RN * first_RN**2).sum(axis=1) * (counts_RN * second_RN**2).sum(axis=1))
-    return np.divide(covariance_R, scale_R, out=np.zeros_like(scale_R), where=scale_R > 1e-9)
+    found_R: Counts = np.divide(covariance_R, scale_R, out=np.zeros_like(scale_R), where=scale_R > 1e-9)
+    return found_R
 
 
 def _ranks(counts_RN: Counts, numbers_N: NDArray[Any]) -> Counts:

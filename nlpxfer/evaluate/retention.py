@@ -4,8 +4,8 @@ The score is the accuracy, of a multi-label task the micro-F1, of numbers Spearm
 are compared by their F1. The control arm is measured in the same way, so that a reader sees what the student would
 keep of the teacher without having had one. What means nothing for a kind of task is left out, not 0.
 
-Probabilities are compared as the models give them, at temperature 1; calibration before and after a temperature, fitted
-on the validation rows, stands beside that.
+Probabilities are compared as the models give them, at temperature 1; calibration before and after a temperature,
+fitted on the validation rows, stands beside that.
 
 Shapes: N rows, C classes.
 """
@@ -19,7 +19,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from nlpxfer.evaluate.calibration import calibrate
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.calibration import calibrate, fit_temperature
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
 from nlpxfer.evaluate.ratio import RatioMetric, Share, paired_ratio
 from nlpxfer.evaluate.task import answers
@@ -101,6 +102,13 @@ def calibration_facts(model: Answers, gold: Gold) -> dict[str, Any]:
     return {
         "calibration": vars(calibrate(model.validation, gold.validation, model.test, gold.test, gold.problem_type))
     }
+
+
+def fitted_temperature(model: Answers, gold: Gold) -> float:
+    """The temperature of a model's probabilities, fitted on the validation rows; 1 for numbers, which have none."""
+    if gold.problem_type == REGRESSION:
+        return 1.0
+    return fit_temperature(model.validation, gold.validation, gold.problem_type)
 
 
 def class_shares(student_S: Sequence[Array], teacher: Array, gold: Gold) -> list[dict[str, Any]]:
@@ -194,9 +202,26 @@ def divergences(first_NC: Array, second_NC: Array) -> tuple[Array, Array]:
     return divergence(first, second), (divergence(first, middle) + divergence(second, middle)) / 2
 
 
-def gate_faults(
-    found: Mapping[str, Any], min_retention: float | None, min_class_retention: float | None
-) -> list[str]:
+def check_gate(gold: Gold, min_class_retention: float | None) -> None:
+    """Refuse a gate on classes that has nothing to judge.
+
+    Raises:
+        ConfigError: The task has no classes, or no class has enough test rows.
+    """
+    if min_class_retention is None:
+        return
+    if gold.problem_type == REGRESSION:
+        raise ConfigError("min_class_retention: a regression has no classes.", fix="--min_retention")
+    hot = gold.test > 0.5 if gold.problem_type == MULTI_LABEL else np.eye(len(gold.names))[gold.test]
+    most = int(hot.sum(axis=0).max())
+    if most < FEW_ROWS:
+        raise ConfigError(
+            f"min_class_retention: no class has {FEW_ROWS} test rows (the largest has {most}), too few to judge one.",
+            fix="more test rows, or --min_retention alone",
+        )
+
+
+def gate_faults(found: Mapping[str, Any], min_retention: float | None, min_class_retention: float | None) -> list[str]:
     """Which figures of `retained` fall short of what was asked for, one sentence each; classes with few rows are out.
 
     Args:
@@ -207,7 +232,9 @@ def gate_faults(
     faults, score = [], found["score"]
     if min_retention is not None and (score["value"] is None or score["value"] < min_retention):
         kept = "cannot be told, since the teacher scores 0" if score["value"] is None else f"is {score['value']:.4f}"
-        faults.append(f"the share of the teacher's test {score['metric']} {kept}, below min_retention {min_retention:g}")
+        faults.append(
+            f"the share of the teacher's test {score['metric']} {kept}, below min_retention {min_retention:g}"
+        )
     if min_class_retention is not None:
         faults += [
             f"{row['label']}: the share of the teacher's F1 is {row['share']:.4f} ({row['student']:.4f} of "
