@@ -118,9 +118,8 @@ def test_agreement_by_hand():
     teacher, student = np.log([[0.5, 0.5], [0.25, 0.75]]), np.log([[0.75, 0.25], [0.25, 0.75]])
     found = agreement(teacher + 3.0, student, SINGLE_LABEL)
     kl = 0.5 * np.log(0.5 / 0.75) + 0.5 * np.log(0.5 / 0.25)
-    js = (
-        0.5 * (0.5 * np.log(0.5 / 0.625) + 0.5 * np.log(0.5 / 0.375))
-        + 0.5 * (0.75 * np.log(0.75 / 0.625) + 0.25 * np.log(0.25 / 0.375))
+    js = 0.5 * (0.5 * np.log(0.5 / 0.625) + 0.5 * np.log(0.5 / 0.375)) + 0.5 * (
+        0.75 * np.log(0.75 / 0.625) + 0.25 * np.log(0.25 / 0.375)
     )
     assert found == pytest.approx({"same_answer": 1.0, "kl": kl / 2, "js": js / 2})
 
@@ -248,8 +247,11 @@ def _own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "bert"
-    words = tiny_words(tiny_data, tiny_checkpoint("bert"), epochs=3, rate="3e-3")
-    return finished("finetune", folder, *words, "--control_arm", "false").folder
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"), epochs=6, rate="2e-3")
+    words += ["--freeze_embeddings", "false", "--control_arm", "false"]
+    run = finished("finetune", folder, *words)
+    assert run.report["metrics"]["test"]["accuracy"] > 0.5
+    return run.folder
 
 
 def test_a_run_reports_what_is_kept(tiny_data, teacher, tmp_path):
