@@ -4,9 +4,9 @@
     nlpxfer cascade evaluate runs/student runs/teacher test.csv --cascade cascade.json --plot cascade.png
     nlpxfer cascade predict runs/student runs/teacher new.csv --cascade cascade.json --output_file labelled.csv
 
-`cascade.json` holds the threshold and what it was fitted for: fingerprints of both models' weights, labels, temperature
-and length of the student's texts. Another model than that is refused, since a threshold says nothing about it. The
-models themselves are named in each call and not in the file, which so holds no path of a machine.
+`cascade.json` holds the threshold and what it was fitted for: fingerprints of both models' weights, labels,
+temperature and length of the student's texts. Another model than that is refused, since a threshold says nothing about
+it. The models themselves are named in each call and not in the file, which so holds no path of a machine.
 
 Labels are matched by name. Both models must give one label to each row.
 
@@ -28,7 +28,6 @@ import numpy as np
 from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, gold_labels, texts_of, windows
 from nlpxfer.data.stream import Row, RowReader, row_writer
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, LabelError
-from nlpxfer.evaluate.calibration import probabilities
 from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
 from nlpxfer.evaluate.interval import paired_gain
 from nlpxfer.problem import SINGLE_LABEL
@@ -234,7 +233,7 @@ def predict_cascade(
     text_pair_column: str | None = None,
     quiet: bool = True,
 ) -> tuple[Predicted, int]:
-    """Label the rows of a file of any length, in new columns beside those that are there; memory does not grow with it.
+    """Label the rows of a file, in new columns beside those that are there; memory does not grow with the file.
 
     The columns are `predicted_label`, `probability` (calibrated, of whoever answers) and `model`: student or teacher.
     A row whose text is missing or blank gets nothing in them. The output appears whole at the end or not at all.
@@ -338,7 +337,8 @@ def _ask_both(
         seen += len(window)
     if not seen:
         raise DataError(f"{source} has no rows.")
-    return _Asked(*(np.concatenate(column) for column in zip(*found, strict=True)), *seconds.tolist())
+    sure_N, small_right_N, large_right_N, sent_N = (np.concatenate(column) for column in zip(*found, strict=True))
+    return _Asked(sure_N, small_right_N, large_right_N, sent_N, *seconds.tolist())
 
 
 def evaluate_cascade(

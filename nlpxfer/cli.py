@@ -172,9 +172,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
-            step.add_argument(
-                f"--{who}_base", metavar="FOLDER", help="base of an adapter, where it was a local folder"
-            )
+            step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
     for step in (fit, evaluate):
         step.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
     for step in (evaluate, predict):
@@ -211,8 +209,9 @@ def _cascade(asked: argparse.Namespace) -> None:
         columns |= {"label_column": asked.label_column, "tolerance": tolerance}
         found = fit_cascade(student, teacher, asked.file, asked.output_file, **columns)
         sys.stdout.write(
-            f"{asked.output_file}: {100 * found['sent']:.1f} % of the rows are sent on; accuracy {found['accuracy']:.4f}, "
-            f"student {found['student_accuracy']:.4f}, teacher {found['teacher_accuracy']:.4f}\n"
+            f"{asked.output_file}: {100 * found['sent']:.1f} % of the rows are sent on; "
+            f"accuracy {found['accuracy']:.4f}, student {found['student_accuracy']:.4f}, "
+            f"teacher {found['teacher_accuracy']:.4f}\n"
         )
         return
     cascade = load_cascade(asked.cascade, student, teacher)

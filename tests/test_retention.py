@@ -1,6 +1,7 @@
-"""What a student keeps of its teacher: figures by hand, intervals against plain resampling, the gate, and the recipe."""
+"""What a student keeps of its teacher: figures by hand, intervals against plain resampling, the gate, the recipe."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -330,12 +331,14 @@ def test_the_gate_fails_a_finished_run(tiny_data, tiny_checkpoint, teacher, tmp_
     [
         (["--min_retention", "97"], "min_retention: 97.0 is not a share above 0 and up to 1"),
         (["--min_class_retention", "0"], "min_class_retention: 0.0 is not a share"),
-        (["--validation_share", "0.1"], None),
     ],
 )
 def test_gates_that_cannot_be(words, fault, tiny_data, tiny_checkpoint, tmp_path):
-    if fault is None:  # 16 rows of the test file have 4 of each class
-        few = tmp_path / "few.csv"
-        few.write_text("".join(tiny_data.test.read_text().splitlines(keepends=True)[:17]))
-        words, fault = ["--test_file", few, "--min_class_retention", "0.5"], "too few to judge one"
     assert fault in refused("distill", tmp_path / "out", *tiny_words(tiny_data, tiny_checkpoint("bert")), *words)
+
+
+def test_a_gate_on_classes_with_few_rows_is_refused(tiny_data, tiny_checkpoint, tmp_path):
+    few = tmp_path / "few.csv"
+    few.write_text("".join(tiny_data.test.read_text().splitlines(keepends=True)[:17]))
+    words = [*tiny_words(replace(tiny_data, test=few), tiny_checkpoint("bert")), "--min_class_retention", "0.5"]
+    assert "too few to judge one" in refused("distill", tmp_path / "out", *words)

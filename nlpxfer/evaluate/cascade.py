@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import DataError
 
@@ -73,7 +73,7 @@ def cascade_curve(sure_N: ArrayLike, small_right_N: ArrayLike, large_right_N: Ar
     ]
 
 
-def _threshold(sorted_N: np.ndarray, cut: int) -> float | None:  # type: ignore[type-arg]
+def _threshold(sorted_N: NDArray[np.float64], cut: int) -> float | None:
     """A number above the first `cut` probabilities and not above the next one."""
     if cut in (0, len(sorted_N)):
         return None if cut else 0.0
