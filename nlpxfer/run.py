@@ -44,9 +44,8 @@ from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilitie
 from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
-from nlpxfer.evaluate.latency import Stages, latency_facts
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
-from nlpxfer.evaluate.retention import Answers, Gold, calibration_facts, fitted_temperature, retained
+from nlpxfer.evaluate.retention import Answers
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
 from nlpxfer.evaluate.trials import TrialArm, make_trials
@@ -54,7 +53,6 @@ from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.card import CardFacts, write_card
-from nlpxfer.report.disagreements import TwoAnswers, disagreements, write_disagreements
 from nlpxfer.report.error_report import error_summary, write_error_report
 from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
@@ -67,7 +65,7 @@ from nlpxfer.report.report import (
     mean_metrics,
     write_report,
 )
-from nlpxfer.report.retention import retention_lines, size_facts
+from nlpxfer.report.retention import retention_lines
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.train.checkpoints import RunIdentity
@@ -466,68 +464,6 @@ class Run:
         self.checks["speed_ratio"] = {name: vars(ratio) for name, ratio in measured.ratios.items()}
         speeds = {name: rate.rows_per_second for name, rate in measured.rates.items()}
         return [replace(arm, rows_per_second=speeds.get(arm.name, arm.rows_per_second)) for arm in arms]
-
-    def with_latency(self, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:
-        """The arms with the time that an answer takes on the CPU in float32, on texts of the test rows."""
-        if not is_main_process() or not models:
-            return list(arms)
-        length, reading = self.data_options.max_length, self.long_texts
-        stages = {
-            name: Stages.of(copy.deepcopy(arm.model).cpu(), arm.tokenizer, max_length=length, long_texts=reading)
-            for name, arm in models.items()
-        }
-        found = latency_facts(stages, *self.texts("test"))
-        return [replace(arm, latency=found.get(arm.name)) for arm in arms]
-
-    def gold(self) -> Gold:
-        """The task and the labels of its validation and test rows."""
-        labels = [self.labels(split) for split in ("validation", "test")]
-        return Gold(self.problem_type, self.data.schema.names, *labels)
-
-    def retention(self, teacher: str, students: Sequence[str], arms: Sequence[Arm]) -> dict[str, Any]:
-        """What students, and control arms, keep of a teacher; for `checks.retention` of the report.
-
-        Args:
-            teacher: Name of its arm.
-            students: Names of arms, the result first.
-            arms: The table, with speeds.
-        """
-        gold, asked, by_name = self.gold(), self.answers[teacher][0], {arm.name: arm for arm in arms}
-        kept = {
-            name: retained(self.answers[name], asked, gold) | {"size": size_facts(by_name[name], by_name[teacher])}
-            for name in students
-        }
-        return {"teacher_arm": teacher, "teacher": calibration_facts(asked, gold), "students": kept}
-
-    def write_disagreements(self, teacher: str, student: TrainedArm, known: Mapping[str, Array]) -> None:
-        """Write `disagreements.jsonl`: rows of all splits that a teacher and a student answer differently.
-
-        Args:
-            teacher: Name of its arm.
-            student: The student.
-            known: Split (`train`, `unlabelled`) -> logits of the teacher for it.
-        """
-        theirs, gold = self.answers[teacher][0], self.gold()
-        ours = Answers(student.validation_logits, student.test_logits)
-        pairs = {"validation": (theirs.validation, ours.validation), "test": (theirs.test, ours.test)}
-        pairs |= {
-            split: (logits, self.predict(student.model, student.tokenizer, split)) for split, logits in known.items()
-        }
-        asked = [
-            TwoAnswers(
-                split,
-                getattr(self.data, split)["row"][:],
-                *self.texts(split),
-                self.labels(split) if "label" in getattr(self.data, split).column_names else None,
-                *logits,
-            )
-            for split, logits in pairs.items()
-        ]
-        if is_main_process():
-            temperatures = (fitted_temperature(theirs, gold), fitted_temperature(ours, gold))
-            found = disagreements(asked, gold.names, gold.problem_type, temperatures)
-            write_disagreements(self.folder, found)
-        wait_for_everyone()
 
     def check_length(self, checkpoint: Checkpoint) -> Checkpoint:
         """The checkpoint, if it can read texts of `max_length` tokens, and longer ones as asked for.

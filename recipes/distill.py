@@ -23,10 +23,10 @@ from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
+from nlpxfer.config.targets import TargetOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
-from nlpxfer.evaluate.retention import check_gate, gate_faults
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
@@ -34,19 +34,19 @@ from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.teacher_cache import teacher_logits
+from nlpxfer.verdict import check_targets, judge
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
+class DistillOptions(TargetOptions):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
-        "min_retention": "it is a check of the result",
-        "min_class_retention": "it is a check of the result",
+        **TargetOptions.TARGETS_NOT_SEARCHED,
     }
 
     model_name_or_path: str | None = option(
@@ -67,18 +67,9 @@ class DistillOptions:
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
-    min_retention: float | None = option(
-        None, "End with exit code 3 if the student keeps less of the teacher's test score, such as 0.97."
-    )
-    min_class_retention: float | None = option(
-        None, "The same for the F1 of each class that has 20 or more test rows."
-    )
-    disagreements: bool = option(
-        False, "Write disagreements.jsonl: rows, with texts, that the two answer differently."
-    )
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = self.target_faults()
         if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
         if self.student_num_layers is not None and self.student_num_layers < 1:
@@ -89,10 +80,6 @@ class DistillOptions:
                 faults.append(f"{name}: {value} is not positive")
             if value is not None and self.teacher_name_or_path:
                 faults.append(f"{name}: does nothing beside teacher_name_or_path")
-        for name in ("min_retention", "min_class_retention"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                faults.append(f"{name}: {value} is not a share above 0 and up to 1")
         if self.model_name_or_path and self.teacher_name_or_path and self.student_name_or_path:
             faults.append("model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path")
         try:
@@ -117,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
-        check_gate(run.gold(), plan.min_class_retention)
+        check_targets(run, plan)
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
@@ -141,22 +128,19 @@ def main(argv: Sequence[str] | None = None) -> Report:
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
-        arms = run.with_latency(run.with_speed([teacher_arm, *arms], models), models)
-        students = [name for name in ("distilled", "control") if name in models]
-        kept = run.checks["retention"] = run.retention("teacher", students, arms)
-        run.checks["teacher"] = rows.cache | {"retention": kept["students"]["distilled"]["score"]["value"]}
-        if plan.disagreements:
-            run.write_disagreements("teacher", student[0], rows.by_split())
+        arms = run.with_speed([teacher_arm, *arms], models)
+        judged = judge(run, plan, arms, models, student[0], rows.by_split())
+        run.checks["teacher"] = rows.cache | {"retention": judged.retention}
         layers = student[0].model.config.num_hidden_layers
         return run.finish(
             student,
-            arms,
+            judged.arms,
             verdict,
             description=f"A student of {layers} layers, distilled from {teacher.name}.",
             base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
-            missed=gate_faults(kept["students"]["distilled"], plan.min_retention, plan.min_class_retention),
+            missed=judged.missed,
         )
 
 

@@ -58,7 +58,7 @@ def test_all_is_halved_until_one_is_left():
 
 
 def test_one_that_passes_ends_the_larger_ones():
-    """c passes at once: d and e, which pass too, are out, and all further steps go to a and b."""
+    """c passes at once: d, which passes too, and e are out, and all further steps go to a and b."""
     curves = Curves(a=0.5, b=lambda steps: 0.95 if steps >= 20 else 0.6, c=0.95, d=0.99, e=0.8)
     result = climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=150, max_steps=1000)
     # 3 rungs; the first has 10 steps for each of 5, the others 100 steps for the one that is left

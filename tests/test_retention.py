@@ -64,7 +64,7 @@ def test_the_share_of_a_micro_f1():
 
     found = paired_ratio([ours], theirs, gold, metric="micro_f1", resamples=2000)
     assert found.value == pytest.approx(score(gold, ours) / score(gold, theirs))
-    assert (found.low, found.high) == pytest.approx(plain_ratio(score, [ours], theirs, gold, 300), abs=0.02)
+    assert (found.low, found.high) == pytest.approx(plain_ratio(score, [ours], theirs, gold, 200), abs=0.02)
 
 
 def test_the_share_of_a_rank_correlation_with_ties():

@@ -201,6 +201,7 @@ def climb(
         passing = [c for c in alive if _score(tried[c.name]) >= target.score]
         if passing:
             chosen = passing[0].name
+            tried[chosen].outcome = "passes"
             for candidate in alive[alive.index(passing[0]) + 1 :]:
                 passes = "passes, but is larger than" if candidate in passing else "larger than"
                 tried[candidate.name].outcome = f"{passes} {chosen}"
