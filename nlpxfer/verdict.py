@@ -16,6 +16,7 @@ import numpy as np
 
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.config.targets import TargetOptions
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.latency import Stages, latency_facts
 from nlpxfer.evaluate.retention import (
@@ -27,6 +28,7 @@ from nlpxfer.evaluate.retention import (
     gate_faults,
     retained,
 )
+from nlpxfer.problem import BEST, LOWER_IS_BETTER, REGRESSION
 from nlpxfer.report.disagreements import TwoAnswers, disagreements, write_disagreements
 from nlpxfer.report.report import Arm
 from nlpxfer.report.retention import size_facts
@@ -55,9 +57,25 @@ def check_targets(run: Run, plan: TargetOptions) -> None:
     """Refuse targets that could not be judged, before anything is trained.
 
     Raises:
-        ConfigError: See `check_gate`.
+        ConfigError: See `check_gate`; or the smallest student is looked for beside another search, or by a score of
+            which there is no share.
     """
     check_gate(_gold(run), plan.min_class_retention)
+    if not plan.search:
+        return
+    options, faults = run.options, []
+    if options.ranges:
+        faults.append(
+            f"search: cannot be combined with ranges ({', '.join(options.ranges)}): one search after the other"
+        )
+    if options.metric_for_best_model in LOWER_IS_BETTER:
+        other = "spearman" if run.problem_type == REGRESSION else BEST[run.problem_type]
+        faults.append(
+            f"search: needs a score of which a share can be kept: --metric_for_best_model {other}, "
+            f"not {options.metric_for_best_model}"
+        )
+    if faults:
+        raise ConfigError.from_faults(faults)
 
 
 def judge(

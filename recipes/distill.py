@@ -32,6 +32,7 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
+from nlpxfer.smallest import find_smallest, slices
 from nlpxfer.start import start_run
 from nlpxfer.train.teacher_cache import teacher_logits
 from nlpxfer.verdict import check_targets, judge
@@ -70,6 +71,8 @@ class DistillOptions(TargetOptions):
 
     def __post_init__(self) -> None:
         faults = self.target_faults()
+        if self.search and (self.student_name_or_path or self.student_num_layers or self.student_layers != "even"):
+            faults.append("search: chooses the student; leave student_name_or_path and student_*layers out")
         if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
         if self.student_num_layers is not None and self.student_num_layers < 1:
@@ -116,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
 
         plan = run.search("distilled", arm, plan)
+        plan = find_smallest(run, plan, slices(teacher.model), arm, teacher)
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {teacher.name}")
         arms = [distilled, run.majority_arm()]

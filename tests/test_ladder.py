@@ -1,13 +1,17 @@
 """The smallest student that is good enough: which are trained, for how long, and what is said of each."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
+from recipe_runs import call, finished, refused, tiny_words
 
+from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import ConfigError, DataError, NotFiniteError, TargetMissedError
 from nlpxfer.report.ladder import ladder_table, write_ladder
 from nlpxfer.report.plots import SpeedPoint, pareto_front, pareto_plot
+from nlpxfer.smallest import Choice, find_smallest, slices
 from nlpxfer.train.ladder import Candidate, Target, climb
 
 
@@ -186,3 +190,95 @@ def test_the_picture_marks_the_front(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="above 0"):
         pareto_plot([], tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
+
+
+def test_slices_are_few_and_smaller_than_the_teacher(tiny_checkpoint):
+    def of(total):
+        model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=total, architectures=None))
+        return [choice.values["student_num_layers"] for choice in slices(model)]
+
+    assert (of(1), of(2), of(6)) == ([], [1], [1, 2, 3, 4, 5])
+    assert of(24) == [1, 5, 10, 14, 19, 23]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
+    words = tiny_words(tiny_data, tiny_checkpoint("bert", layers=3), epochs=2, rate="2e-3")
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    return finished("finetune", folder, *words, "--control_arm", "false").folder
+
+
+def test_a_recipe_searches_and_then_trains_what_it_found(tiny_data, teacher, tmp_path, monkeypatch):
+    """The bar is so low that the smallest passes; the test rows are read only afterwards."""
+    import nlpxfer.smallest as module
+
+    asked, real = [], module.short_run
+
+    def short_run(trial, folder, known, *, steps):
+        score = real(trial, folder, known, steps=steps)
+        asked.append((folder.name, steps, {len(splits.test) for splits in known.values()}))
+        return score
+
+    monkeypatch.setattr(module, "short_run", short_run)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "1")
+    assert asked == [("1-layer", 4, {0}), ("2-layers", 4, {0})]  # 8 steps are a whole training
+    found = run.report["checks"]["search"]
+    assert (found["chosen"], found["steps"], found["total_steps"]) == ("1 layer", 8, 8)
+    reference = run.arm("teacher")["metrics"]["validation"]["accuracy"]
+    assert found["target"]["reference"] == pytest.approx(reference)
+    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 1
+    assert run.run["config"]["student_num_layers"] == 1
+    assert run.arm("distilled")["details"]["steps"] == 8
+    assert "| 1 layer |" in run.out
+    assert imread(run.folder / "pareto.png").shape[0] > 200
+    again = finished("distill", tmp_path / "out", *words, "--disagreements", "--overwrite")
+    assert not (again.folder / "ladder.json").exists()
+    assert (again.folder / "disagreements.jsonl").is_file()
+    finished("distill", tmp_path / "out", *words, "--overwrite")
+
+
+def test_no_student_is_quick_enough(tiny_data, teacher, tmp_path):
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher]
+    run = call("distill", tmp_path / "out", *words, "--search", "--max_latency_ms", "0.0001")
+    assert run.code == 3
+    assert "None of 2 students reaches a validation score of" in run.err
+    assert "in at most 0.0001 ms a row. The nearest is 1 layer: not trained" in run.err
+    assert "too slow" in (run.folder / "ladder.md").read_text()
+    assert not (run.folder / "report.json").exists()
+
+
+def test_a_resumed_run_takes_what_was_found(tmp_path):
+    (tmp_path / "ladder.json").write_text(json.dumps({"chosen": "b"}))
+    plan = TargetOptions(search=True, keep=0.9)
+    run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(resume=True), checks={}, config={})
+    choices = [Choice(name="a", values={"disagreements": False}), Choice(name="b", values={"disagreements": True})]
+    found = find_smallest(run, plan, choices, arm_of=None, teacher=None)
+    assert (found.search, found.keep, found.disagreements) == (False, None, True)
+    assert run.config == {"disagreements": True}
+    assert run.checks == {"search": {"chosen": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--keep", "0.9", "--max_latency_ms", "2"], "keep: has no effect without search"),
+        (["--search", "--keep", "98"], "keep: 98.0 is not a share"),
+        (["--search", "--max_latency_ms", "0"], "max_latency_ms: 0.0 is not a positive number"),
+        (["--search", "--student_num_layers", "2"], "search: chooses the student"),
+        (["--search", "--metric_for_best_model", "loss"], "--metric_for_best_model accuracy, not loss"),
+        (
+            ["--search", "--temperature", "{low: 1, high: 4}", "--num_trials", "2"],
+            "search: cannot be combined with ranges",
+        ),
+    ],
+)
+def test_what_a_search_refuses(words, fault, tiny_data, tiny_checkpoint, tmp_path):
+    pytest.importorskip("optuna")
+    message = refused("distill", tmp_path / "out", *tiny_words(tiny_data, tiny_checkpoint("bert")), *words)
+    assert fault in message
