@@ -27,6 +27,7 @@ from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.targets import TargetOptions
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.latency import latency_facts
 from nlpxfer.evaluate.task import task_metrics
@@ -88,6 +89,8 @@ def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf
     """
     if not plan.search:
         return plan
+    if not choices:
+        raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
     chosen = _found_before(run)
     if chosen is None:
         chosen = _search(run, plan, choices, arm_of, teacher)
