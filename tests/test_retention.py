@@ -206,7 +206,7 @@ def two(teacher, student, gold, **changes):
 
 def test_disagreements_are_ranked_by_the_less_sure_model():
     teacher = np.log([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8], [0.99, 0.01]])
-    student = np.log([[0.3, 0.7], [0.1, 0.9], [0.1, 0.9], [0.05, 0.95]])
+    student = np.log([[0.3, 0.7], [0.02, 0.98], [0.1, 0.9], [0.05, 0.95]])
     found = list(disagreements([two(teacher, student, np.array([0, 0, 1, 1]))], ["no", "yes"], SINGLE_LABEL))
     assert [line["row"] for line in found] == [4, 1, 2]
     assert found[0] == {
