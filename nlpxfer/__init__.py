@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nlpxfer.cascade import Cascade, evaluate_cascade, fit_cascade, load_cascade, predict_cascade
     from nlpxfer.classify import Classifier, evaluate_file, predict_file
     from nlpxfer.errors import NlpxferError
     from nlpxfer.hub.push import push_folder
@@ -19,12 +20,29 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Classifier", "NlpxferError", "evaluate_file", "predict_file", "push_folder", "run_recipe"]
+__all__ = [
+    "Cascade",
+    "Classifier",
+    "NlpxferError",
+    "evaluate_cascade",
+    "evaluate_file",
+    "fit_cascade",
+    "load_cascade",
+    "predict_cascade",
+    "predict_file",
+    "push_folder",
+    "run_recipe",
+]
 
 _MODULES = {
+    "Cascade": "cascade",
     "Classifier": "classify",
     "NlpxferError": "errors",
+    "evaluate_cascade": "cascade",
     "evaluate_file": "classify",
+    "fit_cascade": "cascade",
+    "load_cascade": "cascade",
+    "predict_cascade": "cascade",
     "predict_file": "classify",
     "push_folder": "hub.push",
     "run_recipe": "recipes",

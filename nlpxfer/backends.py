@@ -28,6 +28,7 @@ from nlpxfer.checkpoint.safety import WEIGHTS, WEIGHTS_INDEX
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
+from nlpxfer.hub.folder import digest
 from nlpxfer.methods.base import MODEL_INPUTS
 from nlpxfer.train.launch import use_threads
 from nlpxfer.train.precision import choose_precision, padding_multiple
@@ -71,6 +72,11 @@ class Backend(ABC):
     trained: Mapping[str, Any]
     default_batch_size: int
 
+    @property
+    @abstractmethod
+    def weights_sha256(self) -> str:
+        """sha256 (hex) over what the logits are computed with."""
+
     @abstractmethod
     def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
         """Logits of N rows, float32, shape (N, C); `max_length` is the most tokens of a window."""
@@ -88,6 +94,11 @@ class TorchBackend(Backend):
     checkpoint: Checkpoint
     bf16: bool
 
+    @property
+    def weights_sha256(self) -> str:
+        """See `Backend.weights_sha256`."""
+        return self.checkpoint.weights_sha256
+
     def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
         """See `Backend.logits`."""
         model = self.checkpoint.model
@@ -102,9 +113,17 @@ class OnnxBackend(Backend):
 
     Attributes:
         session: An `onnxruntime.InferenceSession`.
+        file: What it was read from.
     """
 
     session: Any
+    file: Path
+
+    @property
+    def weights_sha256(self) -> str:
+        """See `Backend.weights_sha256`: of the file, and of the one with large weights where there is one."""
+        beside = self.file.with_name(f"{self.file.name}.data")
+        return "+".join(digest(file).sha256 for file in (self.file, beside) if file.is_file())
 
     def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
         """See `Backend.logits`."""
@@ -200,6 +219,7 @@ def open_onnx(file: Path) -> OnnxBackend:
         trained=_training_options(described.folder),
         default_batch_size=ONNX_BATCH,
         session=session,
+        file=file,
     )
 
 

@@ -269,7 +269,7 @@ def predict_file(
     columns = AnswerColumns(classifier, least, all_probabilities, label_separator)
     rows = blank = abstained = 0
     with row_writer(output, reader, columns.types) as writer:
-        for window in _windows(reader, quiet):
+        for window in windows(reader, quiet):
             texts, pairs, known = texts_of(reader, window, rows, text_column, text_pair_column)
             logits_NC = classifier.logits(texts, pairs) if texts else np.zeros((0, len(classifier.schema)))
             answers = iter(columns.of(logits_NC))
@@ -322,11 +322,11 @@ def evaluate_file(
     """
     reader = RowReader(source)
     logits, labels, seen = [], [], 0
-    for window in _windows(reader, quiet):
+    for window in windows(reader, quiet):
         texts, pairs, known = texts_of(reader, window, seen, text_column, text_pair_column)
         if not all(known):
             raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
-        labels += _gold(classifier.schema, reader, window, seen, label_column, label_separator)
+        labels += gold_labels(classifier.schema, reader, window, seen, label_column, label_separator)
         logits.append(classifier.logits(texts, pairs))
         seen += len(window)
     if not seen:
@@ -344,7 +344,7 @@ def evaluate_file(
     return scores
 
 
-def _gold(
+def gold_labels(
     schema: LabelSchema, reader: RowReader, window: Sequence[Row], before: int, column: str, separator: str
 ) -> list[Any]:
     """The labels of a window's rows, as `LabelSchema.array` takes them."""
@@ -372,7 +372,7 @@ def _gold(
     return [schema.encode(name) for name in found]
 
 
-def _windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:
+def windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:
     """Windows of rows, with progress in the bytes of the file."""
     with tqdm(total=reader.size, unit="B", unit_scale=True, desc=reader.path.name, disable=quiet) as bar:
         for window in reader.windows(WINDOW):

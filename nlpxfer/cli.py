@@ -4,11 +4,13 @@
     nlpxfer run distill [config.yaml] [--key …]   a recipe, from the checkout or from the installed package
     nlpxfer predict MODEL FILE --output_file OUT  label the rows of a file of any length
     nlpxfer evaluate MODEL FILE                   score a classifier on a labelled file
+    nlpxfer cascade fit STUDENT TEACHER FILE …    the student answers where it is sure, else the teacher
     nlpxfer merge BUNDLE OUT                      fold an adapter into its base: an ordinary model folder
     nlpxfer export MODEL OUT [--int8]             write a classifier as an ONNX folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
-Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 75 interrupted (the run can be
+Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 3 a run is finished but misses a target
+that was set for it, 75 interrupted (the run can be
 resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2 and 75 into 1: see docs/scaling.md.
 
 Nothing heavy is imported before a command needs it: `nlpxfer --version` must not wait for torch.
@@ -98,6 +100,8 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         _merge(asked)
     elif asked.command in ("predict", "evaluate"):
         _classify(asked)
+    elif asked.command == "cascade":
+        _cascade(asked)
     elif asked.command == "export":
         _export(asked)
     else:
@@ -131,6 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
     evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+    _add_cascade(commands.add_parser("cascade", help="a small model where it is sure, else a large one"))
     merge = commands.add_parser("merge", help="fold an adapter into its base")
     merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
     merge.add_argument("out", metavar="OUT", type=Path, help="new folder for the whole model")
@@ -150,6 +155,73 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
     push.add_argument("--public", action="store_true", help="make a new repository public; default: private")
     return parser
+
+
+def _add_cascade(parser: argparse.ArgumentParser) -> None:
+    steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
+    fit = steps.add_parser("fit", help="find the threshold on labelled rows and write cascade.json")
+    evaluate = steps.add_parser("evaluate", help="accuracy against cost on labelled rows")
+    predict = steps.add_parser("predict", help="label the rows of a file of any length")
+    for step in (fit, evaluate, predict):
+        step.add_argument("student", metavar="STUDENT", help="small model: output folder of a recipe or of export")
+        step.add_argument("teacher", metavar="TEACHER", help="large model")
+        step.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
+        step.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        step.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
+        step.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
+        step.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
+        step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
+        for who in ("student", "teacher"):
+            step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
+    for step in (fit, evaluate):
+        step.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+    for step in (evaluate, predict):
+        step.add_argument("--cascade", required=True, type=Path, metavar="JSON", help="what fit has written")
+    fit.add_argument("--output_file", required=True, type=Path, metavar="JSON", help="file to write")
+    rule = fit.add_mutually_exclusive_group()
+    within = "fewest rows sent on whose accuracy is at most this below the teacher's; default: 0.005"
+    rule.add_argument("--tolerance", type=float, default=0.005, metavar="A", help=within)
+    rule.add_argument("--highest_accuracy", action="store_true", help="the threshold with the highest accuracy")
+    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="draw accuracy against the rows sent on")
+    predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
+
+
+def _cascade(asked: argparse.Namespace) -> None:
+    import json
+
+    from nlpxfer.cascade import evaluate_cascade, fit_cascade, load_cascade, predict_cascade
+    from nlpxfer.classify import Classifier, is_quiet
+
+    bf16 = None if asked.bf16 is None else asked.bf16 == "true"
+    student, teacher = (
+        Classifier.load(
+            getattr(asked, who),
+            base=getattr(asked, f"{who}_base"),
+            bf16=bf16,
+            int8=int8,
+            batch_size=asked.batch_size,
+        )
+        for who, int8 in (("student", asked.int8), ("teacher", False))
+    )
+    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
+    if asked.step == "fit":
+        tolerance = None if asked.highest_accuracy else asked.tolerance
+        columns |= {"label_column": asked.label_column, "tolerance": tolerance}
+        found = fit_cascade(student, teacher, asked.file, asked.output_file, **columns)
+        sys.stdout.write(
+            f"{asked.output_file}: {100 * found['sent']:.1f} % of the rows are sent on; "
+            f"accuracy {found['accuracy']:.4f}, student {found['student_accuracy']:.4f}, "
+            f"teacher {found['teacher_accuracy']:.4f}\n"
+        )
+        return
+    cascade = load_cascade(asked.cascade, student, teacher)
+    if asked.step == "evaluate":
+        columns |= {"label_column": asked.label_column, "plot": asked.plot}
+        sys.stdout.write(json.dumps(evaluate_cascade(cascade, asked.file, **columns)) + "\n")
+        return
+    done, sent = predict_cascade(cascade, asked.file, asked.output_file, **columns)
+    sys.stdout.write(f"{asked.output_file}: {done.rows} rows, {sent} by the teacher")
+    sys.stdout.write(f", {done.without_text} without a text\n" if done.without_text else "\n")
 
 
 def _methods() -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 USER_FAULT_EXIT_CODE: Final = 2
+TARGET_MISSED_EXIT_CODE: Final = 3
 INTERRUPTED_EXIT_CODE: Final = 75
 
 
@@ -114,6 +115,12 @@ class ExportError(NlpxferError, RuntimeError):
 
 class SearchError(NlpxferError, RuntimeError):
     """No trial of a search for options could be completed."""
+
+
+class TargetMissedError(NlpxferError, RuntimeError):
+    """The run is finished and written, but its result falls short of a target that was set for it."""
+
+    exit_code = TARGET_MISSED_EXIT_CODE
 
 
 class PushError(NlpxferError, RuntimeError):

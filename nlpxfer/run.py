@@ -37,7 +37,7 @@ from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
 from nlpxfer.data.windows import length_facts, tell_lengths
-from nlpxfer.errors import ConfigError
+from nlpxfer.errors import ConfigError, TargetMissedError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
@@ -45,6 +45,7 @@ from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, paramete
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.retention import Answers
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
 from nlpxfer.evaluate.trials import TrialArm, make_trials
@@ -64,6 +65,7 @@ from nlpxfer.report.report import (
     mean_metrics,
     write_report,
 )
+from nlpxfer.report.retention import retention_lines
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.train.checkpoints import RunIdentity
@@ -86,7 +88,7 @@ NOT_PART_OF_THE_RUN = frozenset(
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
     "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
     "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache "
-    "error_report num_folds abstain_precision search_timeout".split()
+    "error_report num_folds abstain_precision search_timeout min_retention min_class_retention disagreements".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
 
@@ -121,6 +123,7 @@ class Run:
         lengths: Tokenizer -> split -> how much of the rows is read.
         searching: Whether trials are being made: then there are no test rows.
         found: The search, for the report; None if there was none.
+        answers: Name of an arm -> its logits, one for each training seed.
     """
 
     recipe: str
@@ -137,6 +140,7 @@ class Run:
     lengths: dict[PreTrainedTokenizerBase, dict[str, dict[str, float]]] = field(default_factory=dict)
     searching: bool = False
     found: dict[str, Any] | None = None
+    answers: dict[str, list[Answers]] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
@@ -374,6 +378,7 @@ class Run:
     def arm(self, trained: Sequence[TrainedArm], description: str, *, name: str | None = None) -> Arm:
         """A report's arm from the repetitions of a trained one."""
         first = trained[0]
+        self.answers[name or first.name] = [Answers(arm.validation_logits, arm.test_logits) for arm in trained]
         per_seed = [
             SeedResult(seed=arm.seed, metrics=self.metrics(arm.validation_logits, arm.test_logits)) for arm in trained
         ]
@@ -518,6 +523,7 @@ class Run:
         """The arm of a model that is used as it is."""
         start = time.perf_counter()
         logits = [self.predict(checkpoint.model, checkpoint.tokenizer, split) for split in ("validation", "test")]
+        self.answers[name] = [Answers(*logits)]
         return Arm(
             name=name,
             metrics=self.metrics(*logits),
@@ -547,6 +553,7 @@ class Run:
         base_model: ResolvedCheckpoint,
         parents: Mapping[str, Mapping[str, Any]],
         tags: Sequence[str] = (),
+        missed: Sequence[str] = (),
     ) -> Report:
         """Write the output folder, push it if asked to, and print the table of arms.
 
@@ -560,6 +567,10 @@ class Run:
             base_model: Checkpoint that the weights come from.
             parents: Role -> name and fingerprint of what went in.
             tags: Further tags of the model card.
+            missed: Targets that the result falls short of, one sentence each; then nothing is pushed.
+
+        Raises:
+            TargetMissedError: After everything is written, if any target is missed.
         """
         report = build_report(
             self.recipe,
@@ -574,13 +585,18 @@ class Run:
         )
         if is_main_process():
             self._write(treated[0], report, description, base_model, parents, tags)
-            if self.options.push_to_hub:
+            if self.options.push_to_hub and not missed:
                 pushed = push_folder(self.folder, str(self.options.hub_model_id), private=is_private(self.options))
                 logger.warning("pushed to %s", pushed.url)
             table = arms_text(arms, verdict)
+            table += "".join(f"{line}\n" for line in retention_lines(report))
             sys.stdout.write(f"\n{table}model:  {self.folder}\nreport: {self.folder / 'report.json'}\n")
             sys.stdout.flush()
         wait_for_everyone()
+        if missed:
+            pushed_not = " Nothing was pushed." if self.options.push_to_hub else ""
+            listed = "".join(f"\n  - {fault}" for fault in missed)
+            raise TargetMissedError(f"The run is finished, but misses its target:{listed}\n{self.folder}{pushed_not}")
         return report
 
     def _length_facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

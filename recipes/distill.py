@@ -15,12 +15,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
+
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
+from nlpxfer.config.targets import TargetOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
@@ -29,19 +32,22 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
+from nlpxfer.smallest import find_smallest, slices
 from nlpxfer.start import start_run
 from nlpxfer.train.teacher_cache import teacher_logits
+from nlpxfer.verdict import check_targets, judge
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
+class DistillOptions(TargetOptions):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
+        **TargetOptions.TARGETS_NOT_SEARCHED,
     }
 
     model_name_or_path: str | None = option(
@@ -64,7 +70,9 @@ class DistillOptions:
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = self.target_faults()
+        if self.search and (self.student_name_or_path or self.student_num_layers or self.student_layers != "even"):
+            faults.append("search: chooses the student; leave student_name_or_path and student_*layers out")
         if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
             faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
         if self.student_num_layers is not None and self.student_num_layers < 1:
@@ -99,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
+        check_targets(run, plan)
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
@@ -110,6 +119,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
 
         plan = run.search("distilled", arm, plan)
+        plan = find_smallest(run, plan, slices(teacher.model), arm, teacher)
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {teacher.name}")
         arms = [distilled, run.majority_arm()]
@@ -123,16 +133,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([teacher_arm, *arms], models)
-        run.checks["teacher"] = rows.cache | retention(teacher_arm, distilled)
+        judged = judge(run, plan, arms, models, student[0], rows.by_split())
+        run.checks["teacher"] = rows.cache | {"retention": judged.retention}
         layers = student[0].model.config.num_hidden_layers
         return run.finish(
             student,
-            arms,
+            judged.arms,
             verdict,
             description=f"A student of {layers} layers, distilled from {teacher.name}.",
             base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
+            missed=judged.missed,
         )
 
 
@@ -218,6 +230,11 @@ class TransferRows:
             quiet=bool(run.options.disable_tqdm),
         )
 
+    def by_split(self) -> dict[str, Any]:
+        """The teacher's logits of each split."""
+        ends = np.cumsum([len(getattr(self.run.data, split)) for split in self.splits])
+        return dict(zip(self.splits, np.split(self.logits, ends[:-1]), strict=True))
+
     def with_teacher(self, tokenizer: object) -> Splits:
         """The splits as the student's tokenizer sees them; `train` has the column `teacher_logits`."""
         splits = self.run.split(tokenizer)
@@ -242,17 +259,6 @@ def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN
         return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
 
     return build
-
-
-def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:
-    """Share of the teacher's test score that the student keeps; None if the teacher gets nothing right.
-
-    The score is the accuracy, for multi-label the micro-F1, for numbers the rank correlation.
-    """
-    have = teacher.metrics["test"]
-    metric = next(name for name in ("micro_f1", "spearman", "accuracy") if name in have)
-    kept, of = (arm.metrics["test"][metric] for arm in (distilled, teacher))
-    return {"retention": kept / of if of else None}
 
 
 if __name__ == "__main__":

@@ -470,6 +470,12 @@ def test_distilling(task, score, files, tiny_checkpoint, tiny_data, tmp_path):
     assert run.report["checks"]["teacher"]["retention"] == pytest.approx(
         run.arm("distilled")["metrics"]["test"][score] / run.arm("teacher")["metrics"]["test"][score]
     )
+    for kept in run.report["checks"]["retention"]["students"].values():
+        assert kept["score"]["metric"] == score
+        assert {"per_class", "worst_class", "calibration"} & kept.keys() == (
+            set() if score == "spearman" else {"per_class", "worst_class", "calibration"}
+        )
+        assert ("mean_absolute_error" in kept) == (score == "spearman")
 
 
 @pytest.mark.parametrize(("task", "score"), [(MULTI, "micro_f1"), (NUMBERS, "spearman")], ids=["labels", "numbers"])

@@ -25,7 +25,7 @@ from nlpxfer.report import (
     hub_model_id,
     write_card,
 )
-from nlpxfer.report.card import short_count
+from nlpxfer.report.markdown import short_count
 
 NASTY = (
     "a|b",

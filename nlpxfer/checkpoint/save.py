@@ -34,7 +34,11 @@ OWN_FILES: Final = frozenset(
     {
         "config.json",
         "calibration.json",
+        "disagreements.jsonl",
         "generation_config.json",
+        "ladder.json",
+        "ladder.md",
+        "pareto.png",
         "model.safetensors",
         "model.safetensors.index.json",
         "tokenizer.json",

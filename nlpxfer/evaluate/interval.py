@@ -144,12 +144,18 @@ def paired_gain(
     generator = np.random.default_rng(seed)
     scores_RM, observed_M = _resampled_scores([*treated, *control], metric, resamples, generator)
     gains_RS = scores_RM[:, :seeds] - scores_RM[:, seeds:]
-    draws = max(seeds - 1, 1)
-    shares_RS = generator.multinomial(draws, np.full(seeds, 1 / seeds), size=resamples) / draws
+    shares_RS = seed_shares(seeds, resamples, generator)
     low, high = _percentiles((gains_RS * shares_RS).sum(axis=1), level)
     gain = float((observed_M[:seeds] - observed_M[seeds:]).mean())
     call: Call = "positive" if low > 0 else "negative" if high < 0 else "unclear"
     return Gain(gain=gain, low=low, high=high, call=call, metric=metric, level=level, resamples=resamples, seeds=seeds)
+
+
+def seed_shares(seeds: int, resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+    """The weight of each of S seeds in each of R resamples, shape (R, S): S - 1 are drawn, see `paired_gain`."""
+    draws = max(seeds - 1, 1)
+    shares_RS: NDArray[np.float64] = generator.multinomial(draws, np.full(seeds, 1 / seeds), size=resamples) / draws
+    return shares_RS
 
 
 def mean_and_spread(values: Sequence[float]) -> Spread:

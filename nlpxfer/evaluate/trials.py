@@ -130,6 +130,53 @@ def _tried(number: int, arm: Callable[[], TrialArm], known: dict[str, Splits], s
     return outcome
 
 
+def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: int) -> float:
+    """Train an arm for so many optimizer steps; gives its validation score and leaves nothing.
+
+    The score is that of `metric_for_best_model`: the best evaluation where `load_best_model_at_end` is on, or else the
+    last one. The learning rate's schedule is that of a run of this length.
+
+    Args:
+        arm: What is trained.
+        folder: For the time of the training.
+        known: Rows by tokenizer, as earlier runs left them; filled.
+        steps: Optimizer steps.
+
+    Raises:
+        NotFiniteError: The training diverged.
+        Interrupted: A signal asked to stop.
+    """
+    arm.method.check(arm.options)
+    options = copy.copy(arm.options)
+    options.output_dir, options.save_strategy, options.max_steps = str(folder), SaveStrategy.NO, steps
+    options.report_to, options.push_to_hub, options.disable_tqdm = [], False, True
+    identity = RunIdentity({**arm.facts, "arm": folder.name, "seed": options.seed}, topology(options))
+    trainer = prepare_arm(
+        build=arm.build,
+        method=arm.method,
+        split=partial(_once_each, arm.split, known),
+        schema=arm.schema,
+        options=options,
+        identity=identity,
+        sampling=arm.sampling,
+    ).trainer
+    trainer.fit(resume=False)
+    name = f"eval_{options.metric_for_best_model}"
+
+    def scores() -> list[tuple[float, float]]:
+        return [(line["step"], float(line[name])) for line in trainer.state.log_history if name in line]
+
+    if not scores() or scores()[-1][0] < trainer.state.global_step:
+        trainer.evaluate()
+    better = max if options.greater_is_better else min
+    found = [score for _, score in scores()]
+    clear_device_cache(garbage_collection=True)
+    wait_for_everyone()
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
+    return better(found) if options.load_best_model_at_end else found[-1]
+
+
 def _train(number: int, arm: TrialArm, known: dict[str, Splits], search: Search, folder: Path) -> Outcome:
     """Train a trial, and read its score from its evaluations."""
     arm.method.check(arm.options)

@@ -2,7 +2,7 @@
 
 The list of names is closed: `training_args.bin` (a pickle that holds the token), optimizer states and `checkpoints/`
 are not on it and stay at home, and so does what holds the data's texts or single rows: `predictions/`, `errors.json`,
-`errors.md` and `label_errors.jsonl`.
+`errors.md`, `label_errors.jsonl` and `disagreements.jsonl`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def finished_files(folder: str | Path) -> dict[str, Path]:
     Returns:
         Name in the repository -> local file, sorted by name. Everything else in the folder stays at home:
         `training_args.bin`, optimizer states, `checkpoints/`, `predictions/`, `errors.json`, `errors.md`,
-        `label_errors.jsonl`.
+        `label_errors.jsonl`, `disagreements.jsonl`.
 
     Raises:
         PushError: The folder is unfinished or damaged, or a text to be sent holds an access token or a path of

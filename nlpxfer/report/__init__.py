@@ -6,7 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nlpxfer.report.card import CardFacts, build_card, escape_markdown, hub_model_id, write_card
+    from nlpxfer.report.card import CardFacts, build_card, hub_model_id, write_card
+    from nlpxfer.report.markdown import escape_markdown
     from nlpxfer.report.plots import confusion_plot, per_class_plot
     from nlpxfer.report.privacy import scrub, scrub_text
     from nlpxfer.report.report import (
@@ -47,7 +48,8 @@ __all__ = [
 ]
 
 _MODULE_NAMES = {
-    "card": ("CardFacts", "build_card", "escape_markdown", "hub_model_id", "write_card"),
+    "card": ("CardFacts", "build_card", "hub_model_id", "write_card"),
+    "markdown": ("escape_markdown",),
     "plots": ("confusion_plot", "per_class_plot"),
     "run": ("versions", "write_run"),
     "privacy": ("scrub", "scrub_text"),

@@ -7,15 +7,16 @@ label with a pipe or a tag in it stays a label.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.report.markdown import escape_markdown, short_count
 from nlpxfer.report.privacy import scrub, scrub_text
 from nlpxfer.report.report import METRIC_WORDS, Arm, Report
+from nlpxfer.report.retention import retention_section
 from nlpxfer.strict_json import write_text_whole
 
 if TYPE_CHECKING:
@@ -115,19 +116,6 @@ def hub_model_id(name: str | None, kind: Kind | None) -> str | None:
     return name
 
 
-def escape_markdown(text: str) -> str:
-    r"""`text` on one line, so that Markdown, HTML and table cells show it as it is.
-
-    >>> escape_markdown("a|b <i> *c* snake_case")
-    'a\\|b &lt;i&gt; \\*c\\* snake_case'
-    """
-    text = "".join(character if character.isprintable() else " " for character in text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    text = re.sub(r"([\\`*\[\]|~#$!])", r"\\\1", text)
-    text = re.sub(r"(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])", r"\\_", text)
-    return " ".join(text.split())
-
-
 def build_card(report: Report, facts: CardFacts) -> ModelCard:
     """The model card of a finished run.
 
@@ -140,18 +128,18 @@ def build_card(report: Report, facts: CardFacts) -> ModelCard:
     """
     from huggingface_hub import ModelCard
 
-    body = "\n\n".join(
-        [
-            f"# {escape_markdown(facts.model_name)}",
-            escape_markdown(scrub_text(facts.description)),
-            _usage(facts),
-            _results(report),
-            _labels(facts.labels),
-            _data(report, facts),
-            _training(report, facts),
-            _limits(report, facts),
-        ]
-    )
+    parts = [
+        f"# {escape_markdown(facts.model_name)}",
+        escape_markdown(scrub_text(facts.description)),
+        _usage(facts),
+        _results(report),
+        retention_section(report),
+        _labels(facts.labels),
+        _data(report, facts),
+        _training(report, facts),
+        _limits(report, facts),
+    ]
+    body = "\n\n".join(part for part in parts if part)
     return ModelCard(f"---\n{_metadata(report, facts).to_yaml()}\n---\n\n{body}\n", ignore_metadata_errors=False)
 
 
@@ -270,21 +258,6 @@ def arm_cells(arm: Arm) -> list[str]:
         "-" if arm.bytes is None else f"{short_count(arm.bytes)}B",
         "-" if arm.rows_per_second is None else f"{arm.rows_per_second:,.0f}",
     ]
-
-
-def short_count(number: int) -> str:
-    """A count with three digits and a decimal unit.
-
-    >>> short_count(22_700_000), short_count(999), short_count(999_950)
-    ('22.7 M', '999 ', '1.00 M')
-    """
-    value = float(number)
-    for unit in ("", "k", "M", "G"):
-        if value < 999.5 or unit == "G":
-            break
-        value /= 1000
-    digits = 0 if not unit or value >= 99.95 else 1 if value >= 9.995 else 2
-    return f"{value:.{digits}f} {unit}"
 
 
 def _labels(labels: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nlpxfer.evaluate.metrics import per_class_table
-from nlpxfer.report.card import escape_markdown
+from nlpxfer.report.markdown import escape_markdown
 from nlpxfer.report.plots import confusion_counts
 from nlpxfer.strict_json import write_json_whole, write_text_whole
 

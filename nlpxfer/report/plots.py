@@ -1,4 +1,4 @@
-"""Pictures of a test result: confusion matrix and F1 per class, as PNG.
+"""Pictures as PNG: confusion matrix and F1 per class of a test result, accuracy against cost of several models.
 
 Drawn through matplotlib's object interface (`Figure`, Agg canvas): no pyplot, so no global state, no window, and no
 figure that stays in memory.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nlpxfer.errors import DataError, LabelError
+from nlpxfer.evaluate.cascade import CascadePoint
 from nlpxfer.evaluate.metrics import ClassScores
 from nlpxfer.strict_json import replacing
 
@@ -89,6 +91,123 @@ def per_class_plot(table: Sequence[ClassScores], path: str | Path) -> Path:
         _draw_bars(axes, ordered[panel * per_panel : (panel + 1) * per_panel], per_panel)
     figure.suptitle(f"F1 per class ({len(ordered)} classes, worst first; n: test rows)", fontsize=11, color=_INK)
     return _save(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadePicture:
+    """What `cascade_plot` shows.
+
+    Attributes:
+        curve: Points from no row sent on (the student alone) to all of them (the teacher alone).
+        chosen: The point of the threshold in use.
+        rows_per_second: Measured, for `cascade`, `student` and `teacher`.
+        rows: Labelled rows behind it.
+    """
+
+    curve: Sequence[CascadePoint]
+    chosen: CascadePoint
+    rows_per_second: Mapping[str, float]
+    rows: int
+
+
+def cascade_plot(picture: CascadePicture, path: str | Path) -> Path:
+    """Draw the accuracy of a cascade against the share of rows that it sends on to the teacher, as PNG.
+
+    Args:
+        picture: What to show; both ends of the curve and the point in use are marked, with their rows per second.
+        path: The file to write.
+
+    Raises:
+        DataError: The curve has no points.
+    """
+    from matplotlib.figure import Figure
+
+    if not picture.curve:
+        raise DataError("There are no points to draw")
+    figure = Figure(figsize=(7, 4.4), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    sent, right = ([100 * getattr(point, name) for point in picture.curve] for name in ("sent", "accuracy"))
+    axes.plot(sent, right, color=_BAR, linewidth=1.6, zorder=2)
+    marked = {"student": picture.curve[0], "cascade": picture.chosen, "teacher": picture.curve[-1]}
+    for name, point in marked.items():
+        shown = f"{name if name == 'cascade' else f'{name} only'}: {100 * point.accuracy:.1f} %"
+        shown += f", {picture.rows_per_second[name]:,.0f} rows/s"
+        shape = "o" if name == "cascade" else "s"
+        axes.plot(100 * point.sent, 100 * point.accuracy, shape, markersize=8, label=shown, zorder=3)
+    _plain_axes(axes, "% of the rows sent on to the teacher", "accuracy in %")
+    axes.legend(fontsize=9, frameon=False, labelcolor=_INK)
+    axes.set_title(f"Accuracy against cost ({picture.rows:,} rows)", fontsize=11, color=_INK, pad=10)
+    return _save(figure, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeedPoint:
+    """A model in the picture of accuracy against speed."""
+
+    name: str
+    accuracy: float
+    rows_per_second: float
+
+
+def pareto_front(points: Sequence[SpeedPoint]) -> list[bool]:
+    """Which models no other one beats: none is at least as good and as fast, and better in one of the two.
+
+    >>> pareto_front([SpeedPoint(name=n, accuracy=a, rows_per_second=r)
+    ...               for n, a, r in (("a", 0.9, 10), ("b", 0.8, 20), ("c", 0.8, 15))])
+    [True, True, False]
+    """
+
+    def beats(one: SpeedPoint, other: SpeedPoint) -> bool:
+        ours, theirs = ((point.accuracy, point.rows_per_second) for point in (one, other))
+        return ours != theirs and all(mine >= its for mine, its in zip(ours, theirs, strict=True))
+
+    return [not any(beats(other, point) for other in points) for point in points]
+
+
+def pareto_plot(points: Sequence[SpeedPoint], path: str | Path, *, least: float | None = None) -> Path:
+    """Draw accuracy against rows per second, on a logarithmic axis, with the front marked, as PNG.
+
+    Args:
+        points: The models.
+        path: The file to write.
+        least: An accuracy to be reached, drawn as a line.
+
+    Raises:
+        DataError: No models, or a speed that is not above 0.
+    """
+    from matplotlib.figure import Figure
+
+    if not points or any(point.rows_per_second <= 0 for point in points):
+        raise DataError("A picture of accuracy against speed needs models with rows per second above 0")
+    figure = Figure(figsize=(7, 4.8), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    on_front = pareto_front(points)
+    front = sorted((point for point, on in zip(points, on_front, strict=True) if on), key=lambda p: p.rows_per_second)
+    axes.plot([p.rows_per_second for p in front], [100 * p.accuracy for p in front], "-", color=_BAR, zorder=1)
+    for point, on in zip(points, on_front, strict=True):
+        place, colour = (point.rows_per_second, 100 * point.accuracy), _BAR if on else _GREY
+        axes.plot(*place, "o" if on else "x", color=colour, markersize=7, zorder=2)
+        text = axes.annotate(short_name(point.name), place, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        text.set_parse_math(False)
+        text.set_color(colour)
+    if least is not None:
+        axes.axhline(100 * least, color=_GREY, linewidth=1, linestyle="--", zorder=0)
+    axes.set_xscale("log")
+    axes.margins(x=0.15, y=0.12)
+    _plain_axes(axes, "rows per second (CPU)", "validation score in %")
+    axes.set_title("Score against speed; dots: no other is better and as fast", fontsize=11, color=_INK, pad=10)
+    return _save(figure, path)
+
+
+def _plain_axes(axes: Axes, below: str, beside: str) -> None:
+    axes.set_xlabel(below, color=_INK)
+    axes.set_ylabel(beside, color=_INK)
+    axes.grid(visible=True, color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(_GREY)
 
 
 def confusion_counts(labels_B: ArrayLike, predictions_B: ArrayLike, classes: int) -> NDArray[np.int64]:

@@ -59,6 +59,7 @@ class Arm:
         parameters: Weights of the model, frozen ones included; None where the word means nothing (majority).
         bytes: Size of the weight files; None if nothing was saved.
         rows_per_second: Inference rate on the CPU; None if not measured.
+        latency: `one_row` and `batched` on the CPU, see `evaluate.latency`; None if not measured.
         description: One sentence for the card.
         per_seed: One entry per training seed; empty for an arm without randomness.
         details: Anything else worth keeping, such as a searched value.
@@ -70,6 +71,7 @@ class Arm:
     parameters: int | None = None
     bytes: int | None = None
     rows_per_second: float | None = None
+    latency: Mapping[str, Any] | None = None
     description: str = ""
     per_seed: Sequence[SeedResult] = ()
     details: Mapping[str, Any] = field(default_factory=dict)

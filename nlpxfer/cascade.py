@@ -1,0 +1,404 @@
+"""A cascade of two finished classifiers: the student answers where it is sure, the teacher all other rows.
+
+    nlpxfer cascade fit runs/student runs/teacher validation.csv --output_file cascade.json
+    nlpxfer cascade evaluate runs/student runs/teacher test.csv --cascade cascade.json --plot cascade.png
+    nlpxfer cascade predict runs/student runs/teacher new.csv --cascade cascade.json --output_file labelled.csv
+
+`cascade.json` holds the threshold and what it was fitted for: fingerprints of both models' weights, labels,
+temperature and length of the student's texts. Another model than that is refused, since a threshold says nothing about
+it. The models themselves are named in each call and not in the file, which so holds no path of a machine.
+
+Labels are matched by name. Both models must give one label to each row.
+
+Shapes: N rows, S rows sent on, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, gold_labels, texts_of, windows
+from nlpxfer.data.stream import Row, RowReader, row_writer
+from nlpxfer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, LabelError
+from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
+from nlpxfer.evaluate.interval import paired_gain
+from nlpxfer.problem import SINGLE_LABEL
+from nlpxfer.report.plots import CascadePicture, cascade_plot
+from nlpxfer.strict_json import write_json_whole
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, Any]
+
+MODEL: Final = "model"
+STUDENT, TEACHER = "student", "teacher"
+TOLERANCE: Final = 0.005
+FORMAT_VERSION: Final = 1
+_WARMUP_ROWS: Final = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cascade:
+    """Two classifiers and the threshold between them.
+
+    Attributes:
+        student: Asked first.
+        teacher: Asked where the student is not sure.
+        min_probability: Rows whose best calibrated probability by the student is below it are sent on; None: all.
+        order_C: Where each of the student's labels stands in the teacher's.
+    """
+
+    student: Classifier
+    teacher: Classifier
+    min_probability: float | None
+    order_C: Sequence[int]
+
+    @classmethod
+    def of(cls, student: Classifier, teacher: Classifier, min_probability: float | None) -> Cascade:
+        """The cascade of two classifiers.
+
+        Raises:
+            ConfigError: One of them does not give one label to each row, or the threshold is not in 0..1.
+            LabelError: They know different labels; lists both sides.
+        """
+        for who, model in ((STUDENT, student), (TEACHER, teacher)):
+            if model.schema.problem_type != SINGLE_LABEL:
+                raise ConfigError(
+                    f"A cascade needs models that give one label to each row; the {who} is one of the kind "
+                    f"{model.schema.problem_type}.",
+                    why="several labels of a row, or a number, have no single probability to draw a line at",
+                )
+        if min_probability is not None and not 0 <= min_probability <= 1:
+            raise ConfigError(f"min_probability: {min_probability} is not between 0 and 1")
+        try:
+            order_C = student.schema.reorder(teacher.schema)
+        except LabelError as error:
+            raise LabelError(f"Student (here) and teacher (there) cannot answer for one another. {error}") from None
+        return cls(student=student, teacher=teacher, min_probability=min_probability, order_C=order_C)
+
+    def student_shares(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
+        """The student's calibrated probabilities, shape (N, C)."""
+        return self.student.probabilities(texts, pairs)
+
+    def teacher_shares(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
+        """The teacher's calibrated probabilities with the student's order of labels, shape (N, C)."""
+        if not texts:
+            return np.zeros((0, len(self.order_C)))
+        shares: Array = self.teacher.probabilities(texts, pairs)[:, list(self.order_C)]
+        return shares
+
+    def sends_on(self, shares_NC: Array) -> Array:
+        """Which rows the teacher is asked about, shape (N,)."""
+        if self.min_probability is None:
+            return np.ones(len(shares_NC), dtype=bool)
+        sent_N: Array = shares_NC.max(axis=1) < self.min_probability
+        return sent_N
+
+    def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[Array, Array]:
+        """Calibrated probabilities by whoever answers, shape (N, C), and whether that is the teacher, shape (N,)."""
+        shares_NC = self.student_shares(texts, pairs)
+        sent_N = self.sends_on(shares_NC)
+        shares_NC[sent_N] = self.teacher_shares(*_chosen(texts, pairs, sent_N))
+        return shares_NC, sent_N
+
+
+def _chosen(texts: Sequence[str], pairs: Sequence[str] | None, rows_N: Array) -> tuple[list[str], list[str] | None]:
+    rows = np.flatnonzero(rows_N).tolist()
+    return [texts[row] for row in rows], None if pairs is None else [pairs[row] for row in rows]
+
+
+def fit_cascade(
+    student: Classifier,
+    teacher: Classifier,
+    source: str | Path,
+    output: str | Path,
+    *,
+    tolerance: float | None = TOLERANCE,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Fit the threshold on a labelled file and write `cascade.json`; see `evaluate.cascade` for the rule.
+
+    Args:
+        student: The small model.
+        teacher: The large one.
+        source: Rows that neither was trained on: the validation file, not the test file.
+        output: Where `cascade.json` goes.
+        tolerance: How far the accuracy may be below the teacher's; None: the highest accuracy.
+        text_column: Column with the text.
+        text_pair_column: Column with the second text, for tasks on pairs.
+        label_column: Column with the gold label.
+        quiet: No progress bar.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ConfigError: `output` exists, `tolerance` is not in [0, 1), or the models are not for one label per row.
+        LabelError: The models or the file have other labels.
+        DataError: A row has no text or label, or cannot be read.
+    """
+    if tolerance is not None and not 0 <= tolerance < 1:
+        raise ConfigError(f"tolerance: {tolerance} is not a share of at least 0 and below 1")
+    if Path(output).exists():
+        raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
+    cascade = Cascade.of(student, teacher, None)
+    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, quiet)
+    curve = cascade_curve(asked.sure_N, asked.small_right_N, asked.large_right_N)
+    chosen = choose_point(curve, tolerance)
+    content = {
+        "version": FORMAT_VERSION,
+        **asdict(chosen),
+        "student_accuracy": curve[0].accuracy,
+        "teacher_accuracy": curve[-1].accuracy,
+        "rows": len(asked.sure_N),
+        "rule": "highest accuracy" if tolerance is None else "fewest rows sent on within the tolerance",
+        "tolerance": tolerance,
+        **_facts(cascade),
+        "curve": [asdict(point) for point in thinned(curve)],
+    }
+    write_json_whole(output, content)
+    return content
+
+
+def _facts(cascade: Cascade) -> dict[str, Any]:
+    """What a threshold depends on."""
+    student, teacher = cascade.student, cascade.teacher
+    return {
+        "labels": list(student.schema.names),
+        "student": {
+            "weights": student.backend.weights_sha256,
+            "temperature": student.temperature,
+            "max_length": student.max_length,
+        },
+        "teacher": {"weights": teacher.backend.weights_sha256},
+    }
+
+
+def load_cascade(path: str | Path, student: Classifier, teacher: Classifier) -> Cascade:
+    """The cascade that a `cascade.json` describes, with the two models it was fitted for.
+
+    Raises:
+        DataNotFoundError: There is no such file.
+        CheckpointError: The file cannot be used, or was fitted for other models; says what differs.
+        LabelError, ConfigError: See `Cascade.of`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataNotFoundError(f"{path} is no file.", fix="nlpxfer cascade fit STUDENT TEACHER validation.csv")
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+        least, known = found["min_probability"], {name: found[name] for name in ("labels", STUDENT, TEACHER)}
+        usable = found["version"] == FORMAT_VERSION and (least is None or 0 <= float(least) <= 1)
+    except (ValueError, KeyError, TypeError):
+        usable = False
+    if not usable:
+        raise CheckpointError(f"{path} holds no usable cascade.", fix="nlpxfer cascade fit, again")
+    cascade = Cascade.of(student, teacher, None if least is None else float(least))
+    facts = _facts(cascade)
+    differing = [
+        f"{part} {name}: {known[part].get(name)!r} there, {value!r} here"
+        for part in (STUDENT, TEACHER)
+        for name, value in facts[part].items()
+        if known[part].get(name) != value
+    ]
+    if sorted(known["labels"]) != sorted(facts["labels"]):
+        differing.append("labels")
+    if differing:
+        listed = "\n".join(f"  - {each}" for each in differing)
+        raise CheckpointError(
+            f"{path} was fitted for other models:\n{listed}",
+            why="a threshold holds for the student's probabilities and the teacher that it was fitted with",
+            fix="name these models, or fit again",
+        )
+    return cascade
+
+
+def predict_cascade(
+    cascade: Cascade,
+    source: str | Path,
+    output: str | Path,
+    *,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    quiet: bool = True,
+) -> tuple[Predicted, int]:
+    """Label the rows of a file, in new columns beside those that are there; memory does not grow with the file.
+
+    The columns are `predicted_label`, `probability` (calibrated, of whoever answers) and `model`: student or teacher.
+    A row whose text is missing or blank gets nothing in them. The output appears whole at the end or not at all.
+
+    Returns:
+        What was done, and how many rows the teacher answered.
+
+    Raises:
+        DataError: A row cannot be read, or already has one of the columns.
+        ConfigError: `output` exists or cannot hold the rows.
+    """
+    if Path(output).exists():
+        raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
+    reader = RowReader(source)
+    types: dict[str, type] = {LABEL: str, PROBABILITY: float, MODEL: str}
+    rows = blank = sent = 0
+    with row_writer(output, reader, types) as writer:
+        for window in windows(reader, quiet):
+            texts, pairs, known = texts_of(reader, window, rows, text_column, text_pair_column)
+            _refuse_taken(reader, window, rows, types)
+            answers = _answers(cascade, texts, pairs)
+            for row, has_text in zip(window, known, strict=True):
+                row.update(next(answers) if has_text else dict.fromkeys(types))
+                blank += not has_text
+                sent += row[MODEL] == TEACHER
+            writer.write(window)
+            rows += len(window)
+        if not rows:
+            raise DataError(f"{source} has no rows.")
+    if blank:
+        logger.warning("%s: %d of %d rows have no text and got no label", source, blank, rows)
+    return Predicted(rows, blank, 0), sent
+
+
+def _refuse_taken(reader: RowReader, window: Sequence[Row], before: int, types: dict[str, type]) -> None:
+    for number, row in enumerate(window, start=before + 1):
+        if taken := sorted(types.keys() & row.keys()):
+            raise DataError(f"{reader.path}, row {number}: already has {', '.join(taken)}.")
+
+
+def _answers(cascade: Cascade, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+    if not texts:
+        return
+    names = cascade.student.schema.names
+    for shares_C, sent in zip(*cascade.probabilities(texts, pairs), strict=True):
+        best = int(shares_C.argmax())
+        yield {
+            LABEL: names[best],
+            PROBABILITY: round(float(shares_C[best]), 6),
+            MODEL: TEACHER if sent else STUDENT,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """Both models' answers for a labelled file, and the seconds that they took, tokenising included.
+
+    The teacher's seconds are parted into those for the rows that the cascade sends on, and for the others.
+    """
+
+    sure_N: Array
+    small_right_N: Array
+    large_right_N: Array
+    sent_N: Array
+    student_seconds: float
+    sent_seconds: float
+    other_seconds: float
+
+
+def _ask_both(
+    cascade: Cascade,
+    source: str | Path,
+    text_column: str,
+    text_pair_column: str | None,
+    label_column: str,
+    quiet: bool,
+) -> _Asked:
+    """Ask both models for every row of a labelled file, each row once."""
+    reader = RowReader(source)
+    found: list[tuple[Array, ...]] = []
+    seconds, seen = np.zeros(3), 0
+    for window in windows(reader, quiet):
+        texts, pairs, known = texts_of(reader, window, seen, text_column, text_pair_column)
+        if not all(known):
+            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
+        gold_N = np.array(gold_labels(cascade.student.schema, reader, window, seen, label_column, ""))
+        if not seen:  # the first batches of a model are slow
+            first = texts[:_WARMUP_ROWS], None if pairs is None else pairs[:_WARMUP_ROWS]
+            cascade.student_shares(*first)
+            cascade.teacher_shares(*first)
+        start = time.perf_counter()
+        small_NC = cascade.student_shares(texts, pairs)
+        sent_N = cascade.sends_on(small_NC)
+        times, large_N = [time.perf_counter() - start], np.empty(len(texts), dtype=np.int64)
+        for part_N in (sent_N, ~sent_N):
+            start = time.perf_counter()
+            large_N[part_N] = cascade.teacher_shares(*_chosen(texts, pairs, part_N)).argmax(axis=1)
+            times.append(time.perf_counter() - start)
+        seconds += times
+        found.append((small_NC.max(axis=1), small_NC.argmax(axis=1) == gold_N, large_N == gold_N, sent_N))
+        seen += len(window)
+    if not seen:
+        raise DataError(f"{source} has no rows.")
+    sure_N, small_right_N, large_right_N, sent_N = (np.concatenate(column) for column in zip(*found, strict=True))
+    return _Asked(sure_N, small_right_N, large_right_N, sent_N, *seconds.tolist())
+
+
+def evaluate_cascade(
+    cascade: Cascade,
+    source: str | Path,
+    *,
+    plot: str | Path | None = None,
+    text_column: str = "text",
+    text_pair_column: str | None = None,
+    label_column: str = "label",
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Accuracy against cost of a cascade on a labelled file, with the student alone and the teacher alone beside it.
+
+    Args:
+        cascade: Two models and a threshold.
+        source: Rows that the threshold was not fitted on.
+        plot: Where to draw accuracy against the share of rows sent on; PNG.
+        text_column: Column with the text.
+        text_pair_column: Column with the second text, for tasks on pairs.
+        label_column: Column with the gold label.
+        quiet: No progress bar.
+
+    Returns:
+        `rows`, `sent` (share), `min_probability`; for `cascade`, `student` and `teacher` each `accuracy`, `seconds`
+        (measured on this machine, tokenising included) and `rows_per_second`; `against_teacher`, the difference of
+        the accuracies with a paired interval; `curve`, what other thresholds would have done.
+
+    Raises:
+        ConfigError: `plot` has another ending than .png, or exists.
+        DataError: A row has no text or label, or cannot be read.
+        LabelError: A label is none of the models'.
+    """
+    if plot is not None and (Path(plot).suffix.lower() != ".png" or Path(plot).exists()):
+        raise ConfigError(f"plot: {plot} is no .png, or exists.", fix="--plot cascade.png, and no file of that name")
+    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, quiet)
+    curve = cascade_curve(asked.sure_N, asked.small_right_N, asked.large_right_N)
+    right_N = np.where(asked.sent_N, asked.large_right_N, asked.small_right_N)
+    rows, sent = len(right_N), float(asked.sent_N.mean())
+    models = {
+        "cascade": (right_N, asked.student_seconds + asked.sent_seconds),
+        STUDENT: (asked.small_right_N, asked.student_seconds),
+        TEACHER: (asked.large_right_N, asked.sent_seconds + asked.other_seconds),
+    }
+    scores = {
+        name: {"accuracy": float(right.mean()), "seconds": seconds, "rows_per_second": rows / max(seconds, 1e-9)}
+        for name, (right, seconds) in models.items()
+    }
+    gain = paired_gain([right_N], [asked.large_right_N])
+    if plot is not None:
+        point = CascadePoint(
+            min_probability=cascade.min_probability, sent=sent, accuracy=scores["cascade"]["accuracy"]
+        )
+        speeds = {name: each["rows_per_second"] for name, each in scores.items()}
+        cascade_plot(CascadePicture(curve=curve, chosen=point, rows_per_second=speeds, rows=rows), plot)
+    return {
+        "rows": rows,
+        "sent": sent,
+        "min_probability": cascade.min_probability,
+        **scores,
+        "against_teacher": {"gain": gain.gain, "low": gain.low, "high": gain.high, "level": gain.level},
+        "curve": [asdict(point) for point in thinned(curve)],
+    }

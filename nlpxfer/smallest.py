@@ -1,0 +1,213 @@
+"""`--search`: the smallest student that keeps enough of its teacher and is quick enough on this machine.
+
+Latency comes first, on untrained students: a slice answers as quickly before its training as after it. Then
+`nlpxfer.train.ladder` spreads a budget of steps over those that are quick enough, scored on the validation rows; no
+test row is read. The recipe then trains the chosen student in full, and its report holds it against the teacher on the
+test rows as any other student.
+
+A candidate is a set of option values of the recipe, so whatever the recipe can build can stand on the ladder.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import numpy as np
+import torch
+
+from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.config.ranges import with_values
+from nlpxfer.config.targets import TargetOptions
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import Splits
+from nlpxfer.evaluate.latency import latency_facts
+from nlpxfer.evaluate.task import task_metrics
+from nlpxfer.evaluate.trials import TrialArm, short_run
+from nlpxfer.report.ladder import LADDER_FILE, ladder_table, write_ladder
+from nlpxfer.run import Run
+from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb
+from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.verdict import stages_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+KEEP: Final = 0.98
+BUDGET: Final = 3.0
+MOST_SLICES: Final = 6
+TEACHER: Final = "teacher"
+Plan = TypeVar("Plan", bound=TargetOptions)
+ArmOf = Callable[[Plan], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A student on the ladder: its name, and the values of the recipe's options that make it."""
+
+    name: str
+    values: Mapping[str, Any]
+
+
+def slices(teacher: PreTrainedModel) -> list[Choice]:
+    """Students of fewer layers than the teacher, evenly chosen; up to `MOST_SLICES` different numbers of them."""
+    total = int(teacher.config.num_hidden_layers) - has_mean_layer(teacher)
+    counts = sorted({round(float(count)) for count in np.linspace(1, total - 1, MOST_SLICES)}) if total > 1 else []
+    return [
+        Choice(name=f"{count} layer{'s' if count > 1 else ''}", values={"student_num_layers": count})
+        for count in counts
+    ]
+
+
+def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan], teacher: Checkpoint) -> Plan:
+    """With `--search`: the plan of the smallest student that reaches the target. Else the plan as it is.
+
+    Writes `ladder.json`, `ladder.md` and `pareto.png` into the output folder, whether or not there is one. A resumed
+    run whose search was finished takes what was found.
+
+    Args:
+        run: The run; its `answers` hold the teacher's logits.
+        plan: The recipe's own options.
+        choices: The students.
+        arm_of: From the recipe's own options to the arguments of `Run.train`.
+        teacher: The teacher.
+
+    Raises:
+        TargetMissedError: No student reaches the target; names the nearest.
+        ConfigError: There is no student to choose from, or the budget is too small.
+        Interrupted: A signal asked to stop; the search starts anew when the run is resumed.
+    """
+    if not plan.search:
+        return plan
+    if not choices:
+        raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
+    chosen = _found_before(run)
+    if chosen is None:
+        chosen = _search(run, plan, choices, arm_of, teacher)
+    values = next(choice.values for choice in choices if choice.name == chosen)
+    run.config.update(values)
+    return _planned(run, plan, values)
+
+
+def _planned(run: Run, plan: Plan, values: Mapping[str, Any]) -> Plan:
+    """The plan of one student, which is not searched for."""
+    settled = {"search": False, "keep": None, "max_latency_ms": None, "search_budget": None}
+    return with_values(run.options, plan, {**values, **settled})[1]
+
+
+def _found_before(run: Run) -> str | None:
+    file = run.folder / LADDER_FILE
+    if not run.options.resume or not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    run.checks["search"] = found
+    chosen: str | None = found["chosen"]
+    return chosen
+
+
+def _search(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan], teacher: Checkpoint) -> str:
+    plans = {choice.name: _planned(run, plan, choice.values) for choice in choices}
+    measured = _measured(run, {name: arm_of(each) for name, each in plans.items()}, teacher)
+    known: dict[str, Splits] = {}
+    whole = _whole_training(run)
+
+    def candidate(name: str) -> Candidate:
+        return Candidate(
+            name=name,
+            train=lambda steps: _score(run, name, arm_of(plans[name]), known, steps),
+            latency_ms=measured[name]["ms"],
+            bytes=int(measured[name]["bytes"]),
+        )
+
+    target = Target(reference=_teachers_score(run), keep=plan.keep or KEEP, max_latency_ms=plan.max_latency_ms)
+    budget = math.ceil((plan.search_budget or BUDGET) * whole)
+    result = climb([candidate(name) for name in plans], target, total_steps=budget, max_steps=whole)
+    _tell(run, result, {name: each["rows_per_second"] for name, each in measured.items()})
+    return result.require().name
+
+
+def _tell(run: Run, result: LadderResult, rows_per_second: Mapping[str, float]) -> None:
+    run.checks["search"] = result.to_plain()
+    if is_main_process():
+        write_ladder(run.folder, result, rows_per_second, teacher=TEACHER)
+        sys.stdout.write(f"\n{ladder_table(result, rows_per_second)}\n")
+        sys.stdout.flush()
+    wait_for_everyone()
+
+
+def _measured(run: Run, arms: Mapping[str, Mapping[str, Any]], teacher: Checkpoint) -> dict[str, dict[str, float]]:
+    """`ms` for one row (median, tokenising included), `rows_per_second` in batches, `bytes`; the teacher's too.
+
+    Measured by the first process alone; all get the same.
+    """
+    box: list[dict[str, dict[str, float]]] = [{}]
+    if is_main_process():
+        students = {name: arm["build"](run.seeds[0]) for name, arm in arms.items()}
+        models = {TEACHER: teacher, **students}
+        times = latency_facts(
+            {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
+        )
+        box[0] = {
+            name: {
+                "ms": times[name]["one_row"]["total_p50_ms"],
+                "rows_per_second": 1000 / times[name]["batched"]["total_p50_ms"],
+                "bytes": float(_bytes(model)),
+            }
+            for name, model in models.items()
+        }
+    if world()[1] > 1:
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _bytes(checkpoint: Checkpoint) -> int:
+    kept = {value.data_ptr(): value for value in checkpoint.model.state_dict().values()}
+    return sum(value.numel() * value.element_size() for value in kept.values())
+
+
+def _whole_training(run: Run) -> int:
+    """Optimizer steps of a training of the student."""
+    options = run.options
+    if options.max_steps > 0:
+        return options.max_steps
+    rows = len(run.data.train) + (0 if run.data.unlabelled is None else len(run.data.unlabelled))
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
+    return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
+
+
+def _teachers_score(run: Run) -> float:
+    logits = run.answers[TEACHER][0].validation
+    metrics = task_metrics(run.problem_type, logits, run.labels("validation"))
+    return float(metrics[str(run.options.metric_for_best_model)])
+
+
+def _score(run: Run, name: str, arm: Mapping[str, Any], known: dict[str, Splits], steps: int) -> float:
+    """The validation score of a student after so many steps, without a look at the test rows."""
+    folder = Path(run.folder) / "checkpoints" / "ladder" / name.replace(" ", "-")
+    build, seed, options = arm["build"], run.seeds[0], copy.copy(run.options)
+    for key in arm.keys() - {"build", "method", "split", "facts", "sampling"}:
+        setattr(options, key, arm[key])  # options in which this student is trained differently
+    trial = TrialArm(
+        schema=run.data.schema,
+        options=options,
+        build=lambda: run.check_length(build(seed)),
+        method=arm["method"],
+        split=arm["split"],
+        facts=arm.get("facts", {}),
+        sampling=arm.get("sampling", "natural"),
+    )
+    run.searching = True
+    try:
+        return short_run(trial, folder, known, steps=steps)
+    finally:
+        run.searching = False

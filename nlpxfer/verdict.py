@@ -1,0 +1,165 @@
+"""The end of a distillation: what the student keeps of its teacher, how quickly it answers, and whether that will do.
+
+The gate looks at the test rows. It is a check and no choice: nothing of the run depends on it, and a run that fails it
+has written all the same. Whoever tries students until one passes chooses by the test rows; `recipes/distill.py` leaves
+that to validation scores.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.config.targets import TargetOptions
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import TrainedArm
+from nlpxfer.evaluate.latency import Stages, latency_facts
+from nlpxfer.evaluate.retention import (
+    Answers,
+    Gold,
+    calibration_facts,
+    check_gate,
+    fitted_temperature,
+    gate_faults,
+    retained,
+)
+from nlpxfer.problem import BEST, LOWER_IS_BETTER, REGRESSION
+from nlpxfer.report.disagreements import TwoAnswers, disagreements, write_disagreements
+from nlpxfer.report.report import Arm
+from nlpxfer.report.retention import size_facts
+from nlpxfer.run import Run
+from nlpxfer.train.launch import is_main_process, wait_for_everyone
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What `judge` found.
+
+    Attributes:
+        arms: The table, with the time that an answer takes.
+        retention: Share of the teacher's test score; None where the teacher has none.
+        missed: Targets that the student falls short of, one sentence each, for `Run.finish`.
+    """
+
+    arms: list[Arm]
+    retention: float | None
+    missed: list[str]
+
+
+def check_targets(run: Run, plan: TargetOptions) -> None:
+    """Refuse targets that could not be judged, before anything is trained.
+
+    Raises:
+        ConfigError: See `check_gate`; or the smallest student is looked for beside another search, or by a score of
+            which there is no share.
+    """
+    check_gate(_gold(run), plan.min_class_retention)
+    if not plan.search:
+        return
+    options, faults = run.options, []
+    if options.ranges:
+        faults.append(
+            f"search: cannot be combined with ranges ({', '.join(options.ranges)}): one search after the other"
+        )
+    if options.metric_for_best_model in LOWER_IS_BETTER:
+        other = "spearman" if run.problem_type == REGRESSION else BEST[run.problem_type]
+        faults.append(
+            f"search: needs a score of which a share can be kept: --metric_for_best_model {other}, "
+            f"not {options.metric_for_best_model}"
+        )
+    if faults:
+        raise ConfigError.from_faults(faults)
+
+
+def judge(
+    run: Run,
+    plan: TargetOptions,
+    arms: Sequence[Arm],
+    models: Mapping[str, TrainedArm | Checkpoint],
+    student: TrainedArm,
+    teacher_logits: Mapping[str, Array],
+    *,
+    teacher: str = "teacher",
+) -> Judged:
+    """Hold the student, and its control arm, against the teacher; fills `checks.retention` of the report.
+
+    Args:
+        run: The run; its `answers` hold the logits of the arms. Without those of the teacher nothing is compared, and
+            a target is missed.
+        plan: Targets, and whether disagreements are written.
+        arms: The table, with speeds.
+        models: Name of an arm -> its model.
+        student: The result.
+        teacher_logits: Split (`train`, `unlabelled`) -> the teacher's logits of it, as the student learnt them.
+        teacher: Name of the teacher's arm.
+    """
+    timed = with_latency(run, arms, models)
+    if teacher not in run.answers:
+        asked = plan.min_retention is not None or plan.min_class_retention is not None
+        return Judged(arms=timed, retention=None, missed=["the teacher has no test score to keep"] if asked else [])
+    names = [student.name, *(name for name in ("control",) if name in run.answers)]
+    found = run.checks["retention"] = _retention(run, teacher, names, timed)
+    kept = found["students"][student.name]
+    if plan.disagreements:
+        _write_disagreements(run, teacher, student, teacher_logits)
+    return Judged(
+        arms=timed,
+        retention=kept["score"]["value"],
+        missed=gate_faults(kept, plan.min_retention, plan.min_class_retention),
+    )
+
+
+def with_latency(run: Run, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:
+    """The arms with the time that an answer takes on the CPU in float32, on texts of the test rows."""
+    if not is_main_process() or not models:
+        return list(arms)
+    found = latency_facts({name: stages_of(run, model) for name, model in models.items()}, *run.texts("test"))
+    return [replace(arm, latency=found.get(arm.name)) for arm in arms]
+
+
+def stages_of(run: Run, model: TrainedArm | Checkpoint) -> Stages:
+    """A copy of a model on the CPU that reads texts as the run does."""
+    on_cpu = copy.deepcopy(model.model).cpu()
+    return Stages.of(on_cpu, model.tokenizer, max_length=run.data_options.max_length, long_texts=run.long_texts)
+
+
+def _gold(run: Run) -> Gold:
+    return Gold(run.problem_type, run.data.schema.names, run.labels("validation"), run.labels("test"))
+
+
+def _retention(run: Run, teacher: str, students: Sequence[str], arms: Sequence[Arm]) -> dict[str, Any]:
+    gold, asked, by_name = _gold(run), run.answers[teacher][0], {arm.name: arm for arm in arms}
+    kept = {
+        name: retained(run.answers[name], asked, gold) | {"size": size_facts(by_name[name], by_name[teacher])}
+        for name in students
+    }
+    return {"teacher_arm": teacher, "teacher": calibration_facts(asked, gold), "students": kept}
+
+
+def _write_disagreements(run: Run, teacher: str, student: TrainedArm, known: Mapping[str, Array]) -> None:
+    """Rows of all splits that both have answered."""
+    theirs, ours = run.answers[teacher][0], Answers(student.validation_logits, student.test_logits)
+    gold = _gold(run)
+    pairs = {"validation": (theirs.validation, ours.validation), "test": (theirs.test, ours.test)}
+    pairs |= {split: (logits, run.predict(student.model, student.tokenizer, split)) for split, logits in known.items()}
+    asked = [
+        TwoAnswers(
+            split,
+            getattr(run.data, split)["row"][:],
+            *run.texts(split),
+            run.labels(split) if "label" in getattr(run.data, split).column_names else None,
+            *logits,
+        )
+        for split, logits in pairs.items()
+    ]
+    if is_main_process():
+        temperatures = (fitted_temperature(theirs, gold), fitted_temperature(ours, gold))
+        write_disagreements(run.folder, disagreements(asked, gold.names, gold.problem_type, temperatures))
+    wait_for_everyone()

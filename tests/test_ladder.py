@@ -1,0 +1,287 @@
+"""The smallest student that is good enough: which are trained, for how long, and what is said of each."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+from matplotlib.image import imread
+from recipe_runs import call, finished, refused, tiny_words
+
+from nlpxfer.checkpoint.save import check_output_folder
+from nlpxfer.config.targets import TargetOptions
+from nlpxfer.errors import ConfigError, DataError, NotFiniteError, TargetMissedError
+from nlpxfer.report.ladder import ladder_table, write_ladder
+from nlpxfer.report.plots import SpeedPoint, pareto_front, pareto_plot
+from nlpxfer.smallest import Choice, find_smallest, slices
+from nlpxfer.train.ladder import Candidate, Target, climb
+
+
+class Curves:
+    """Candidates whose score is known for every number of steps, and a list of all that was asked."""
+
+    def __init__(self, **scores):
+        self.scores, self.asked = scores, []
+
+    def candidates(self, order=None):
+        """Named in the order of their size: 1 ms and 1 byte, 2 ms and 2 bytes, …"""
+        made = [
+            Candidate(name=name, train=lambda steps, name=name: self.train(name, steps), latency_ms=size, bytes=size)
+            for size, name in enumerate(self.scores, start=1)
+        ]
+        return made if order is None else [made[index] for index in order]
+
+    def train(self, name, steps):
+        self.asked.append((name, steps))
+        found = self.scores[name]
+        return found(steps) if callable(found) else found
+
+
+def outcomes(result):
+    return {each.name: each.outcome for each in result.tried}
+
+
+def test_all_is_halved_until_one_is_left():
+    """8 candidates, 240 steps: three rungs of 80 steps, for 8, 4 and 2 of them: 10, 20 and 40 steps each."""
+    curves = Curves(a=0.1, b=0.2, c=0.3, d=0.4, e=0.5, f=0.6, g=0.7, h=0.8)
+    result = climb(curves.candidates(order=[3, 1, 0, 2, 7, 6, 5, 4]), Target(reference=1.0, keep=0.9),
+                   total_steps=240, max_steps=1000)  # fmt: skip
+    assert curves.asked == [
+        *((name, 10) for name in "abcdefgh"),
+        *((name, 20) for name in "efgh"),
+        *((name, 40) for name in "gh"),
+    ]
+    assert result.steps == 240
+    assert (result.chosen, result.nearest) == (None, "h")
+    assert outcomes(result) == {
+        **dict.fromkeys("abcd", "out after rung 1"),
+        **dict.fromkeys("ef", "out after rung 2"),
+        "g": "out after rung 3",
+        "h": "below the target",
+    }
+    with pytest.raises(TargetMissedError, match=r"None of 8 students reaches .* 0\.9000 \(0\.9 of .*nearest is h: "):
+        result.require()
+
+
+def test_one_that_passes_ends_the_larger_ones():
+    """c passes at once: d, which passes too, and e are out, and all further steps go to a and b."""
+    curves = Curves(a=0.5, b=lambda steps: 0.95 if steps >= 20 else 0.6, c=0.95, d=0.99, e=0.8)
+    result = climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=150, max_steps=1000)
+    # 3 rungs; the first has 10 steps for each of 5, the others 100 steps for the one that is left
+    assert curves.asked == [*((name, 10) for name in "abcde"), ("b", 50)]
+    assert result.chosen == "b"
+    assert result.require().best == (50, 0.95)
+    assert outcomes(result) == {
+        "a": "out after rung 1",
+        "b": "chosen",
+        "c": "passes, but is larger than b",
+        "d": "passes, but is larger than c",
+        "e": "larger than c",
+    }
+    assert result.steps == 100
+
+
+def test_the_smallest_passes_at_once():
+    curves = Curves(a=0.9, b=1.0)
+    result = climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=40, max_steps=10)
+    assert curves.asked == [("a", 10), ("b", 10)]
+    assert result.chosen == "a"
+
+
+def test_what_is_too_slow_is_never_trained():
+    curves = Curves(a=0.1, b=0.95, c=0.99)
+    target = Target(reference=1.0, keep=0.9, max_latency_ms=2.0)
+    result = climb(curves.candidates(), target, total_steps=100, max_steps=100)
+    assert {name for name, _ in curves.asked} == {"a", "b"}
+    assert outcomes(result)["c"] == "too slow"
+    assert result.chosen == "b"
+    slow = climb(curves.candidates(), Target(reference=1.0, keep=0.9, max_latency_ms=0.5), total_steps=9, max_steps=9)
+    assert (slow.chosen, slow.nearest, slow.steps) == (None, "a", 0)
+    with pytest.raises(TargetMissedError, match=r"in at most 0\.5 ms a row\. The nearest is a: not trained, 1 ms"):
+        slow.require()
+
+
+def test_of_equal_latency_the_fewer_bytes():
+    made = [Candidate(name=name, train=lambda steps: 1.0, latency_ms=1.0, bytes=size) for name, size in
+            (("float", 400), ("int8", 100))]  # fmt: skip
+    assert climb(made, Target(reference=1.0, keep=0.9), total_steps=10, max_steps=10).chosen == "int8"
+
+
+def test_no_longer_than_a_whole_training_and_not_twice_as_long():
+    curves = Curves(a=0.1, b=0.2, c=0.3, d=0.4)
+    result = climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=10_000, max_steps=30)
+    assert curves.asked == [(name, 30) for name in "abcd"]
+    assert outcomes(result) == {
+        **dict.fromkeys("ab", "out after rung 1"),
+        "c": "below the target",
+        "d": "below the target",
+    }
+
+
+def test_a_larger_eta_drops_more():
+    curves = Curves(**{name: index / 10 for index, name in enumerate("abcdefghi")})
+    climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=180, max_steps=1000, eta=3)
+    assert [steps for _, steps in curves.asked] == [10] * 9 + [30] * 3  # 2 rungs of 90 steps
+
+
+def test_one_that_diverges_is_out():
+    def diverges(steps):
+        raise NotFiniteError("the loss is NaN")
+
+    curves = Curves(a=diverges, b=float("nan"), c=0.95)
+    result = climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=60, max_steps=100)
+    assert result.chosen == "c"
+    assert outcomes(result)["a"] == "failed: the loss is NaN"
+    assert outcomes(result)["b"] == "failed: its score is nan"
+    nothing = climb(Curves(a=diverges).candidates(), Target(reference=1.0, keep=0.9), total_steps=9, max_steps=9)
+    assert (nothing.chosen, nothing.nearest) == (None, None)
+    with pytest.raises(TargetMissedError, match="None of 1 students"):
+        nothing.require()
+
+
+def test_bad_arguments_are_named_together():
+    with pytest.raises(ConfigError) as raised:
+        climb([], Target(reference=0.0, keep=98, max_latency_ms=-1), total_steps=0, max_steps=0, eta=1)
+    for fault in ("candidates: 0", "keep: 98", "reference: ", "max_latency_ms: -1", "total_steps: 0", "eta: 1"):
+        assert fault in str(raised.value)
+    curves = Curves(a=0.1, b=0.2, c=0.3, d=0.4)
+    with pytest.raises(ConfigError, match="7 steps are not enough for 4 students in 2 rungs"):
+        climb(curves.candidates(), Target(reference=1.0, keep=0.9), total_steps=7, max_steps=9)
+    twice = curves.candidates(order=[0, 0])
+    with pytest.raises(ConfigError, match="2 with 1 different names"):
+        climb(twice, Target(reference=1.0, keep=0.9), total_steps=70, max_steps=9)
+
+
+def test_the_table_and_the_files(tmp_path):
+    curves = Curves(**{"2|layers": 0.85, "3 layers": 0.95, "6 layers": 0.96})
+    target = Target(reference=1.0, keep=0.9, max_latency_ms=2.5)
+    result = climb(curves.candidates(), target, total_steps=100, max_steps=100)
+    speeds = {"2|layers": 300.0, "3 layers": 200.0, "6 layers": 100.0, "teacher": 100.0}
+    lines = ladder_table(result, speeds).splitlines()
+    assert lines[2] == r"| 2\|layers | 1 | 300 | 1 B | 50 | 0.8500 | 85.0 % | below the target |"
+    assert lines[3] == "| 3 layers | 2 | 200 | 2 B | 50 | 0.9500 | 95.0 % | chosen |"
+    assert lines[4] == "| 6 layers | 3 | 100 | 3 B | - | - | - | too slow |"
+    write_ladder(tmp_path, result, speeds)
+    found = json.loads((tmp_path / "ladder.json").read_text())
+    assert found["chosen"] == "3 layers"
+    assert found["target"] == {"reference": 1.0, "keep": 0.9, "max_latency_ms": 2.5, "score": 0.9}
+    assert found["tried"][1]["scores"] == [{"steps": 50, "score": 0.95}]
+    assert (tmp_path / "ladder.md").read_text().splitlines() == lines
+    assert imread(tmp_path / "pareto.png").shape[0] > 200
+
+
+def test_the_front():
+    points = [SpeedPoint(name=str(i), accuracy=a, rows_per_second=r) for i, (a, r) in enumerate(
+        [(0.9, 100), (0.85, 100), (0.8, 200), (0.8, 200), (0.79, 150), (0.5, 9000)])]  # fmt: skip
+    assert pareto_front(points) == [True, False, True, True, False, True]
+
+
+def test_the_picture_marks_the_front(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    drawn, scales = [], []
+    original, scale = Axes.plot, Axes.set_xscale
+    monkeypatch.setattr(Axes, "plot", lambda self, *args, **kw: drawn.append(args) or original(self, *args, **kw))
+    monkeypatch.setattr(Axes, "set_xscale", lambda self, value: scales.append(value) or scale(self, value))
+    points = [SpeedPoint(name=n, accuracy=a, rows_per_second=r) for n, a, r in
+              (("$a$", 0.9, 10.0), ("b", 0.8, 1000.0), ("c", 0.7, 500.0))]  # fmt: skip
+    pareto_plot(points, tmp_path / "a.png", least=0.75)
+    assert drawn[0] == ([10.0, 1000.0], [90.0, 80.0], "-")
+    assert [args[2] for args in drawn[1:]] == ["o", "o", "x"]
+    assert scales == ["log"]
+    with pytest.raises(DataError, match="above 0"):
+        pareto_plot([], tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_slices_are_few_and_smaller_than_the_teacher():
+    def of(total):
+        model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=total, model_type="other"))
+        return [choice.values["student_num_layers"] for choice in slices(model)]
+
+    assert (of(1), of(2), of(6)) == ([], [1], [1, 2, 3, 4, 5])
+    assert of(24) == [1, 5, 10, 14, 19, 23]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
+    words = tiny_words(tiny_data, tiny_checkpoint("bert", layers=3), epochs=2, rate="2e-3")
+    folder = tmp_path_factory.mktemp("teacher") / "bert"
+    return finished("finetune", folder, *words, "--control_arm", "false").folder
+
+
+def test_a_recipe_searches_and_then_trains_what_it_found(tiny_data, teacher, tmp_path, monkeypatch):
+    """The bar is so low that the smallest passes; the test rows are read only afterwards."""
+    import nlpxfer.smallest as module
+
+    asked, real = [], module.short_run
+
+    def short_run(trial, folder, known, *, steps):
+        score = real(trial, folder, known, steps=steps)
+        asked.append((folder.name, steps, {len(splits.test) for splits in known.values()}))
+        return score
+
+    monkeypatch.setattr(module, "short_run", short_run)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "1")
+    assert asked == [("1-layer", 4, {0}), ("2-layers", 4, {0})]  # 8 steps are a whole training
+    found = run.report["checks"]["search"]
+    assert (found["chosen"], found["steps"], found["total_steps"]) == ("1 layer", 8, 8)
+    reference = run.arm("teacher")["metrics"]["validation"]["accuracy"]
+    assert found["target"]["reference"] == pytest.approx(reference)
+    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 1
+    assert run.run["config"]["student_num_layers"] == 1
+    assert run.arm("distilled")["details"]["steps"] == 8
+    assert "| 1 layer |" in run.out
+    assert imread(run.folder / "pareto.png").shape[0] > 200
+    check_output_folder(run.folder, overwrite=True)  # all that lies there is known to be nlpxfer's
+
+
+def test_no_student_is_quick_enough(tiny_data, teacher, tmp_path):
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher]
+    run = call("distill", tmp_path / "out", *words, "--search", "--max_latency_ms", "0.0001")
+    assert run.code == 3
+    assert "None of 2 students reaches a validation score of" in run.err
+    assert "in at most 0.0001 ms a row. The nearest is 1 layer: not trained" in run.err
+    assert "too slow" in (run.folder / "ladder.md").read_text()
+    assert not (run.folder / "report.json").exists()
+
+
+def test_a_teacher_of_one_layer_has_no_smaller_student():
+    with pytest.raises(ConfigError, match="no smaller student"):
+        find_smallest(None, TargetOptions(search=True), [], arm_of=None, teacher=None)
+
+
+def test_a_resumed_run_takes_what_was_found(tmp_path):
+    (tmp_path / "ladder.json").write_text(json.dumps({"chosen": "b"}))
+    plan = TargetOptions(search=True, keep=0.9)
+    run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(resume=True), checks={}, config={})
+    choices = [Choice(name="a", values={"disagreements": False}), Choice(name="b", values={"disagreements": True})]
+    found = find_smallest(run, plan, choices, arm_of=None, teacher=None)
+    assert (found.search, found.keep, found.disagreements) == (False, None, True)
+    assert run.config == {"disagreements": True}
+    assert run.checks == {"search": {"chosen": "b"}}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--keep", "0.9", "--max_latency_ms", "2"], "keep: has no effect without search"),
+        (["--search", "--keep", "98"], "keep: 98.0 is not a share"),
+        (["--search", "--max_latency_ms", "0"], "max_latency_ms: 0.0 is not a positive number"),
+        (["--search", "--student_num_layers", "2"], "search: chooses the student"),
+        (["--search", "--metric_for_best_model", "loss"], "--metric_for_best_model accuracy, not loss"),
+        (
+            ["--search", "--temperature", "{low: 1, high: 4}", "--num_trials", "2"],
+            "search: cannot be combined with ranges",
+        ),
+    ],
+)
+def test_what_a_search_refuses(words, fault, tiny_data, tiny_checkpoint, tmp_path):
+    pytest.importorskip("optuna")
+    message = refused("distill", tmp_path / "out", *tiny_words(tiny_data, tiny_checkpoint("bert")), *words)
+    assert fault in message
