@@ -25,6 +25,7 @@ from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
+from nlpxfer.checkpoint.static import STATIC_BODY
 from nlpxfer.checkpoint.student import slice_layers
 from nlpxfer.checkpoint.tokenizer import align_pad_token_, load_tokenizer
 from nlpxfer.data.schema import LabelSchema
@@ -318,7 +319,7 @@ def _last_line(error: Exception) -> str:
 
 def _refuse_missing_body(model: PreTrainedModel, missing: frozenset[str], name: str) -> None:
     prefix = model.base_model_prefix + "."
-    body = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
+    body = sorted(key for key in missing if (key.startswith(prefix) and ".pooler." not in key) or key in STATIC_BODY)
     if body:
         raise CheckpointError(
             f"{name} holds no weights for {len(body)} parameters of its body: {_shown(body, 5)}.",

@@ -35,8 +35,10 @@ OWN_FILES: Final = frozenset(
         "config.json",
         "calibration.json",
         "generation_config.json",
+        "head.safetensors",
         "model.safetensors",
         "model.safetensors.index.json",
+        "modules.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -60,7 +62,7 @@ OWN_FILES: Final = frozenset(
         "label_errors.jsonl",
     }
 )
-OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "predictions", "teacher", "tensorboard"})
+OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "predictions", "teacher", "tensorboard"})
 _STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 
