@@ -3,10 +3,11 @@
     accelerate launch recipes/distill.py
     accelerate launch recipes/distill.py recipes/configs/distill.yaml --teacher_name_or_path runs/finetune
 
-Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a slice of the teacher's layers, or any
-checkpoint; or static: token vectors and no attention (docs/students.md). The control arm is the same student with the same number of steps and no teacher: a slice starts from the
-pretrained checkpoint that the teacher came from, where that is known. Options given as ranges are searched for the
-student: a teacher made on the spot has the defaults of these, or what `teacher_*` says.
+Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a part of the teacher, static (token
+vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same number
+of steps and no teacher: what comes from a teacher comes from the pretrained checkpoint that it started from, where that
+is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these, or
+what `teacher_*` says.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
-from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
+from nlpxfer.config.student import StudentOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
@@ -30,31 +31,20 @@ from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
-from nlpxfer.train.static_start import StaticPlan, static_student, token_counts, token_states
+from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
 from nlpxfer.train.teacher_cache import teacher_logits
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
-STATIC_OPTIONS = (
-    "static_dim",
-    "static_hidden_layer",
-    "static_normalize",
-    "static_num_train_epochs",
-)
-STATIC_LEARNING_RATE = 0.01
-"""Where none is asked for: token vectors learn from few rows each."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions:
+class DistillOptions(StudentOptions):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
         "student": "each kind has options of its own",
-    }
-    needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = {
-        name: ("student", "static") for name in STATIC_OPTIONS
     }
 
     model_name_or_path: str | None = option(
@@ -69,25 +59,12 @@ class DistillOptions:
     teacher_cache: str | None = option(
         None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
     )
-    student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
-    student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half.")
-    student_layers: str = option("even", "Which: even, bottom, or numbers such as 0,2,5.")
-    student: str = option("layers", "What it is made of: layers, or static: token vectors, no attention.")
-    static_dim: int = option(256, "Numbers per token of a static student; at most the teacher's hidden size.")
-    static_hidden_layer: bool = option(False, "Give its head a hidden layer.")
-    static_normalize: bool = option(False, "Scale the mean of its token vectors to length 1.")
-    static_num_train_epochs: float = option(20.0, "Passes over the rows for it and its control.")
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
-        faults = []
-        if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
-            faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
-        if self.student_num_layers is not None and self.student_num_layers < 1:
-            faults.append(f"student_num_layers: {self.student_num_layers} is below 1")
-        faults += self._static_faults()
+        faults = self.student_faults()
         for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -102,23 +79,6 @@ class DistillOptions:
             faults += error.faults
         if faults:
             raise ConfigError.from_faults(faults)
-
-    def _static_faults(self) -> list[str]:
-        faults = []
-        if self.student not in ("layers", "static"):
-            faults.append(f"student: {self.student!r} is not one of layers, static")
-        for name in ("static_dim", "static_num_train_epochs"):
-            if getattr(self, name) <= 0:
-                faults.append(f"{name}: {getattr(self, name)} is not positive")
-        if self.student == "static":
-            for name, default in (
-                ("student_name_or_path", None),
-                ("student_num_layers", None),
-                ("student_layers", "even"),
-            ):
-                if getattr(self, name) != default:
-                    faults.append(f"{name}: a static student has no layers")
-        return faults
 
     @property
     def pretrained(self) -> str | None:
@@ -135,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
-        refuse_unused(run, plan)
+        refuse_unused(run, plan, teacher_given=plan.teacher_name_or_path is not None)
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
@@ -145,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             build, (method, _) = student_of(run, plan, teacher), methods_for(run, plan)
             facts = {"teacher": teacher.weights_sha256}
             shared = {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
-            return {**shared, **training_of(run, plan)}
+            return shared | training_of(run, plan)
 
         plan = run.search("distilled", arm, plan)
         student = run.train("distilled", **arm(plan))
@@ -154,46 +114,23 @@ def main(argv: Sequence[str] | None = None) -> Report:
         models = {teacher_arm.name: teacher, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
-            untaught, (_, alone) = student_of(run, plan, pretrained), methods_for(run, plan)
-            control = run.train("control", untaught, alone, **{**training_of(run, plan), "max_steps": student[0].steps})
+            untaught, (_, alone) = student_of(run, plan, pretrained, like=teacher), methods_for(run, plan)
+            control = run.train("control", untaught, alone, **training_of(run, plan) | {"max_steps": student[0].steps})
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([teacher_arm, *arms], models)
         run.checks["teacher"] = rows.cache | retention(teacher_arm, distilled)
-        layers = student[0].model.config.num_hidden_layers
-        kind = "static student" if plan.student == "static" else f"student of {layers} layers"
         return run.finish(
             student,
             arms,
             verdict,
-            description=f"A {kind}, distilled from {teacher.name}.",
+            description=f"A {kind_of(student[0])}, distilled from {teacher.name}.",
             base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
         )
-
-
-def refuse_unused(run: Run, plan: DistillOptions) -> None:
-    """Refuse what a static student makes meaningless.
-
-    Raises:
-        ConfigError: Lists the options.
-    """
-    if plan.student != "static":
-        return
-    options, faults = run.options, []
-    if plan.teacher_name_or_path and options.num_train_epochs != RunOptions.num_train_epochs:
-        faults.append("num_train_epochs: it is static_num_train_epochs for a static student")
-    if run.data_options.text_pair_column is not None:
-        faults.append("text_pair_column: a mean over tokens cannot tell two texts apart")
-    if options.pooling != "own":
-        faults.append("pooling: a static student is a mean already")
-    if options.num_trained_layers is not None or options.layer_decay != 1 or options.gradual_unfreezing:
-        faults.append("num_trained_layers, layer_decay, gradual_unfreezing: a static student has no layers")
-    if faults:
-        raise ConfigError.from_faults(faults)
 
 
 def methods_for(run: Run, plan: DistillOptions) -> tuple[Distill, FineTune]:
@@ -214,7 +151,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
     if plan.teacher_name_or_path:
         teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
         base = teacher if plan.pretrained is None else start_of(teacher, plan.pretrained, run)
-        run.begin(teacher, student_of(run, plan, teacher)(run.seeds[0]), arms=2)
+        run.begin(teacher, student_of(run, outline(plan), teacher)(run.seeds[0]), arms=2)
         teacher.model.to(run.options.device)
         return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given"), base
     pretrained = str(plan.pretrained)
@@ -223,7 +160,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
     base = build(run.seeds[0])
-    run.begin(base, student_of(run, plan, base)(run.seeds[0]), arms=3)
+    run.begin(base, student_of(run, outline(plan), base)(run.seeds[0]), arms=3)
     trained = run.train(
         "teacher",
         build,
@@ -285,56 +222,6 @@ class TransferRows:
         if "unlabelled" in self.splits:
             train = TokenisedRows.join(train, self.run.tokenise(tokenizer, "unlabelled"))
         return Splits(train.with_columns(teacher_logits=self.logits), splits.validation, splits.test)
-
-
-def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN201 - from a seed to a Checkpoint
-    """How to make an untrained student: a slice of `source`, or the checkpoint that was asked for."""
-
-    if plan.student == "static":
-        return static_of(run, plan, source)
-
-    def build(seed: int) -> Checkpoint:
-        if plan.student_name_or_path:
-            return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
-        total = int(source.model.config.num_hidden_layers)
-        if run.options.pooling == "mean" and has_mean_layer(source.model):
-            total -= 1  # the student gets a layer of its own that computes the mean
-        count = plan.student_num_layers
-        if count is None and plan.student_layers in ("bottom", "even"):
-            count = max(1, total // 2)
-        return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
-
-    return build
-
-
-def static_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN201 - from a seed to a Checkpoint
-    """How to make an untrained static student from the token states of `source`, computed once."""
-    shape = StaticPlan(
-        dim=plan.static_dim,
-        hidden_layer=plan.static_hidden_layer,
-        normalize=plan.static_normalize,
-        max_length=run.data_options.max_length,
-    )
-    tokenizer, quiet = source.tokenizer, bool(run.options.disable_tqdm)
-    splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
-
-    def build(seed: int) -> Checkpoint:
-        states_VH = run.once(("states", source.weights_sha256), lambda: token_states(source, quiet=quiet))
-        counts_V = run.once(
-            ("counts", source.tokenizer_sha256),
-            lambda: token_counts((run.tokenise(tokenizer, split) for split in splits), len(states_VH)),
-        )
-        return static_student(source, states_VH, counts_V, shape, seed=seed)
-
-    return build
-
-
-def training_of(run: Run, plan: DistillOptions) -> dict[str, Any]:
-    """How the training of the student and its control differs from the run's options."""
-    if plan.student != "static":
-        return {}
-    rate = STATIC_LEARNING_RATE if run.options.wanted_learning_rate is None else run.options.learning_rate
-    return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
 
 
 def retention(teacher: Arm, distilled: Arm) -> dict[str, float | None]:

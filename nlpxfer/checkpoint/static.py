@@ -6,8 +6,8 @@ it without this package, and one of sentence-transformers' `StaticEmbedding`: th
 head once more in `head.safetensors`, and `config.json` has the keys of all three. One folder was chosen over a second
 one beside it because the table is nearly all of the model.
 
-The special tokens and the unknown one take no part in the mean, as model2vec leaves them out. Where a mean is all there
-is, what they add is the same for every text.
+The special tokens and the unknown one take no part in the mean, as in model2vec: where a mean is all there is, special
+tokens add the same to every text.
 
 With int8 the table holds int8 numbers and a scale per token, which model2vec calls the token's weight.
 

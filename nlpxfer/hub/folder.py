@@ -33,9 +33,7 @@ REPORT_FILES: Final = frozenset(
     "README.md report.json run.json labels.json calibration.json confusion.png per_class.png".split()
 )
 STATIC_FILES: Final = frozenset({HEAD_FILE, MODULES_FILE})
-UPLOADED_FILES: Final = (
-    TOKENIZER_FILES | REPORT_FILES | STATIC_FILES | {"config.json", ADAPTER_CONFIG, "base.json"}
-)
+UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | STATIC_FILES | {"config.json", ADAPTER_CONFIG, "base.json"}
 SINGLE_WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 WEIGHT_FILES: Final = frozenset({SINGLE_WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS})

@@ -1,10 +1,10 @@
 """Where a static student starts: each token of the vocabulary through the teacher alone, as model2vec does it.
 
 A token's vector is the mean over its states in the teacher's last layer, special tokens around it included; PCA keeps
-the directions in which tokens differ most, and the weight a / (a + p) of smooth inverse frequency makes frequent tokens
-small. p is counted on the texts at hand, chosen over model2vec's estimate from the token's rank in the vocabulary
-because the texts are there, and a domain's frequent words are not those of a vocabulary. The table is scaled so that a
-rare token's numbers have a deviation of 1: AdamW's steps have one size, whatever the teacher's scale was.
+the directions in which tokens differ most, and the weight a / (a + p) of smooth inverse frequency makes frequent
+tokens small. p is counted on the texts at hand, chosen over model2vec's estimate from the token's rank in the
+vocabulary because the texts are there, and a domain's frequent words are not those of a vocabulary. The table is
+scaled so that a rare token's numbers have a deviation of 1: AdamW's steps have one size, whatever the teacher's scale.
 
 Sources: model2vec, https://github.com/MinishLab/model2vec; Arora, Liang and Ma 2017, "A Simple but Tough-to-Beat
 Baseline for Sentence Embeddings" (section 3, SIF).
@@ -56,7 +56,9 @@ class StaticPlan:
     max_length: int
 
 
-def static_student(source: Checkpoint, states_VH: Array, counts_V: Array, plan: StaticPlan, *, seed: int) -> Checkpoint:
+def static_student(
+    source: Checkpoint, states_VH: Array, counts_V: Array, plan: StaticPlan, *, seed: int
+) -> Checkpoint:
     """An untrained static student with the tokenizer and labels of `source`.
 
     Args:
@@ -69,12 +71,7 @@ def static_student(source: Checkpoint, states_VH: Array, counts_V: Array, plan: 
     Raises:
         ConfigError: `plan.dim` is more than H.
     """
-    width = states_VH.shape[1]
-    if plan.dim > width:
-        raise ConfigError(
-            f"static_dim: {plan.dim} is more than the {width} numbers that {source.name} has for a token.",
-            fix=f"--static_dim {width}",
-        )
+    refuse_wide(source, plan.dim)
     ignored = ignored_ids(source.tokenizer)
     own = source.model.config
     config = StaticConfig(
@@ -99,6 +96,16 @@ def static_student(source: Checkpoint, states_VH: Array, counts_V: Array, plan: 
     head = tuple(name for name, _ in model.named_parameters() if "classifier" in name)
     plain = cast("PreTrainedModel", model)
     return replace(source, model=plain, fresh=head, head_kept=False)
+
+
+def refuse_wide(source: Checkpoint, dim: int) -> None:
+    """Raise ConfigError where `source` has fewer numbers for a token than are wanted."""
+    width = int(source.model.config.hidden_size)
+    if dim > width:
+        raise ConfigError(
+            f"static_dim: {dim} is more than the {width} numbers that {source.name} has for a token.",
+            fix=f"--static_dim {width}",
+        )
 
 
 def start_table(states_VH: Array, counts_V: Array, *, dim: int, ignored: Sequence[int]) -> Array:
