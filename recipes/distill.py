@@ -4,10 +4,10 @@
     accelerate launch recipes/distill.py recipes/configs/distill.yaml --teacher_name_or_path runs/finetune
 
 Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a part of the teacher, static (token
-vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same number
-of steps and no teacher: what comes from a teacher comes from the pretrained checkpoint that it started from, where that
-is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these, or
-what `teacher_*` says.
+vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same
+number of steps and no teacher: a part is taken from the pretrained checkpoint that the teacher came from, where that
+is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these,
+or what `teacher_*` says.
 """
 
 from __future__ import annotations
