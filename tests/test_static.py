@@ -1,12 +1,14 @@
 """Static classifiers: the mean of token vectors against slow references, their folder, and their int8 form."""
 
 import json
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from processes import ROOT
 from tiny import LABELS, WORDS
 from transformers import AutoModelForSequenceClassification, pipeline
 
@@ -237,30 +239,14 @@ def test_a_table_that_is_missing_is_refused(student, tmp_path):
         load_classifier(str(folder), schema=LabelSchema(("one", "two")))
 
 
-def logits_without_nlpxfer(folder, texts):
-    """The reader that docs/students.md shows."""
-    import json
-    from pathlib import Path
-
-    from safetensors.numpy import load_file
-    from tokenizers import Tokenizer
-
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.enable_truncation(config["max_length"])
-    state, head = load_file(folder / "model.safetensors"), load_file(folder / "head.safetensors")
-    table = state["embeddings"] * state.get("weights", np.ones(len(state["embeddings"])))[:, None]
-    rows = []
-    for encoded in tokenizer.encode_batch(texts, add_special_tokens=False):
-        ids = [token for token in encoded.ids if token not in config["ignored_token_ids"]]
-        mean = table[ids].mean(axis=0) if ids else np.zeros(table.shape[1])
-        rows.append(mean / max(np.linalg.norm(mean), 1e-12) if config["normalize"] else mean)
-    values = np.array(rows)
-    for layer in range(config["head_config"]["n_layers"]):
-        values = np.maximum(values, 0) if layer else values
-        values = values @ head[f"head.{layer}.weight"].T + head[f"head.{layer}.bias"]
-    return values
+def reader_of_the_docs():
+    """`static_logits` as docs/students.md shows it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "students.md").read_text(), flags=re.DOTALL)
+    code = next(block for block in blocks if "def static_logits" in block)
+    assert "nlpxfer" not in code
+    names = {}
+    exec(code, names)
+    return names["static_logits"]
 
 
 @each_shape
@@ -270,7 +256,7 @@ def test_the_folder_is_read_without_this_package(student, tmp_path, hidden_layer
     model = static_int8(made.model) if int8 else made.model
     folder = save_classifier(model, made.tokenizer, SCHEMA, tmp_path / "static")
     expected = Classifier.load(str(folder), max_length=32).logits(TEXTS)
-    np.testing.assert_allclose(logits_without_nlpxfer(folder, TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(reader_of_the_docs()(folder, TEXTS), expected, atol=1e-5)
 
 
 @each_shape

@@ -50,7 +50,7 @@ _ADDED_KEYS: Final = ("head_config", "embedding_dtype", "max_length")
 _CHUNK_TOKENS: Final = 1 << 17
 
 
-class StaticConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is untyped here
+class StaticConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # __init_subclass__ has no types
     """Config of a static classifier.
 
     Args:
@@ -87,7 +87,7 @@ class StaticConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is u
         self.table_dtype = table_dtype
         self.num_hidden_layers = 0
         plain = {key: value for key, value in kwargs.items() if key not in (*_ADDED_KEYS, "num_hidden_layers")}
-        super().__init__(pad_token_id=pad_token_id, **plain)
+        super().__init__(**plain, **{"pad_token_id": pad_token_id})
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and those that model2vec reads."""
@@ -101,7 +101,7 @@ class StaticConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is u
         return known | {"head_config": head, "embedding_dtype": self.table_dtype, "max_length": self.max_tokens}
 
 
-class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
+class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyped-call]
     """logits = head(mean of the token vectors); see the module.
 
     Attributes:
@@ -114,6 +114,8 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     config_class = StaticConfig
     base_model_prefix = "static"
     main_input_name = "input_ids"
+    embeddings: Tensor
+    weights: Tensor
 
     def __init__(self, config: StaticConfig) -> None:
         super().__init__(config)
@@ -127,11 +129,11 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         if config.hidden_layer:
             self.pre_classifier = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(0.0)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+        self.classifier = nn.Linear(config.hidden_size, int(config.num_labels or 0))
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
         if module is self and self.config.table_dtype != "int8":
             init.normal_(self.embeddings, mean=0.0, std=0.02)
 
@@ -150,7 +152,7 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
     def get_input_embeddings(self) -> nn.Module:
         """The table as an embedding layer; it shares the weights of a float table."""
         table = self.embeddings if not self.is_int8 else self.embeddings * self.weights[:, None]
-        return nn.Embedding.from_pretrained(table, freeze=self.is_int8)
+        return nn.Embedding(*table.shape, _weight=table, _freeze=self.is_int8)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises CheckpointError: the table is no layer that could be replaced."""
@@ -230,12 +232,11 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[misc]
         kept_T = self.counts(tokens_T)
         lengths_B = torch.diff(starts_B, append=starts_B.new_tensor([len(tokens_T)]))
         counts_B = torch.segment_reduce(kept_T, "sum", lengths=lengths_B)
-        if self.is_int8:
-            sums_BD = torch.segment_reduce(self._rows(tokens_T) * kept_T[:, None], "sum", lengths=lengths_B)
-        else:
-            sums_BD = functional.embedding_bag(
-                tokens_T, self.embeddings, starts_B, mode="sum", per_sample_weights=kept_T
-            )
+        table = self.embeddings
+        if self.is_int8:  # each token's vector is made once
+            used, tokens_T = torch.unique(tokens_T, return_inverse=True)
+            table = self._rows(used)
+        sums_BD = functional.embedding_bag(tokens_T, table, starts_B, mode="sum", per_sample_weights=kept_T)
         return self.head(sums_BD, counts_B)
 
     def _rows(self, ids: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ class StudentOptions:
     static_dim: int = option(256, "Numbers per token of a static student; at most the teacher's hidden size.")
     static_hidden_layer: bool = option(False, "Give its head a hidden layer.")
     static_normalize: bool = option(False, "Scale the mean of its token vectors to length 1.")
-    static_num_train_epochs: float = option(10.0, "Passes over the rows for it and its control.")
+    static_num_train_epochs: float = option(5.0, "Passes over the rows for it and its control.")
 
     def student_faults(self) -> list[str]:
         """What is wrong with the values, one sentence each."""
