@@ -29,6 +29,9 @@ from nlpxfer.train.width_scores import parts_by_activation
 STATIC_LEARNING_RATE: Final = 0.01
 """Where none is asked for: each token's vector learns from the few rows that it stands in."""
 
+STATIC_DIM: Final = 256
+"""Numbers per token where none are asked for, as in model2vec."""
+
 Build = Callable[[int], Checkpoint]
 """From a seed to an untrained model."""
 Plan = TypeVar("Plan", bound=StudentOptions)
@@ -149,8 +152,9 @@ def kept_parts(run: Run, plan: StudentOptions, source: Checkpoint, layers: Seque
 
 def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
     """How to make an untrained static student from the token states of `source`, computed once."""
+    dim = plan.static_dim or min(STATIC_DIM, int(source.model.config.hidden_size))
     shape = StaticPlan(
-        dim=plan.static_dim,
+        dim=dim,
         hidden_layer=plan.static_hidden_layer,
         normalize=plan.static_normalize,
         max_length=run.data_options.max_length,
@@ -159,7 +163,7 @@ def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
     splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
 
     def build(seed: int) -> Checkpoint:
-        refuse_wide(source, plan.static_dim)
+        refuse_wide(source, dim)
         states_VH = run.once(("states", source.weights_sha256), lambda: token_states(source, quiet=quiet))
         counts_V = run.once(
             ("counts", source.tokenizer_sha256),

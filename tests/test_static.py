@@ -20,7 +20,8 @@ from nlpxfer.checkpoint.static import StaticConfig, StaticForSequenceClassificat
 from nlpxfer.classify import Classifier
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, tokenise
-from nlpxfer.errors import CheckpointError, ConfigError
+from nlpxfer.errors import CheckpointError, ConfigError, ExportError
+from nlpxfer.export import ExportRequest, export_classifier
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.linear_probe import start_from_linear_probe_
 from nlpxfer.train.predict import predict
@@ -348,6 +349,15 @@ def test_the_config_tells_model2vec_the_kind_of_task(kind, activation):
     assert known["head_config"] == {"n_layers": 1, "activation": activation, "classes": ["b", "a"]}
     assert (known["max_length"], known["normalize"], known["embedding_dtype"]) == (7, False, "float32")
     assert StaticConfig.from_dict(known).max_tokens == 7
+
+
+def test_an_export_is_refused(student, tmp_path):
+    pytest.importorskip("onnxscript")
+    made = student()
+    folder = save_classifier(made.model, made.tokenizer, SCHEMA, tmp_path / "static")
+    with pytest.raises(ExportError, match="is static, and static models are not written as ONNX"):
+        export_classifier(ExportRequest(model=str(folder), out=tmp_path / "onnx"))
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_pipeline_is_imported_with_the_checkpoints(student, tmp_path):

@@ -87,7 +87,8 @@ class StaticConfig(PreTrainedConfig):  # type: ignore[no-untyped-call]  # __init
         self.table_dtype = table_dtype
         self.num_hidden_layers = 0
         plain = {key: value for key, value in kwargs.items() if key not in (*_ADDED_KEYS, "num_hidden_layers")}
-        super().__init__(**plain, **{"pad_token_id": pad_token_id})
+        super().__init__(**plain)
+        self.pad_token_id = pad_token_id
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, and those that model2vec reads."""
@@ -152,7 +153,7 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
     def get_input_embeddings(self) -> nn.Module:
         """The table as an embedding layer; it shares the weights of a float table."""
         table = self.embeddings if not self.is_int8 else self.embeddings * self.weights[:, None]
-        return nn.Embedding(*table.shape, _weight=table, _freeze=self.is_int8)
+        return nn.Embedding(len(table), table.shape[1], _weight=table, _freeze=self.is_int8)
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Raises CheckpointError: the table is no layer that could be replaced."""

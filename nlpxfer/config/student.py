@@ -35,7 +35,9 @@ class StudentOptions:
     student_intermediate_size: int | None = option(
         None, "Neurons of its feed-forward layers. Default: in proportion to the hidden size."
     )
-    static_dim: int = option(256, "Numbers per token of a static student; at most the teacher's hidden size.")
+    static_dim: int | None = option(
+        None, "Numbers per token of a static student. Default: 256, or the teacher's hidden size where that is less."
+    )
     static_hidden_layer: bool = option(False, "Give its head a hidden layer.")
     static_normalize: bool = option(False, "Scale the mean of its token vectors to length 1.")
     static_num_train_epochs: float = option(5.0, "Passes over the rows for it and its control.")
