@@ -30,7 +30,7 @@ def rows_of(source, count=96):
 
 
 def test_a_layer_that_does_nothing_goes_first_and_one_that_destroys_goes_too(source):
-    """Layer 2 adds nothing to its input; layer 1 makes all texts the same: a probe tells them apart without it alone."""
+    """Layer 2 adds nothing to its input; after layer 1 all texts are the same, so a probe needs it gone."""
     model = source.model
     idle, harmful = model_layers(model)[1][2], model_layers(model)[1][1]
     with torch.no_grad():
