@@ -25,6 +25,7 @@ import torch
 from nlpxfer.checkpoint.adapters import find_bundle, load_adapter, merged
 from nlpxfer.checkpoint.load import Checkpoint, load_description, load_teacher, stored_schema
 from nlpxfer.checkpoint.safety import WEIGHTS, WEIGHTS_INDEX
+from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
@@ -108,6 +109,18 @@ class TorchBackend(Backend):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
+class StaticBackend(TorchBackend):
+    """A static classifier on the CPU: rows are looked up as they lie, without padding, and nothing is sorted."""
+
+    def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
+        """See `Backend.logits`; batches have a size of their own."""
+        model = cast("StaticForSequenceClassification", self.checkpoint.model)
+        windows = rows.each_window()
+        tokens_T, starts_W = (torch.from_numpy(each.astype(np.int64)) for each in (windows.tokens, windows.starts))
+        return mean_of_windows(model.flat_logits(tokens_T, starts_W[:-1]).numpy(), rows)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class OnnxBackend(Backend):
     """An onnxruntime session on the CPU.
 
@@ -152,6 +165,8 @@ def open_backend(model: str, *, base: str | None = None, int8: bool = False, bf1
         ConfigError: `bf16` or `base` is given for an ONNX file, or `base` for a whole model; or onnxruntime is not
             installed.
     """
+    if int8 and (Path(model).expanduser() / INT8_FOLDER / "config.json").is_file():
+        return open_torch(str(Path(model).expanduser() / INT8_FOLDER), base=base, bf16=bf16)
     file = onnx_file(model, int8=int8)
     if file is None:
         return open_torch(model, base=base, bf16=bf16)
@@ -175,7 +190,7 @@ def onnx_file(model: str, *, int8: bool = False) -> Path | None:
         raise CheckpointError(
             f"{model} holds no {INT8_FILE}.",
             why="int8 weights are made by exporting a trained model",
-            fix="nlpxfer export MODEL OUT --int8",
+            fix="nlpxfer export MODEL OUT --int8; a static student has them in its own folder",
         )
     if int8:
         return folder / INT8_FILE
@@ -188,10 +203,13 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
     """A folder, Hub id or bundle with torch, on the accelerator if there is one. Raises: see `open_backend`."""
     use_threads(None)
     schema, checkpoint, trained = _read(model, base)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    static = is_static(checkpoint.model)
+    if static and bf16:
+        raise ConfigError(f"bf16: {model} is static, which is computed in float32.", fix="leave --bf16 out")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not static else None
     device = device or torch.device("cpu")
     checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
-    return TorchBackend(
+    return (StaticBackend if static else TorchBackend)(
         config=checkpoint.model.config,
         schema=schema,
         tokenizer=checkpoint.tokenizer,
@@ -200,7 +218,7 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
         trained=trained,
         default_batch_size=TORCH_BATCH,
         checkpoint=checkpoint,
-        bf16=choose_precision(bf16, device).bf16,
+        bf16=not static and choose_precision(bf16, device).bf16,
     )
 
 

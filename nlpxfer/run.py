@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from nlpxfer.checkpoint.adapters import BUNDLE_FOLDER, add_to_bundle, is_adapted
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static, static_int8
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.config.long_texts import LongTexts
@@ -45,6 +46,7 @@ from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, paramete
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.parity import parity
 from nlpxfer.evaluate.retention import Answers
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+Result = TypeVar("Result")
 
 NOT_PART_OF_THE_RUN = frozenset(
     "output_dir overwrite resume_from_checkpoint allow_topology_change disable_tqdm num_threads save_predictions "
@@ -124,6 +127,7 @@ class Run:
         searching: Whether trials are being made: then there are no test rows.
         found: The search, for the report; None if there was none.
         answers: Name of an arm -> its logits, one for each training seed.
+        results: What `once` has computed.
     """
 
     recipe: str
@@ -141,11 +145,19 @@ class Run:
     searching: bool = False
     found: dict[str, Any] | None = None
     answers: dict[str, list[Answers]] = field(default_factory=dict)
+    results: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     @property
     def seeds(self) -> list[int]:
         """Training seeds."""
         return [self.options.seed + i for i in range(self.options.num_seeds)]
+
+    def once(self, key: tuple[str, ...], compute: Callable[[], Result]) -> Result:
+        """What `compute` gives, computed at the first call with this key and kept for the run."""
+        if key not in self.results:
+            self.results[key] = compute()
+        found: Result = self.results[key]
+        return found
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
         """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it; no test row in trials."""
@@ -204,9 +216,7 @@ class Run:
             sampling: "balanced" draws all classes equally often.
             changes: Options that differ in this arm.
         """
-        options = copy.copy(self.options)
-        for key, value in (changes | ({} if max_steps is None else {"max_steps": max_steps})).items():
-            setattr(options, key, value)
+        options = changed(self.options, **changes, **({} if max_steps is None else {"max_steps": max_steps}))
         identity = {**self._facts(), **changes, **(facts or {})}
         arms = []
         for seed in self.seeds if seeds is None else seeds:
@@ -240,7 +250,7 @@ class Run:
         Args:
             name: Name of the arm that the options are for.
             arm_of: From the recipe's own options to the arguments of `train` for this arm: `build`, `method`, `split`,
-                `facts`, `sampling`. `self.options` are then those of the trial.
+                `facts`, `sampling`, and options that differ. `self.options` are then those of the trial.
             plan: The recipe's own options.
 
         Returns:
@@ -268,10 +278,11 @@ class Run:
         def trial(values: Mapping[str, Any]) -> TrialArm:
             self.options, tried = with_values(options, plan, values)
             arm = {"split": self.split, "facts": {}, **arm_of(tried)}
+            changes = {key: arm.pop(key) for key in [*arm] if hasattr(options, key)}
             shown = {key: plain_value(value) for key, value in values.items()}
-            arm["facts"] = {**self._facts(), **shown, **arm["facts"]}
+            arm["facts"] = {**self._facts(), **shown, **changes, **arm["facts"]}
             arm["build"] = self._checked(arm["build"], options.seed)
-            return TrialArm(schema=self.data.schema, options=self.options, **arm)
+            return TrialArm(schema=self.data.schema, options=changed(self.options, **changes), **arm)
 
         self.searching = True
         try:
@@ -630,6 +641,8 @@ class Run:
             f"test_{GAIN[kind]}_interval": vars(interval),
             "test_without_leaks": self._scores(logits, "test", clean) if len(clean) else None,
         }
+        if is_static(treated[0].model):
+            checks["int8"] = self._int8_check(treated[0])
         if kind != REGRESSION:
             validation_labels = self.labels("validation")
             found = calibrate(treated[0].validation_logits, validation_labels, logits, labels, kind)
@@ -639,6 +652,12 @@ class Run:
         if kind == MULTI_LABEL:
             checks["thresholds"] = self._threshold_check(treated[0], found.temperature)
         return checks | self.checks
+
+    def _int8_check(self, arm: TrainedArm) -> dict[str, Any]:
+        """Size of the static student's int8 form, and how far it answers the validation rows as the student does."""
+        small = static_int8(cast("StaticForSequenceClassification", arm.model))
+        found = parity(arm.validation_logits, self.predict(small, arm.tokenizer, "validation"), self.problem_type)
+        return vars(found) | {"bytes": _stored_bytes(small), "float32_bytes": _stored_bytes(arm.model)}
 
     def _selective_checks(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
         """How well probabilities tell right from wrong, and the rule for abstaining that was asked for."""
@@ -700,6 +719,8 @@ class Run:
             facts={"processes": world()[1], "device": self.options.device.type}
             | ({"ranges": self.found["ranges"]} if self.found else {}),
         )
+        if is_static(arm.model):
+            self._write_int8(arm)
         facts = CardFacts(
             model_name=self.options.hub_model_id or self.folder.name,
             labels=names,
@@ -719,6 +740,14 @@ class Run:
             self._complete_bundle(report, replace(facts, is_adapter=True))
         write_report(self.folder, report)
         shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+
+    def _write_int8(self, arm: TrainedArm) -> None:
+        """The static student with an int8 table, in a folder that predicts as this one does."""
+        small = static_int8(cast("StaticForSequenceClassification", arm.model))
+        folder = save_classifier(small, arm.tokenizer, self.data.schema, self.folder / INT8_FOLDER)
+        for name in ("run.json", "calibration.json"):
+            if (self.folder / name).is_file():
+                shutil.copy(self.folder / name, folder / name)
 
     def per_class(self, logits: Array, split: str) -> list[ClassScores]:
         """Precision, recall and F1 of each class or label."""
@@ -774,6 +803,14 @@ def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logi
         return {"label": [name for name, one in zip(names, gold, strict=True) if one], "predicted": predicted}
     best = int(shares_C.argmax())
     return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), 6)}
+
+
+def changed(options: RunOptions, **changes: Any) -> RunOptions:  # noqa: ANN401 - values of options
+    """A copy of options with some of them changed."""
+    copied = copy.copy(options)
+    for key, value in changes.items():
+        setattr(copied, key, value)
+    return copied
 
 
 def is_private(options: RunOptions) -> bool:

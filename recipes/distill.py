@@ -3,10 +3,11 @@
     accelerate launch recipes/distill.py
     accelerate launch recipes/distill.py recipes/configs/distill.yaml --teacher_name_or_path runs/finetune
 
-Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a slice of the teacher's layers, or any
-checkpoint. The control arm is the same student with the same number of steps and no teacher: a slice starts from the
-pretrained checkpoint that the teacher came from, where that is known. Options given as ranges are searched for the
-student: a teacher made on the spot has the defaults of these, or what `teacher_*` says.
+Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a part of the teacher, static (token
+vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same
+number of steps and no teacher: a part is taken from the pretrained checkpoint that the teacher came from, where that
+is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these,
+or what `teacher_*` says.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, load_teacher
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
-from nlpxfer.checkpoint.student import parse_layers
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
+from nlpxfer.config.student import CUTS, LAYERS, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
@@ -34,6 +35,7 @@ from nlpxfer.report.report import Arm, Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.smallest import find_smallest, slices
 from nlpxfer.start import start_run
+from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
 from nlpxfer.train.teacher_cache import teacher_logits
 from nlpxfer.verdict import check_targets, judge
 
@@ -41,12 +43,13 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(TargetOptions):
+class DistillOptions(StudentOptions, TargetOptions):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
+        "student": "each kind has options of its own",
         **TargetOptions.TARGETS_NOT_SEARCHED,
     }
 
@@ -62,21 +65,15 @@ class DistillOptions(TargetOptions):
     teacher_cache: str | None = option(
         None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
     )
-    student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
-    student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half.")
-    student_layers: str = option("even", "Which: even, bottom, or numbers such as 0,2,5.")
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
-        faults = self.target_faults()
-        if self.search and (self.student_name_or_path or self.student_num_layers or self.student_layers != "even"):
-            faults.append("search: chooses the student; leave student_name_or_path and student_*layers out")
-        if self.student_name_or_path and (self.student_num_layers is not None or self.student_layers != "even"):
-            faults.append("student_name_or_path: it cannot be combined with student_num_layers or student_layers")
-        if self.student_num_layers is not None and self.student_num_layers < 1:
-            faults.append(f"student_num_layers: {self.student_num_layers} is below 1")
+        faults = self.student_faults() + self.target_faults()
+        own = {"student": LAYERS, "student_name_or_path": None, **CUTS}
+        if self.search and any(getattr(self, name) != default for name, default in own.items()):
+            faults.append(f"search: chooses the student; leave {', '.join(own)} out")
         for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -108,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         ):
             raise ConfigError("temperature: means nothing for a regression.")
         check_targets(run, plan)
+        refuse_unused(run, plan, teacher_given=plan.teacher_name_or_path is not None)
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
         teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
@@ -116,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         def arm(plan: DistillOptions) -> dict[str, Any]:
             build, (method, _) = student_of(run, plan, teacher), methods_for(run, plan)
             facts = {"teacher": teacher.weights_sha256}
-            return {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
+            shared = {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
+            return shared | training_of(run, plan)
 
         plan = run.search("distilled", arm, plan)
         plan = find_smallest(run, plan, slices(teacher.model), arm, teacher)
@@ -126,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         models = {teacher_arm.name: teacher, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
-            untaught, (_, alone) = student_of(run, plan, pretrained), methods_for(run, plan)
-            control = run.train("control", untaught, alone, max_steps=student[0].steps)
+            untaught, (_, alone) = student_of(run, plan, pretrained, like=teacher), methods_for(run, plan)
+            control = run.train("control", untaught, alone, **training_of(run, plan) | {"max_steps": student[0].steps})
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
@@ -135,12 +134,11 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms = run.with_speed([teacher_arm, *arms], models)
         judged = judge(run, plan, arms, models, student[0], rows.by_split())
         run.checks["teacher"] = rows.cache | {"retention": judged.retention}
-        layers = student[0].model.config.num_hidden_layers
         return run.finish(
             student,
             judged.arms,
             verdict,
-            description=f"A student of {layers} layers, distilled from {teacher.name}.",
+            description=f"A {kind_of(student[0])}, distilled from {teacher.name}.",
             base_model=base,
             parents={"teacher": run.parent_facts(teacher)},
             tags=["knowledge-distillation"],
@@ -166,7 +164,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
     if plan.teacher_name_or_path:
         teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
         base = teacher if plan.pretrained is None else start_of(teacher, plan.pretrained, run)
-        run.begin(teacher, student_of(run, plan, teacher)(run.seeds[0]), arms=2)
+        run.begin(teacher, student_of(run, outline(plan), teacher)(run.seeds[0]), arms=2)
         teacher.model.to(run.options.device)
         return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given"), base
     pretrained = str(plan.pretrained)
@@ -175,7 +173,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
     base = build(run.seeds[0])
-    run.begin(base, student_of(run, plan, base)(run.seeds[0]), arms=3)
+    run.begin(base, student_of(run, outline(plan), base)(run.seeds[0]), arms=3)
     trained = run.train(
         "teacher",
         build,
@@ -242,23 +240,6 @@ class TransferRows:
         if "unlabelled" in self.splits:
             train = TokenisedRows.join(train, self.run.tokenise(tokenizer, "unlabelled"))
         return Splits(train.with_columns(teacher_logits=self.logits), splits.validation, splits.test)
-
-
-def student_of(run: Run, plan: DistillOptions, source: Checkpoint):  # noqa: ANN201 - from a seed to a Checkpoint
-    """How to make an untrained student: a slice of `source`, or the checkpoint that was asked for."""
-
-    def build(seed: int) -> Checkpoint:
-        if plan.student_name_or_path:
-            return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
-        total = int(source.model.config.num_hidden_layers)
-        if run.options.pooling == "mean" and has_mean_layer(source.model):
-            total -= 1  # the student gets a layer of its own that computes the mean
-        count = plan.student_num_layers
-        if count is None and plan.student_layers in ("bottom", "even"):
-            count = max(1, total // 2)
-        return layer_student(source, parse_layers(plan.student_layers, total, count), seed=seed)
-
-    return build
 
 
 if __name__ == "__main__":

@@ -6,12 +6,15 @@ from nlpxfer.checkpoint.pooling import use_mean_pooling
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
 from nlpxfer.checkpoint.save import ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.static import StaticConfig, StaticForSequenceClassification
 from nlpxfer.checkpoint.student import choose_layers, model_layers, slice_layers
 from nlpxfer.checkpoint.tokenizer import max_positions
 
 __all__ = [
     "Checkpoint",
     "ResolvedCheckpoint",
+    "StaticConfig",
+    "StaticForSequenceClassification",
     "check_folder",
     "choose_layers",
     "ensure_output_folder",

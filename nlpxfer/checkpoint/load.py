@@ -21,10 +21,12 @@ from torch import nn
 
 from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
+from nlpxfer.checkpoint.narrow import Kept, narrow_model
 from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
+from nlpxfer.checkpoint.static import STATIC_BODY
 from nlpxfer.checkpoint.student import slice_layers
 from nlpxfer.checkpoint.tokenizer import align_pad_token_, load_tokenizer
 from nlpxfer.data.schema import LabelSchema
@@ -147,8 +149,20 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
     Raises:
         ConfigError, CheckpointError: See `slice_layers`.
     """
+    return _with_new_final(source, slice_layers(source.model, keep), seed)
+
+
+def narrow_student(source: Checkpoint, kept: Kept, *, seed: int = 42) -> Checkpoint:
+    """A student that keeps some entries, heads and neurons of `source`, with a new final layer; `source` is untouched.
+
+    Raises:
+        ConfigError, CheckpointError: See `narrow_model`.
+    """
+    return _with_new_final(source, narrow_model(source.model, kept), seed)
+
+
+def _with_new_final(source: Checkpoint, model: PreTrainedModel, seed: int) -> Checkpoint:
     names = _label_names(source.model.config)
-    model = slice_layers(source.model, keep)
     with _seeded(seed):
         replace_final_(model, len(names))
     _set_labels_(model, names, _problem_type(source.model.config))
@@ -318,7 +332,7 @@ def _last_line(error: Exception) -> str:
 
 def _refuse_missing_body(model: PreTrainedModel, missing: frozenset[str], name: str) -> None:
     prefix = model.base_model_prefix + "."
-    body = sorted(key for key in missing if key.startswith(prefix) and ".pooler." not in key)
+    body = sorted(key for key in missing if (key.startswith(prefix) and ".pooler." not in key) or key in STATIC_BODY)
     if body:
         raise CheckpointError(
             f"{name} holds no weights for {len(body)} parameters of its body: {_shown(body, 5)}.",

@@ -36,11 +36,13 @@ OWN_FILES: Final = frozenset(
         "calibration.json",
         "disagreements.jsonl",
         "generation_config.json",
+        "head.safetensors",
         "ladder.json",
         "ladder.md",
         "pareto.png",
         "model.safetensors",
         "model.safetensors.index.json",
+        "modules.json",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -64,7 +66,7 @@ OWN_FILES: Final = frozenset(
         "label_errors.jsonl",
     }
 )
-OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "predictions", "teacher", "tensorboard"})
+OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "predictions", "teacher", "tensorboard"})
 _STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 

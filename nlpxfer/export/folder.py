@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 import nlpxfer
 from nlpxfer.backends import EXPORT_FILE, INT8_FILE, ONNX_FILE, Backend, TorchBackend, onnx_file, open_onnx, open_torch
 from nlpxfer.checkpoint.save import check_free_space, save_description
+from nlpxfer.checkpoint.static import is_static
 from nlpxfer.classify import Classifier
 from nlpxfer.data.stream import RowReader
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
@@ -123,6 +124,7 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     request.check()
     backend = open_torch(request.model, base=request.base, bf16=False)
     _refuse_unmerged(backend)
+    _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
     texts = texts_to_compare(backend.tokenizer, request.texts, request.text_column, request.text_pair_column)
@@ -157,6 +159,15 @@ def _refuse_unmerged(backend: TorchBackend) -> None:
         raise ExportError(
             f"{backend.checkpoint.name} is an adapter of a kind that cannot be folded into its base.",
             fix="use the bundle as it is: nlpxfer predict reads it with torch",
+        )
+
+
+def _refuse_static(backend: TorchBackend) -> None:
+    if is_static(backend.checkpoint.model):
+        raise ExportError(
+            f"{backend.checkpoint.name} is static, and static models are not written as ONNX.",
+            why="Nearly all of their time is the tokenizer's, which onnxruntime would not change.",
+            fix="use the folder as it is: nlpxfer predict and model2vec read it, int8/ in it has int8 weights",
         )
 
 

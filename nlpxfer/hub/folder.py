@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import metadata_load
 
 from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from nlpxfer.checkpoint.static import HEAD_FILE, MODULES_FILE
 from nlpxfer.errors import PushError
 from nlpxfer.hub.patience import TOKEN, TOKENS_PAGE, listed
 
@@ -31,7 +32,8 @@ TOKENIZER_FILES: Final = VOCABULARY_FILES | frozenset(
 REPORT_FILES: Final = frozenset(
     "README.md report.json run.json labels.json calibration.json confusion.png per_class.png".split()
 )
-UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | {"config.json", ADAPTER_CONFIG, "base.json"}
+STATIC_FILES: Final = frozenset({HEAD_FILE, MODULES_FILE})
+UPLOADED_FILES: Final = TOKENIZER_FILES | REPORT_FILES | STATIC_FILES | {"config.json", ADAPTER_CONFIG, "base.json"}
 SINGLE_WEIGHTS: Final = "model.safetensors"
 WEIGHTS_INDEX: Final = "model.safetensors.index.json"
 WEIGHT_FILES: Final = frozenset({SINGLE_WEIGHTS, WEIGHTS_INDEX, ADAPTER_WEIGHTS})

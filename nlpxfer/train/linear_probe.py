@@ -104,7 +104,7 @@ def start_from_linear_probe_(
         )
     head = head_of(model)
     if head.transforms:
-        make_transparent_(model, pooled_moments(model, _sample(model, train_rows, collator)), size=HEAD_SIZE)
+        make_transparent_(model, pooled_moments(model, sample_batches(model, train_rows, collator)), size=HEAD_SIZE)
     both = [
         predict(model, rows, collator, bf16=bf16, output=_features, description="features", quiet=quiet)
         for rows in (labelled, validation_rows)
@@ -150,7 +150,10 @@ def _features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
     return features(cast("PreTrainedModel", model), inputs)
 
 
-def _sample(model: PreTrainedModel, rows: TokenisedRows, collator: Collator) -> Iterator[dict[str, torch.Tensor]]:
+def sample_batches(
+    model: PreTrainedModel, rows: TokenisedRows, collator: Collator
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Inputs of up to `SAMPLE_ROWS` evenly spread rows or windows, on the model's device."""
     device = next(model.parameters()).device
     rows = rows.each_window()  # whose states the head reads
     chosen = np.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).astype(int)

@@ -1,0 +1,174 @@
+"""Students of a distillation, from the options to untrained models.
+
+A student is a checkpoint of its own, a static model, or a part of its teacher: some layers, and of these, if asked
+for, some entries, heads and neurons. Its control arm is cut from the pretrained checkpoint at the same places: what
+was chosen by looking at the teacher (`like`) is the same for both, so that they differ in what they learn from alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Final, TypeVar
+
+from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, narrow_student
+from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
+from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.checkpoint.static import is_static
+from nlpxfer.checkpoint.student import parse_layers, slice_layers
+from nlpxfer.config import RunOptions
+from nlpxfer.config.student import STATIC, StudentOptions
+from nlpxfer.data.tokenise import Collator
+from nlpxfer.errors import ConfigError
+from nlpxfer.run import Run
+from nlpxfer.train.layer_probe import LayerChoice, probe_layers
+from nlpxfer.train.linear_probe import sample_batches
+from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
+from nlpxfer.train.width_scores import parts_by_activation
+
+STATIC_LEARNING_RATE: Final = 0.01
+"""Where none is asked for: each token's vector learns from the few rows that it stands in."""
+
+STATIC_DIM: Final = 256
+"""Numbers per token where none are asked for, as in model2vec."""
+
+Build = Callable[[int], Checkpoint]
+"""From a seed to an untrained model."""
+Plan = TypeVar("Plan", bound=StudentOptions)
+
+
+def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> None:
+    """Refuse options that a static student makes meaningless.
+
+    Args:
+        run: Its options.
+        plan: What the student is.
+        teacher_given: Whether the run trains no teacher, so that the student's are the only epochs.
+
+    Raises:
+        ConfigError: Lists the options.
+    """
+    if plan.student != STATIC:
+        return
+    options, faults = run.options, []
+    if teacher_given and options.num_train_epochs != RunOptions.num_train_epochs:
+        faults.append("num_train_epochs: for a static student it is static_num_train_epochs")
+    if run.data_options.text_pair_column is not None:
+        faults.append("text_pair_column: a mean over tokens cannot tell two texts apart")
+    if options.pooling != "own":
+        faults.append(f"pooling: {options.pooling} does nothing for a static student, which is a mean already")
+    for name in ("num_trained_layers", "layer_decay", "gradual_unfreezing"):
+        if getattr(options, name) != getattr(RunOptions, name):
+            faults.append(f"{name}: a static student has no layers")
+    if faults:
+        raise ConfigError.from_faults(faults)
+
+
+def training_of(run: Run, plan: StudentOptions) -> dict[str, Any]:
+    """Options in which the training of the student and its control differs from that of the run."""
+    if plan.student != STATIC:
+        return {}
+    rate = STATIC_LEARNING_RATE if run.options.wanted_learning_rate is None else run.options.learning_rate
+    return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
+
+
+def outline(plan: Plan) -> Plan:
+    """Options that lead to a student of the same size, without probes of a teacher that is not there yet."""
+    return replace(plan, student_layers="even") if plan.student_layers == "probe" else plan
+
+
+def kind_of(student: Checkpoint | Any) -> str:  # noqa: ANN401 - whatever holds a model
+    """What a student is, in two or three words."""
+    config = student.model.config
+    return "static student" if is_static(student.model) else f"student of {config.num_hidden_layers} layers"
+
+
+def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Checkpoint | None = None) -> Build:
+    """How to make an untrained student.
+
+    Args:
+        run: Its rows are what parts are chosen by.
+        plan: What the student is.
+        source: What parts and token vectors are taken from.
+        like: What parts are chosen by, if they are chosen by what they do; default `source`.
+    """
+    if plan.student == STATIC:
+        return _static(run, plan, source)
+
+    def build(seed: int) -> Checkpoint:
+        if plan.student_name_or_path:
+            return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
+        keep = kept_layers(run, plan, like or source)
+        student = layer_student(source, keep, seed=seed)
+        if plan.student_hidden_size is None and plan.student_intermediate_size is None:
+            return student
+        return narrow_student(student, kept_parts(run, plan, like or source, keep), seed=seed)
+
+    return build
+
+
+def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[int]:
+    """The layers of `source` that the student keeps; probes are made once, and told in the report."""
+    total = int(source.model.config.num_hidden_layers)
+    mean = run.options.pooling == "mean"
+    if mean and has_mean_layer(source.model):
+        total -= 1  # the student gets a layer of its own that computes the mean
+    count = plan.student_num_layers
+    if count is None and plan.student_layers in ("bottom", "even", "probe"):
+        count = max(1, total // 2)
+    if plan.student_layers != "probe" or count is None:
+        return parse_layers(plan.student_layers, total, count)
+    number = count
+
+    def probe() -> LayerChoice:
+        return probe_layers(
+            source,
+            run.tokenise(source.tokenizer, "train"),
+            number,
+            problem_type=run.problem_type,
+            mean_pooling=mean,
+            seed=run.data_options.data_split_seed,
+            quiet=bool(run.options.disable_tqdm),
+        )
+
+    choice = run.once(("layers", source.weights_sha256, str(number)), probe)
+    run.checks["student_layers"] = choice.facts()
+    return choice.layers
+
+
+def kept_parts(run: Run, plan: StudentOptions, source: Checkpoint, layers: Sequence[int]) -> Kept:
+    """What a narrower student keeps of these layers of `source`, measured once."""
+
+    def measure() -> Kept:
+        model = slice_layers(source.model, layers)
+        hidden = plan.student_hidden_size or widths_of(model).hidden
+        widths = narrow_widths(model, hidden, plan.student_intermediate_size)
+        rows, collator = run.tokenise(source.tokenizer, "train"), Collator.for_tokenizer(source.tokenizer)
+        return parts_by_activation(model, sample_batches(model, rows, collator), widths)
+
+    sizes = str(plan.student_hidden_size), str(plan.student_intermediate_size)
+    return run.once(("parts", source.weights_sha256, str([*layers]), *sizes), measure)
+
+
+def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
+    """How to make an untrained static student from the token states of `source`, computed once."""
+    dim = plan.static_dim or min(STATIC_DIM, int(source.model.config.hidden_size))
+    shape = StaticPlan(
+        dim=dim,
+        hidden_layer=plan.static_hidden_layer,
+        normalize=plan.static_normalize,
+        max_length=run.data_options.max_length,
+    )
+    tokenizer, quiet = source.tokenizer, bool(run.options.disable_tqdm)
+    splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
+
+    def build(seed: int) -> Checkpoint:
+        refuse_wide(source, dim)
+        states_VH = run.once(("states", source.weights_sha256), lambda: token_states(source, quiet=quiet))
+        counts_V = run.once(
+            ("counts", source.tokenizer_sha256),
+            lambda: token_counts((run.tokenise(tokenizer, split) for split in splits), len(states_VH)),
+        )
+        return static_student(source, states_VH, counts_V, shape, seed=seed)
+
+    return build

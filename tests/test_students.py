@@ -1,0 +1,149 @@
+"""Students of all kinds through the whole recipe, and what is refused."""
+
+import csv
+import json
+
+import pytest
+from recipe_runs import finished, refused, tiny_words
+from transformers import AutoConfig
+
+from nlpxfer.cli import main
+from nlpxfer.hub.folder import finished_files
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def teacher(tiny_checkpoint):
+    return tiny_checkpoint("bert", kind="classifier")
+
+
+def taught(tiny_data, teacher, *words):
+    """Options of a run with a teacher that is given; a static student has epochs of its own."""
+    shared = tiny_words(tiny_data, rate="2e-2")
+    if "static" in words:
+        at = shared.index("--num_train_epochs")
+        shared[at : at + 2] = []
+    return [*shared, "--teacher_name_or_path", str(teacher), *words]
+
+
+def test_a_static_student_from_training_to_predictions(tiny_data, tiny_checkpoint, tmp_path):
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"), rate="2e-2")
+    words += ["--student", "static", "--static_dim", "16", "--static_num_train_epochs", "4", "--unlabelled_file"]
+    words += [str(tiny_data.unlabelled), "--teacher_num_train_epochs", "2", "--teacher_learning_rate", "3e-3"]
+    run = finished("distill", tmp_path / "out", *words, "--save_predictions", "true")
+    distilled, control = run.arm("distilled"), run.arm("control")
+    assert distilled["details"]["steps"] == control["details"]["steps"] == 4 * (-(-360 // 32))
+    config = AutoConfig.from_pretrained(run.folder)
+    assert (config.model_type, config.hidden_size, config.max_tokens) == ("nlpxfer-static", 16, 30)
+    table = config.vocab_size * 16
+    assert distilled["parameters"] == table + 16 * 4 + 4
+    assert distilled["details"]["trained_parameters"] == distilled["parameters"]  # embeddings are not frozen
+    assert distilled["metrics"]["validation"]["accuracy"] > 0.5
+    found = run.report["checks"]["int8"]
+    assert found["bytes"] < 0.5 * found["float32_bytes"]
+    assert found["changed_share"] < 0.1
+    assert "static student" in (run.folder / "README.md").read_text()
+    assert {"head.safetensors", "modules.json"} <= finished_files(run.folder).keys()
+    expected = [line["predicted"] for line in run.logits_of()]
+    for words, most in (((), 0), (("--int8",), found["changed_share"] * 80 + 4)):
+        output = tmp_path / f"labelled{len(words)}.csv"
+        with pytest.raises(SystemExit) as leaving:
+            main(["predict", str(run.folder), str(tiny_data.test), "--output_file", str(output), *words])
+        assert leaving.value.code == 0
+        with output.open() as file:
+            answers = [row["predicted_label"] for row in csv.DictReader(file)]
+        assert sum(one != other for one, other in zip(answers, expected, strict=True)) <= most
+
+
+def test_the_control_starts_from_the_pretrained_checkpoint(tiny_data, teacher, tiny_checkpoint, tmp_path):
+    """Taught by labels alone and for one step, the two arms differ in nothing but where their tables come from."""
+    words = taught(tiny_data, teacher, "--student", "static", "--static_dim", "32", "--max_steps", "1")
+    alike = finished("distill", tmp_path / "alike", *words, "--kd_weight", "0")
+    assert alike.arm("control")["metrics"] == alike.arm("distilled")["metrics"]
+    pretrained = tiny_checkpoint("bert", kind="classifier", seed=9)
+    words += ["--model_name_or_path", str(pretrained), "--kd_weight", "0"]
+    other = finished("distill", tmp_path / "other", *words)
+    assert other.arm("control")["metrics"] != other.arm("distilled")["metrics"]
+    assert other.arm("distilled")["metrics"] == alike.arm("distilled")["metrics"]
+
+
+def test_the_shape_of_a_static_student_is_searched(tiny_data, teacher, tmp_path):
+    pytest.importorskip("optuna")
+    words = taught(tiny_data, teacher, "--student", "static", "--static_dim", "{choices: [4, 16]}")
+    words += ["--num_trials", "2", "--static_num_train_epochs", "2", "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words)
+    search = run.report["search"]
+    assert {trial["options"]["static_dim"] for trial in search["trials"]} <= {4, 16}
+    best = search["best"]["options"]["static_dim"]
+    assert run.run["config"]["static_dim"] == AutoConfig.from_pretrained(run.folder).hidden_size == best
+    assert run.arm("distilled")["details"]["steps"] == 2 * 8
+
+
+REFUSED = {
+    "unknown kind": (["--student", "tiny"], "student: 'tiny' is not one of layers, static"),
+    "layers": (["--student", "static", "--student_num_layers", "2"], "student_num_layers: a static student has no"),
+    "checkpoint": (["--student", "static", "--student_name_or_path", "x"], "student_name_or_path: a static student"),
+    "too wide": (["--student", "static", "--static_dim", "33"], "static_dim: 33 is more than the 32 numbers"),
+    "no dim": (["--student", "static", "--static_dim", "0"], "static_dim: 0 is below 1"),
+    "not static": (["--static_dim", "8"], "static_dim: has no effect without --student static"),
+    "mean": (["--student", "static", "--pooling", "mean"], "pooling: mean does nothing for a static student"),
+    "top layers": (["--student", "static", "--num_trained_layers", "1"], "num_trained_layers: a static student has"),
+    "epochs": (
+        ["--student", "static", "--num_train_epochs", "3"],
+        "num_train_epochs: for a static student it is static_num_train_epochs",
+    ),
+    "width": (["--student_hidden_size", "20"], "student_hidden_size: 20 is not one of 8, 16, 24, 32"),
+    "neurons": (["--student_intermediate_size", "65"], "student_intermediate_size: 65 is not between 1 and the 64"),
+    "width of a checkpoint": (
+        ["--student_hidden_size", "16", "--student_name_or_path", "x"],
+        "student_name_or_path: it cannot be combined with student_hidden_size",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_has_no_meaning_is_refused(name, tiny_data, teacher, tmp_path):
+    words, message = REFUSED[name]
+    assert message in refused("distill", tmp_path / "out", *taught(tiny_data, teacher, *words))
+
+
+def test_pairs_are_refused_for_a_static_student(tiny_checkpoint, tmp_path):
+    rows = [{"a": f"bread {i}", "b": "guitar", "label": "xy"[i % 2]} for i in range(40)]
+    for name in ("train", "test", "validation"):
+        lines = [json.dumps({**row, "a": f"{name} {row['a']}"}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    words = [f for name in ("train", "test", "validation") for f in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
+    words += ["--text_column", "a", "--text_pair_column", "b", "--student", "static"]
+    words += ["--model_name_or_path", tiny_checkpoint("bert"), "--max_length", "32", "--bf16", "false"]
+    assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
+
+
+def test_layers_picked_by_probes(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_layers", "probe", "--student_num_layers", "2")
+    run = finished("distill", tmp_path / "out", *words)
+    found = run.report["checks"]["student_layers"]
+    gone = [step["layer"] for step in found["removed"]]
+    assert sorted([*found["layers"], *gone]) == [0, 1, 2, 3]
+    assert [len(step["loss_without"]) for step in found["removed"]] == [4, 3]
+    assert found["fit_rows"] + found["held_out_rows"] == 240
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 2
+    again = finished("distill", tmp_path / "again", *words, "--control_arm", "false")
+    assert again.report["checks"]["student_layers"] == found
+
+
+def test_a_narrow_student_of_some_layers(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_layers", "0,3", "--student_hidden_size", "16")
+    run = finished("distill", tmp_path / "out", *words, "--student_intermediate_size", "20")
+    config = AutoConfig.from_pretrained(run.folder)
+    sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
+    assert sizes == (2, 16, 2, 20)
+    assert run.arm("distilled")["parameters"] == run.arm("control")["parameters"]
+
+
+def test_a_family_whose_parts_are_not_known_is_refused(tiny_data, tiny_checkpoint, tmp_path):
+    words = taught(tiny_data, tiny_checkpoint("qwen2", kind="classifier"), "--student_hidden_size", "16")
+    assert "cannot be made narrower" in refused("distill", tmp_path / "out", *words)
