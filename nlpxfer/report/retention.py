@@ -38,7 +38,8 @@ def retention_lines(report: Report) -> list[str]:
     worst = student.get("worst_class")
     if worst:
         few = ", few rows" if worst["few"] else ""
-        line += f"; worst class {' '.join(worst['label'].split())} {_percent(worst['share'])} ({worst['rows']} test rows{few})"
+        label = " ".join(worst["label"].split())
+        line += f"; worst class {label} {_percent(worst['share'])} ({worst['rows']} test rows{few})"
     line += f"; {_agreement_words(student['agreement'])}"
     line += "".join(f"; {other} keeps {_percent(facts['score']['value'])}" for other, facts in others)
     return [line, *_latency_lines(report.arms)]
