@@ -9,9 +9,9 @@
     nlpxfer export MODEL OUT [--int8]             write a classifier as an ONNX folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
-Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 3 a run is finished but misses a target
-that was set for it, 75 interrupted (the run can be
-resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2 and 75 into 1: see docs/scaling.md.
+Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 3 the result misses a target that was
+set for it, 75 interrupted (the run can be resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2, 3
+and 75 into 1: see docs/scaling.md.
 
 Nothing heavy is imported before a command needs it: `nlpxfer --version` must not wait for torch.
 """

@@ -118,7 +118,7 @@ class SearchError(NlpxferError, RuntimeError):
 
 
 class TargetMissedError(NlpxferError, RuntimeError):
-    """The run is finished and written, but its result falls short of a target that was set for it."""
+    """The result falls short of a target that was set for it; all that was found is written."""
 
     exit_code = TARGET_MISSED_EXIT_CODE
 

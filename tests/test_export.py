@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from nlpxfer import backends
 from nlpxfer.backends import OnnxBackend, onnx_session, open_onnx, open_torch
+from nlpxfer.cascade import fit_cascade, load_cascade
 from nlpxfer.checkpoint import load_classifier, save_classifier, use_mean_pooling
 from nlpxfer.classify import Classifier, evaluate_file, predict_file
 from nlpxfer.cli import main
@@ -393,6 +394,18 @@ def test_a_model_that_answers_otherwise_does_not_appear(quick, monkeypatch, tmp_
     with pytest.raises(NotFiniteError, match="the rewritten model"):
         quick(tmp_path / "out")
     assert left_in(tmp_path) == []
+
+
+def test_an_int8_student_is_not_taken_for_another_one_in_a_cascade(exported, trained, rows, tmp_path):
+    source, line = write_csv(tmp_path / "in.csv", rows), tmp_path / "cascade.json"
+    teacher = Classifier.load(str(trained), bf16=False)
+    student = Classifier.load(str(exported[0]), int8=True)
+    found = fit_cascade(student, teacher, source, line, tolerance=None)
+    assert found["teacher_accuracy"] <= found["accuracy"]
+    cascade = load_cascade(line, Classifier.load(str(exported[0]), int8=True), teacher)
+    assert cascade.min_probability == found["min_probability"]
+    with pytest.raises(CheckpointError, match="student weights"):
+        load_cascade(line, Classifier.load(str(exported[0])), teacher)
 
 
 def test_int8_may_be_limited(quick, monkeypatch, tmp_path):

@@ -33,12 +33,13 @@ def retention_lines(report: Report) -> list[str]:
     found = report.checks.get("retention")
     if not found:
         return []
-    (name, student), *others = found["students"].items()
+    (_, student), *others = found["students"].items()
     line = f"kept:     {_score_words(student['score'])}"
     worst = student.get("worst_class")
     if worst:
         few = ", few rows" if worst["few"] else ""
-        line += f"; worst class {worst['label']} {_percent(worst['share'])} ({worst['rows']} test rows{few})"
+        label = " ".join(worst["label"].split())
+        line += f"; worst class {label} {_percent(worst['share'])} ({worst['rows']} test rows{few})"
     line += f"; {_agreement_words(student['agreement'])}"
     line += "".join(f"; {other} keeps {_percent(facts['score']['value'])}" for other, facts in others)
     return [line, *_latency_lines(report.arms)]
