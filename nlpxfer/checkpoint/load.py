@@ -159,6 +159,11 @@ def layer_student(source: Checkpoint, keep: Sequence[int], *, seed: int = 42) ->
     return replace(source, model=model, fresh=fresh, head_kept=False)
 
 
+def label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of a classifier's outputs, in their order."""
+    return tuple(_label_names(model.config))
+
+
 def stored_schema(name: str, *, revision: str | None = None) -> LabelSchema:
     """Labels of a trained classifier, in the order of its logits, and its kind of task.
 
