@@ -273,7 +273,7 @@ def test_a_resumed_run_takes_what_was_found(tmp_path):
         (["--keep", "0.9", "--max_latency_ms", "2"], "keep: has no effect without search"),
         (["--search", "--keep", "98"], "keep: 98.0 is not a share"),
         (["--search", "--max_latency_ms", "0"], "max_latency_ms: 0.0 is not a positive number"),
-        (["--search", "--student_num_layers", "2"], "search: chooses the student"),
+        (["--search", "--student_num_layers", "2"], "student_num_layers: search tries students"),
         (["--search", "--metric_for_best_model", "loss"], "--metric_for_best_model accuracy, not loss"),
         (
             ["--search", "--temperature", "{low: 1, high: 4}", "--num_trials", "2"],
