@@ -26,7 +26,7 @@ from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.config.self_distillation import SelfDistillation
-from nlpxfer.config.states import WEIGHTS, StatesPlan
+from nlpxfer.config.states import StatesPlan
 from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.data.tokenise import TokenisedRows
@@ -82,9 +82,8 @@ class DistillOptions(StudentOptions, TargetOptions, StatesPlan, SelfDistillation
         given = [name for name, default in own.items() if self.search and getattr(self, name) != default]
         faults += [f"{name}: search tries students of several kinds; leave it out" for name in given]
         if self.student == STATIC:
-            faults += [f"{name}: a static student has no such states" for name in WEIGHTS if getattr(self, name)]
-            if self.teaches_itself:
-                faults.append("self_distillation: a static student starts from a teacher")
+            no_layers = [name for name in ("hidden_weight", "relation_weight") if getattr(self, name)]
+            faults += [f"{name}: a static student has no layers" for name in no_layers]
         for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:

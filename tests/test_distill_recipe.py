@@ -48,17 +48,20 @@ def test_states_of_a_given_teacher(words, bert, tmp_path, tiny_data):
     assert pipeline("text-classification", str(run.folder))("the goal of the match")[0]["label"] in found["labels"]
 
 
-@pytest.mark.parametrize("pair", [("gpt2", "bert"), ("bert", "gpt2")], ids="-".join)
-def test_between_encoder_and_decoder(pair, words, request, tmp_path):
+@pytest.mark.parametrize(
+    ("teacher", "student", "more"),
+    [
+        ("gpt2", "bert", ["--kd_loss", "mse"]),
+        ("bert", "gpt2", ["--similarity_weight", "1", "--similarity_loss", "relational"]),
+    ],
+)
+def test_between_encoder_and_decoder(teacher, student, more, words, request, tmp_path):
     """Logits and sentence states go between any two models, states of tokens do not."""
-    teacher, student = map(request.getfixturevalue, pair)
-    own = [*words, "--teacher_name_or_path", teacher, "--student_name_or_path", student, *ALONE]
-    run = finished("distill", tmp_path / "logits", *own, "--kd_loss", "mse")
-    assert run.report["checks"]["preflight"]["kd_loss"] == "mse"
-    both = finished(
-        "distill", tmp_path / "sentences", *own, "--similarity_weight", "1", "--similarity_loss", "relational"
-    )
-    assert both.report["checks"]["preflight"]["terms"]["similarity"]["gradient_norm"] > 0
+    models = [request.getfixturevalue(name) for name in (teacher, student)]
+    own = [*words, "--teacher_name_or_path", models[0], "--student_name_or_path", models[1], *ALONE]
+    terms = finished("distill", tmp_path / "out", *own, *more).report["checks"]["preflight"]["terms"]
+    assert terms.keys() == {"label", "soft_target"} | ({"similarity"} if "--similarity_weight" in more else set())
+    assert all(term["gradient_norm"] > 0 for term in terms.values())
     for weight in ("hidden_weight", "relation_weight"):
         message = refused("distill", tmp_path / weight, *own, f"--{weight}", "1")
         assert "have different tokenizers" in message
@@ -85,21 +88,30 @@ def test_an_interrupted_run_goes_on_bit_for_bit(own, words, tiny_checkpoint, tmp
     resumed = finished("distill", tmp_path / "out", *plan, *RESUME)
     assert_same(resumed, whole)
     assert resumed.report["checks"]["preflight"] == whole.report["checks"]["preflight"]
+    layers = json.loads((whole.folder / "config.json").read_text())["num_hidden_layers"]
+    assert layers == (2 if own == "states" else 4)
 
 
 def test_a_student_that_teaches_itself(words, bert, tmp_path, tiny_data):
-    own = ["--model_name_or_path", bert, "--self_distillation", "ema", "--kd_weight", "0.5"]
+    own = [
+        "--model_name_or_path",
+        bert,
+        "--self_distillation",
+        "ema",
+        "--kd_weight",
+        "0.5",
+        "--student_num_layers",
+        "2",
+    ]
     run = finished("distill", tmp_path / "out", *words, *own, "--unlabelled_file", tiny_data.unlabelled)
     report = run.report
     assert [arm["name"] for arm in report["arms"]] == ["control", "distilled", "majority class"]
-    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 4
+    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 2
     assert report["checks"]["preflight"]["terms"]["soft_target"]["rows"] > 0
     assert report["checks"]["preflight"]["warnings"] == []
     assert "teacher" not in report["checks"]
     steps = {arm["name"]: arm["details"].get("steps") for arm in report["arms"]}
     assert steps["control"] == steps["distilled"] == 6  # 60 labelled and 120 unlabelled rows
-    small = finished("distill", tmp_path / "small", *words, *own, "--student_num_layers", "2", *ALONE)
-    assert json.loads((small.folder / "config.json").read_text())["num_hidden_layers"] == 2
 
 
 @pytest.mark.parametrize(
@@ -112,6 +124,8 @@ def test_a_student_that_teaches_itself(words, bert, tmp_path, tiny_data):
             ["--search", "true", "--hidden_weight", "1", "--hidden_layers", "0:0"],
             "hidden_layers: search tries students",
         ),
+        (["--student", "static", "--relation_weight", "1"], "relation_weight: a static student has no layers"),
+        (["--student", "static", "--self_distillation", "ema"], "student: a static student starts from a teacher"),
         (["--ema_decay", "0.5"], "ema_decay: does nothing without self_distillation ema"),
         (["--self_distillation", "ema", "--ema_decay", "1"], "ema_decay: 1.0 is not in [0, 1)"),
         (["--kd_loss", "mse", "--temperature", "3"], "temperature: means nothing for the squared error"),

@@ -8,6 +8,7 @@ from typing import Final, Literal
 
 from nlpxfer.config.options import option
 from nlpxfer.config.states import WEIGHTS
+from nlpxfer.config.student import STATIC
 
 _DEFAULT_DECAY: Final = 0.99
 _OF_ANOTHER_TEACHER: Final = (
@@ -53,6 +54,8 @@ class SelfDistillation:
             return ["ema_decay: does nothing without self_distillation ema"] if changed else []
         given = [name for name in others if getattr(self, name, None)]
         faults = [f"{name}: needs another teacher than self_distillation has" for name in given]
+        if getattr(self, "student", None) == STATIC:
+            faults.append("student: a static student starts from a teacher, which self_distillation has not")
         if getattr(self, "model_name_or_path", None) and getattr(self, "student_name_or_path", None):
             faults.append("model_name_or_path: does nothing beside student_name_or_path and self_distillation")
         return faults
