@@ -7,23 +7,27 @@ Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a
 vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same
 number of steps and no teacher: a part is taken from the pretrained checkpoint that the teacher came from, where that
 is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these,
-or what `teacher_*` says.
+or what `teacher_*` says. With `--self_distillation ema` there is no other model: the moving average of the student's
+weights teaches it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
+from nlpxfer.checkpoint.load import Checkpoint, label_names, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
-from nlpxfer.config.student import CUTS, LAYERS, StudentOptions
+from nlpxfer.config.self_distillation import SelfDistillation
+from nlpxfer.config.states import StatesPlan
+from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
@@ -37,19 +41,21 @@ from nlpxfer.smallest import find_smallest, slices
 from nlpxfer.start import start_run
 from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
 from nlpxfer.train.teacher_cache import teacher_logits
+from nlpxfer.train.teacher_states import TeacherStates, check_states
 from nlpxfer.verdict import check_targets, judge
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(StudentOptions, TargetOptions):
+class DistillOptions(StudentOptions, TargetOptions, StatesPlan, SelfDistillation):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "teacher_num_train_epochs": "the search is for the student",
         "teacher_learning_rate": "the search is for the student",
         "student": "each kind has options of its own",
+        "self_distillation": "it decides which arms there are",
         **TargetOptions.TARGETS_NOT_SEARCHED,
     }
 
@@ -67,6 +73,7 @@ class DistillOptions(StudentOptions, TargetOptions):
     )
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
+    kd_loss: Literal["kl", "mse"] = option("kl", "Compare logits by T^2 KL, or by their squared error.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
@@ -74,6 +81,11 @@ class DistillOptions(StudentOptions, TargetOptions):
         own = {"student": LAYERS, "student_name_or_path": None, **CUTS}
         if self.search and any(getattr(self, name) != default for name, default in own.items()):
             faults.append(f"search: chooses the student; leave {', '.join(own)} out")
+        if self.search and self.hidden_layers != "auto":
+            faults.append("hidden_layers: search tries students of several depths; leave it out")
+        if self.student == STATIC:
+            no_layers = [name for name in ("hidden_weight", "relation_weight") if getattr(self, name)]
+            faults += [f"{name}: a static student has no layers" for name in no_layers]
         for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -83,9 +95,13 @@ class DistillOptions(StudentOptions, TargetOptions):
         if self.model_name_or_path and self.teacher_name_or_path and self.student_name_or_path:
             faults.append("model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path")
         try:
-            Distill(temperature=self.temperature, kd_weight=self.kd_weight)
+            values = {"temperature": self.temperature, "kd_weight": self.kd_weight, "kd_loss": self.kd_loss}
+            Distill(**values, ema_decay=self.ema_decay)
         except ConfigError as error:
             faults += error.faults
+        if self.kd_loss == "mse" and self.temperature != DistillOptions.temperature:
+            faults.append("temperature: means nothing for the squared error of kd_loss mse")
+        faults += self.states_faults() + self.self_distillation_faults()
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -104,6 +120,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
+        if plan.teaches_itself:
+            return distil_itself(run, plan)
         check_targets(run, plan)
         refuse_unused(run, plan, teacher_given=plan.teacher_name_or_path is not None)
         _, alone = methods_for(run, plan)
@@ -113,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         def arm(plan: DistillOptions) -> dict[str, Any]:
             build, (method, _) = student_of(run, plan, teacher), methods_for(run, plan)
+            method = replace(method, teacher_labels=label_names(teacher.model), states=rows.states.guide(plan))
             facts = {"teacher": teacher.weights_sha256}
             shared = {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
             return shared | training_of(run, plan)
@@ -134,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms = run.with_speed([teacher_arm, *arms], models)
         judged = judge(run, plan, arms, models, student[0], rows.by_split())
         run.checks["teacher"] = rows.cache | {"retention": judged.retention}
+        run.checks["preflight"] = student[0].preflight
         return run.finish(
             student,
             judged.arms,
@@ -150,7 +170,12 @@ def methods_for(run: Run, plan: DistillOptions) -> tuple[Distill, FineTune]:
     """What the student minimises, and what the teacher and the control student do."""
     kind, smoothing = run.problem_type, run.options.label_smoothing_factor
     taught = Distill(
-        problem_type=kind, temperature=plan.temperature, kd_weight=plan.kd_weight, label_smoothing=smoothing
+        problem_type=kind,
+        temperature=plan.temperature,
+        kd_weight=plan.kd_weight,
+        kd_loss=plan.kd_loss,
+        label_smoothing=smoothing,
+        ema_decay=plan.ema_decay if plan.teaches_itself else None,
     )
     return taught, FineTune(problem_type=kind, label_smoothing=smoothing)
 
@@ -164,7 +189,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
     if plan.teacher_name_or_path:
         teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
         base = teacher if plan.pretrained is None else start_of(teacher, plan.pretrained, run)
-        run.begin(teacher, student_of(run, outline(plan), teacher)(run.seeds[0]), arms=2)
+        run.begin(teacher, untrained(run, plan, teacher), arms=2)
         teacher.model.to(run.options.device)
         return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given"), base
     pretrained = str(plan.pretrained)
@@ -173,7 +198,7 @@ def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Check
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
     base = build(run.seeds[0])
-    run.begin(base, student_of(run, outline(plan), base)(run.seeds[0]), arms=3)
+    run.begin(base, untrained(run, plan, base), arms=3)
     trained = run.train(
         "teacher",
         build,
@@ -206,8 +231,23 @@ def start_of(teacher: Checkpoint, pretrained: str, run: Run) -> Checkpoint:
     return base
 
 
+def untrained(run: Run, plan: DistillOptions, teacher: Checkpoint) -> Checkpoint:
+    """A student, if its states can be compared with the teacher's as asked for; else that is refused."""
+    student = student_of(run, outline(plan), teacher)(run.seeds[0])
+    check_states(plan.asked(run.options.ranges), student, teacher, run.options, run.long_texts)
+    return student
+
+
+def with_unlabelled(run: Run, tokenizer: object) -> Splits:
+    """The splits as a tokenizer sees them; the unlabelled rows, if there are any, after the training rows."""
+    splits = run.split(tokenizer)
+    if run.data.unlabelled is None:
+        return splits
+    return replace(splits, train=TokenisedRows.join(splits.train, run.tokenise(tokenizer, "unlabelled")))
+
+
 class TransferRows:
-    """Training rows with the teacher's logits, and with unlabelled rows if there are any."""
+    """Training rows with the teacher's outputs, and with unlabelled rows if there are any."""
 
     def __init__(self, run: Run, plan: DistillOptions, teacher: Checkpoint) -> None:
         self.run = run
@@ -228,6 +268,11 @@ class TransferRows:
             quiet=bool(run.options.disable_tqdm),
         )
 
+        self.states = TeacherStates(plan.asked(run.options.ranges), teacher, run.options, self._rows_of)
+
+    def _rows_of(self, tokenizer: object) -> TokenisedRows:
+        return with_unlabelled(self.run, tokenizer).train
+
     def by_split(self) -> dict[str, Any]:
         """The teacher's logits of each split."""
         ends = np.cumsum([len(getattr(self.run.data, split)) for split in self.splits])
@@ -235,11 +280,47 @@ class TransferRows:
 
     def with_teacher(self, tokenizer: object) -> Splits:
         """The splits as the student's tokenizer sees them; `train` has the column `teacher_logits`."""
-        splits = self.run.split(tokenizer)
-        train: TokenisedRows = splits.train
-        if "unlabelled" in self.splits:
-            train = TokenisedRows.join(train, self.run.tokenise(tokenizer, "unlabelled"))
-        return Splits(train.with_columns(teacher_logits=self.logits), splits.validation, splits.test)
+        splits = with_unlabelled(self.run, tokenizer)
+        train = splits.train.with_columns(teacher_logits=self.logits, **self.states.columns)
+        return replace(splits, train=train)
+
+
+def distil_itself(run: Run, plan: DistillOptions) -> Report:
+    """A student whose teacher is the moving average of its own weights, and the same student without that."""
+    name = str(plan.student_name_or_path or plan.pretrained)
+    source = load_classifier(name, schema=run.data.schema)
+    whole = all(getattr(plan, name) == default for name, default in CUTS.items())
+
+    def build(seed: int) -> Checkpoint:
+        if whole:
+            return load_classifier(name, schema=run.data.schema, seed=seed)
+        return student_of(run, plan, source)(seed)
+
+    def arm(plan: DistillOptions) -> dict[str, Any]:
+        return {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+
+    methods_for(run, plan)[0].check(run.options)
+    run.begin(build(run.seeds[0]), arms=2)
+    plan = run.search("distilled", arm, plan)
+    student = run.train("distilled", **arm(plan))
+    arms = [run.arm(student, f"{name}, taught by the moving average of its weights"), run.majority_arm()]
+    models = {"distilled": student[0]}
+    verdict = Verdict.unmeasured("the control arm was switched off")
+    if run.options.control_arm:
+        control = run.train("control", build, methods_for(run, plan)[1], max_steps=student[0].steps)
+        arms.insert(0, run.arm(control, "the same student and number of steps, from labels alone"))
+        models["control"] = control[0]
+        verdict = run.gain(student, [one.test_logits for one in control], versus="control")
+    run.checks["preflight"] = student[0].preflight
+    return run.finish(
+        student,
+        run.with_speed(arms, models),
+        verdict,
+        description=f"{name}, taught by the moving average of its own weights (mean teacher).",
+        base_model=resolve_checkpoint(name),
+        parents={"model": run.parent_facts(source)},
+        tags=["knowledge-distillation"],
+    )
 
 
 if __name__ == "__main__":

@@ -16,14 +16,19 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from nlpxfer.config import RunOptions
 from nlpxfer.config.long_texts import LongTexts
+from nlpxfer.config.states import StatesPlan
 from nlpxfer.data.tokenise import TokenisedRows, tokenise
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
+from nlpxfer.methods.states import StatesGuide
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, world
 from nlpxfer.train.trainer import TransferTrainer
 
+STATES = StatesPlan(
+    hidden_weight=0.5, relation_weight=2.0, num_relation_heads=4, similarity_weight=0.3, similarity_temperature=0.5
+)
 METHODS = {
     "finetune": FineTune(),
     "distill": Distill(temperature=3.0, kd_weight=0.7),
@@ -61,6 +66,26 @@ def step_rows(family: str = "bert", labelled: str = "all", count: int = 8, *, wi
     rows = tokenise(step_tokenizer(family), [row["text"] for row in made], labels=gold, **reading)
     logits = np.random.default_rng(5).normal(size=(8, 4)).astype(np.float32)
     return rows.with_columns(teacher_logits=3 * logits).select(range(count))
+
+
+def state_rows(**options) -> TokenisedRows:
+    """`step_rows` with sentence states of a teacher."""
+    rows = step_rows(**options)
+    states = np.random.default_rng(6).normal(size=(8, 32)).astype(np.float32)
+    return rows.with_columns(teacher_states=states[: len(rows)])
+
+
+def guided(teacher_folder: Path, others_KH: torch.Tensor) -> Distill:
+    """Distilling with all terms on states; the teacher is a classifier in a folder."""
+    teacher = AutoModelForSequenceClassification.from_pretrained(teacher_folder).requires_grad_(False)
+    return Distill(
+        kd_weight=0.7, temperature=3.0, states=StatesGuide(plan=STATES, teacher=teacher, others_KH=others_KH)
+    )
+
+
+def other_states() -> torch.Tensor:
+    """Sentence states that rows are compared with."""
+    return torch.from_numpy(np.random.default_rng(7).normal(size=(5, 32)).astype(np.float32))
 
 
 def rare_class(rows: TokenisedRows) -> TokenisedRows:
@@ -107,7 +132,7 @@ class KeepGradient(TrainerCallback):
 def gradient_of(
     model_folder: Path,
     output: Path,
-    method: str,
+    method: str | Distill,
     rows: TokenisedRows,
     batch: int,
     micro_batches: int,
@@ -134,7 +159,8 @@ def gradient_of(
     )
     model = AutoModelForSequenceClassification.from_pretrained(model_folder)
     prepare(model)
-    trainer = step_trainer(model, METHODS[method], options, rows, family, sampling)
+    chosen = METHODS[method] if isinstance(method, str) else method
+    trainer = step_trainer(chosen.adapt(model, ()), chosen, options, rows, family, sampling)
     keep = KeepGradient()
     trainer.add_callback(keep)
     trainer.fit()
@@ -148,6 +174,7 @@ def main(output: Path) -> None:
     gc.freeze()  # as a recipe does
     if is_main_process():
         build_checkpoint(output / "model", "bert", kind="classifier")
+        build_checkpoint(output / "teacher", "bert", kind="classifier", seed=1)
     RunOptions(output_dir=str(output), use_cpu=True).device  # noqa: B018 - starts the process group
     torch.distributed.barrier()
     found = {}
@@ -157,6 +184,8 @@ def main(output: Path) -> None:
         if name == "balanced":
             rows, sampling = rare_class(rows), "balanced"
         found[name] = gradient_of(output / "model", output, method, rows, batch, micro_batches, sampling=sampling)
+    taught = guided(output / "teacher", other_states())
+    found["states"] = gradient_of(output / "model", output, taught, state_rows(labelled="uneven", count=7), 2, 2)
     if is_main_process():
         torch.save({"processes": world()[1], "cases": found}, output / "gradients.pt")
     torch.distributed.barrier()

@@ -3,10 +3,23 @@
 Each is compared with a loop written by hand, in float64, one row at a time and without the Trainer.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
-from gradients import CASES, METHODS, gradient_of, rare_class, step_rows, step_tokenizer
+from gradients import (
+    CASES,
+    METHODS,
+    STATES,
+    gradient_of,
+    guided,
+    other_states,
+    rare_class,
+    state_rows,
+    step_rows,
+    step_tokenizer,
+)
 from processes import run, torchrun
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
@@ -74,6 +87,81 @@ def test_windows_of_a_row_count_as_one_row(family, method, tiny_checkpoint, tmp_
     expected, loss = by_hand(folder, method, rows)
     for batch, micro_batches in SPLITS:
         found, logged = gradient_of(folder, tmp_path, method, rows, batch, micro_batches, family)
+        assert distance(found, expected) <= 1e-5, (batch, micro_batches)
+        assert logged == pytest.approx(loss, rel=1e-5)
+
+
+def by_hand_with_states(folder, method, rows):
+    """As `by_hand`, with the terms on states: row by row, token by token and head by head, in float64.
+
+    Student and teacher have four layers each, so each is compared with the one of its number. All projections are
+    the identity; their gradient is that of a matrix of its own for each place.
+    """
+    student = AutoModelForSequenceClassification.from_pretrained(folder).double().eval()
+    teacher = copy.deepcopy(method.states.teacher).double().eval()
+    names = [f"student_states.hidden.{i}.weight" for i in range(4)] + ["student_states.similarity.0.weight"]
+    projections = {name: torch.eye(32, dtype=torch.float64, requires_grad=True) for name in names}
+    labelled = sum(int(rows[i]["labels"] >= 0) for i in range(len(rows)))
+    total = torch.zeros((), dtype=torch.float64)
+
+    def states_of(model, ids):
+        kept, layer = {}, model.bert.encoder.layer[3].attention.self
+        for part in ("query", "key", "value"):
+            getattr(layer, part).register_forward_hook(lambda m, a, output, part=part: kept.update({part: output[0]}))
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        return output.logits[0], [states[0] for states in output.hidden_states[1:]], kept
+
+    for i in range(len(rows)):
+        row, loss = rows[i], torch.zeros((), dtype=torch.float64)
+        ids = torch.tensor(row["input_ids"].astype("int64"))[None]
+        logits, mine, parts = states_of(student, ids)
+        with torch.no_grad():
+            _, theirs, taught = states_of(teacher, ids)
+        if row["labels"] >= 0:
+            loss = loss - 0.3 * torch.log_softmax(logits, 0)[int(row["labels"])] * len(rows) / labelled
+        p = torch.softmax(torch.tensor(row["teacher_logits"]).double() / 3, 0)
+        loss = loss + 0.7 * 9 * (p * (p.log() - torch.log_softmax(logits / 3, 0))).sum()
+        for layer in range(4):
+            for t in range(ids.shape[1]):
+                error = projections[names[layer]] @ mine[layer][t] - theirs[layer][t]
+                loss = loss + STATES.hidden_weight * (error @ error) / 32 / ids.shape[1] / 4
+        for part in ("query", "key", "value"):
+            for head in range(4):
+                a, b = (side[part][:, 8 * head : 8 * head + 8] for side in (parts, taught))
+                for t in range(ids.shape[1]):
+                    q, p = (torch.softmax(x @ x[t] / 8**0.5, 0) for x in (a, b))
+                    divergence = (p * (p.log() - q.log())).sum()
+                    loss = loss + STATES.relation_weight * divergence / 3 / 4 / ids.shape[1]
+        own = torch.tensor(row["teacher_states"]).double()
+        sentence = projections[names[4]] @ mine[3][0]
+        compared = torch.stack([own, *method.states.others_KH.double()])
+        cosines = torch.stack([torch.cosine_similarity(sentence, other, dim=0) for other in compared])
+        loss = loss - STATES.similarity_weight * torch.log_softmax(cosines / 0.5, 0)[0]
+        total = total + loss / len(rows)
+    total.backward()
+    named = {**dict(student.named_parameters()), **projections}
+    return {name: p.grad for name, p in named.items() if p.grad is not None}, total.item()
+
+
+def test_micro_batches_do_not_change_the_gradient_of_states(tiny_checkpoint, tmp_path):
+    """Also not of the sentence states, which are compared with the same rows in every micro-batch."""
+    folder = tiny_checkpoint("bert", kind="classifier")
+    method = guided(tiny_checkpoint("bert", kind="classifier", seed=1), other_states())
+    rows = state_rows(labelled="uneven")
+    expected, loss = by_hand_with_states(folder, method, rows)
+    for batch, micro_batches in SPLITS:
+        found, logged = gradient_of(folder, tmp_path, method, rows, batch, micro_batches)
+        assert distance(found, expected) <= 1e-5, (batch, micro_batches)
+        assert logged == pytest.approx(loss, rel=1e-5)
+
+
+def test_windows_of_a_row_count_as_one_row_for_states(tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint("bert", kind="classifier")
+    method = guided(tiny_checkpoint("bert", kind="classifier", seed=1), other_states())
+    rows = state_rows(windows=True)
+    expected, loss = gradient_of(folder, tmp_path, method, rows, 8, 1)
+    for batch, micro_batches in SPLITS[2:4]:
+        found, logged = gradient_of(folder, tmp_path, method, rows, batch, micro_batches)
         assert distance(found, expected) <= 1e-5, (batch, micro_batches)
         assert logged == pytest.approx(loss, rel=1e-5)
 
@@ -180,3 +268,8 @@ def test_two_processes_give_the_gradient_of_one(tiny_checkpoint, tmp_path):
         gradient, logged = found["cases"][name]
         assert distance(gradient, expected) <= 1e-5, name
         assert logged == pytest.approx(loss, rel=1e-5), name
+    method, rows = guided(tmp_path / "teacher", other_states()), state_rows(labelled="uneven", count=7)
+    expected, loss = by_hand_with_states(tmp_path / "model", method, rows)
+    gradient, logged = found["cases"]["states"]
+    assert distance(gradient, expected) <= 1e-5
+    assert logged == pytest.approx(loss, rel=1e-5)

@@ -50,8 +50,8 @@ def _sha256_of(state: Mapping[str, Any], facts: bytes = b"") -> str:
     return digest.hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """sha256 (hex) over the serialised tokenizer, its special tokens and its sides.
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, inputs: bool = True) -> str:
+    """sha256 (hex) over the serialised tokenizer, its special tokens and its sides, and which `inputs` it gives.
 
     Padding and truncation of the backend are left out: they are set by each call, so the fingerprint would depend on
     what was tokenised last.
@@ -65,5 +65,6 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
         content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     content["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content["sides"] = [tokenizer.padding_side, tokenizer.truncation_side]
-    content["inputs"] = list(tokenizer.model_input_names)
+    if inputs:
+        content["inputs"] = list(tokenizer.model_input_names)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

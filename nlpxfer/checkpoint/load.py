@@ -173,6 +173,11 @@ def _with_new_final(source: Checkpoint, model: PreTrainedModel, seed: int) -> Ch
     return replace(source, model=model, fresh=fresh, head_kept=False)
 
 
+def label_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of a classifier's outputs, in their order."""
+    return tuple(_label_names(model.config))
+
+
 def stored_schema(name: str, *, revision: str | None = None) -> LabelSchema:
     """Labels of a trained classifier, in the order of its logits, and its kind of task.
 

@@ -91,6 +91,7 @@ class TrainedArm:
         probe: The linear probe it started from, if any.
         adapter: The bundle of a trained adapter, if it is one; gone when the run is finished.
         history: Loss and scores as logged.
+        preflight: What was found before the first step; None if the method asks for nothing.
     """
 
     name: str
@@ -106,6 +107,7 @@ class TrainedArm:
     probe: Probe | None
     adapter: Path | None = None
     history: list[dict[str, float]] = field(default_factory=list)
+    preflight: dict[str, Any] | None = None
 
 
 def train_arm(
@@ -160,6 +162,7 @@ def train_arm(
     trainer, checkpoint, base, probe = prepared.trainer, prepared.checkpoint, prepared.base, prepared.probe
     report_to_tensorboard(trainer, folder.parent.parent, folder.name)
     trainer.fit(resume=options.resume)
+    method.release_(unwrapped(trainer))
     record = {
         "train_seconds": prepared.seconds + trainer.seconds,
         "steps": trainer.state.global_step,
@@ -167,6 +170,7 @@ def train_arm(
         "trained_parameters": prepared.trained_parameters,
         "probe": vars(probe) if probe else None,
         "history": [_numbers(line) for line in trainer.state.log_history],
+        "preflight": trainer.preflight,
     }
     _finish(trainer, finished, record, checkpoint, schema, identity, base)
     model = _plain_model(trainer, finished, schema, options)

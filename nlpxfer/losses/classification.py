@@ -9,12 +9,16 @@ Shapes: B batch rows, C classes.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
+
+KdLoss = Literal["kl", "mse"]
+"""How logits of student and teacher are compared: by T^2 * KL, or by the squared error."""
 
 IGNORED_LABEL = -100
 """Class index of a row without a label; its loss is 0 and it is not counted. Where labels are floats, NaN is."""
@@ -59,7 +63,7 @@ def label_loss(
     >>> label_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), focal_gamma=2.0)  # a quarter of 0.6931
     tensor([0.1733])
     """
-    logits_BC = _at_least_float32(logits_BC)
+    logits_BC = at_least_float32(logits_BC)
     if offsets_C is not None:
         logits_BC = logits_BC + offsets_C
     loss_B = functional.cross_entropy(
@@ -95,8 +99,8 @@ def r_drop_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:
     tensor([1.5232])
     """
     _check_shapes(first_BC, second_BC)
-    first_log_BC = functional.log_softmax(_at_least_float32(first_BC), dim=-1)
-    second_log_BC = functional.log_softmax(_at_least_float32(second_BC), dim=-1)
+    first_log_BC = functional.log_softmax(at_least_float32(first_BC), dim=-1)
+    second_log_BC = functional.log_softmax(at_least_float32(second_BC), dim=-1)
     # the sum of the two divergences, of which each alone may lose its digits near 0
     return ((first_log_BC.exp() - second_log_BC.exp()) * (first_log_BC - second_log_BC)).sum(dim=-1) / 2
 
@@ -122,10 +126,32 @@ def soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperature: flo
     tensor([0.])
     """
     _check_soft(student_BC, teacher_BC, temperature)
-    student_log_BC = functional.log_softmax(_at_least_float32(student_BC) / temperature, dim=-1)
-    teacher_log_BC = functional.log_softmax(_at_least_float32(teacher_BC) / temperature, dim=-1)
+    student_log_BC = functional.log_softmax(at_least_float32(student_BC) / temperature, dim=-1)
+    teacher_log_BC = functional.log_softmax(at_least_float32(teacher_BC) / temperature, dim=-1)
     divergence_BC = functional.kl_div(student_log_BC, teacher_log_BC, log_target=True, reduction="none")
     return temperature**2 * divergence_BC.sum(dim=-1)
+
+
+def logit_loss(student_BC: Tensor, teacher_BC: Tensor) -> Tensor:
+    """Squared error between logits, averaged over the classes; shape B.
+
+    For large T and logits of mean 0, T^2 * KL of `soft_target_loss` goes to half of this. Unlike that, this one also
+    moves the mean of a row's logits towards the teacher's.
+
+    Args:
+        student_BC: Student logits; receives the gradient.
+        teacher_BC: Teacher logits, columns in the student's label order.
+
+    Raises:
+        ValueError: The shapes differ.
+
+    Source: Kim et al. 2021, arXiv:2105.08919, section 3, as their code averages it.
+
+    >>> logit_loss(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]]))  # (4 + 1) / 2
+    tensor([2.5000])
+    """
+    _check_shapes(student_BC, teacher_BC)
+    return (at_least_float32(student_BC) - at_least_float32(teacher_BC)).square().mean(dim=-1)
 
 
 def binary_r_drop_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:
@@ -138,7 +164,7 @@ def binary_r_drop_loss(first_BC: Tensor, second_BC: Tensor) -> Tensor:
     tensor([0.7616])
     """
     _check_shapes(first_BC, second_BC)
-    first_BC, second_BC = (_at_least_float32(logits) for logits in (first_BC, second_BC))
+    first_BC, second_BC = (at_least_float32(logits) for logits in (first_BC, second_BC))
     # log p - log (1 - p) is the logit itself, so the two divergences together are (p - q) times the difference
     return ((torch.sigmoid(first_BC) - torch.sigmoid(second_BC)) * (first_BC - second_BC)).mean(dim=1) / 2
 
@@ -165,7 +191,7 @@ def binary_label_loss(
     >>> binary_label_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([[1.0, 0.0]]))
     tensor([0.6931])
     """
-    logits_BC = _at_least_float32(logits_BC)
+    logits_BC = at_least_float32(logits_BC)
     known_B = labelled(labels_BC)
     gold_BC = torch.where(known_B[:, None], labels_BC, 0.0).to(logits_BC.dtype)
     target_BC = gold_BC * (1 - label_smoothing) + label_smoothing / 2
@@ -187,7 +213,7 @@ def number_loss(outputs_B1: Tensor, numbers_B: Tensor) -> Tensor:
     tensor([2., 0.])
     """
     known_B = labelled(numbers_B)
-    error_B = _at_least_float32(outputs_B1)[:, 0] - torch.where(known_B, numbers_B, 0.0)
+    error_B = at_least_float32(outputs_B1)[:, 0] - torch.where(known_B, numbers_B, 0.0)
     return torch.where(known_B, error_B**2 / 2, 0.0)
 
 
@@ -206,7 +232,7 @@ def binary_soft_target_loss(student_BC: Tensor, teacher_BC: Tensor, *, temperatu
     tensor([0.])
     """
     _check_soft(student_BC, teacher_BC, temperature)
-    student_BC, teacher_BC = (_at_least_float32(logits) / temperature for logits in (student_BC, teacher_BC))
+    student_BC, teacher_BC = (at_least_float32(logits) / temperature for logits in (student_BC, teacher_BC))
     yes_BC = torch.sigmoid(teacher_BC)
     divergence_BC = yes_BC * (functional.logsigmoid(teacher_BC) - functional.logsigmoid(student_BC)) + (1 - yes_BC) * (
         functional.logsigmoid(-teacher_BC) - functional.logsigmoid(-student_BC)
@@ -251,11 +277,26 @@ def gold_loss(
 
 
 def teacher_loss(
-    problem_type: ProblemType, student_BC: Tensor, teacher_BC: Tensor, *, temperature: float = 1.0
+    problem_type: ProblemType,
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    *,
+    temperature: float = 1.0,
+    kd_loss: KdLoss = "kl",
 ) -> Tensor:
-    """The loss with a teacher's logits that fits the task; shape B. A regression has no temperature."""
+    """The loss with a teacher's logits that fits the task; shape B.
+
+    Args:
+        problem_type: What the logits are.
+        student_BC: Student logits; receives the gradient.
+        teacher_BC: Teacher logits.
+        temperature: T of "kl"; "mse" and a regression have none.
+        kd_loss: "kl", or "mse" for `logit_loss`; a regression has one loss only.
+    """
     if problem_type == REGRESSION:
         return number_loss(student_BC, teacher_BC[:, 0])
+    if kd_loss == "mse":
+        return logit_loss(student_BC, teacher_BC)
     if problem_type == MULTI_LABEL:
         return binary_soft_target_loss(student_BC, teacher_BC, temperature=temperature)
     return soft_target_loss(student_BC, teacher_BC, temperature=temperature)
@@ -278,5 +319,6 @@ def _check_soft(student_BC: Tensor, teacher_BC: Tensor, temperature: float) -> N
         raise ValueError(f"student {tuple(student_BC.shape)} and teacher {tuple(teacher_BC.shape)} differ in shape")
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """The same numbers in float32, or in float64 if they are."""
     return logits if logits.dtype == torch.float64 else logits.float()

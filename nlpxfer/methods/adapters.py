@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from nlpxfer.checkpoint.adapter_kinds import ALPHA, DROPOUT, KINDS, OPTIONS, RANK, TARGETS, VIRTUAL_TOKENS, AdapterKind
 from nlpxfer.checkpoint.adapters import head_modules, refuse_frozen_fresh, trained_names, wrap
 from nlpxfer.errors import CheckpointError, ConfigError, nearest
-from nlpxfer.methods.base import Batch, LossTerm, Method
+from nlpxfer.methods.base import Batch, LossTerm, Method, is_sharded
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 
@@ -131,7 +130,7 @@ class Adapters(Method):
             for name, neutral in UNFIT_OPTIONS.items()
             if getattr(options, name) != neutral
         ]
-        if options.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true"):
+        if is_sharded(options):
             faults.append("fsdp: adapters train with DDP; the frozen weights need no optimizer state anyway")
         if faults:
             raise ConfigError.from_faults(faults)

@@ -11,10 +11,11 @@ Shapes: B batch rows, W windows of all of them (W = B where no row has several),
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,10 @@ class Method(ABC):
 
     adapter: str = ""
     """Kind of adapter that learns in place of the weights; empty for none."""
+    ema_decay: float | None = None
+    """Decay of a moving average of the weights that teaches the model (`teacher_logits` of each batch); None: none."""
+    has_preflight: bool = False
+    """Whether the terms of the loss are looked at before the first step."""
 
     def check(self, options: RunOptions) -> None:  # noqa: B027 - most methods follow all options
         """Raise ConfigError for options of the run that this method cannot follow."""
@@ -64,6 +69,17 @@ class Method(ABC):
         """
         return model
 
+    def release_(self, model: PreTrainedModel) -> None:  # noqa: B027 - most methods add nothing
+        """Take off what `adapt` gave the model for the time of training alone."""
+
+    def describe(self, model: PreTrainedModel) -> dict[str, Any]:
+        """Facts about the loss for the report.
+
+        Raises:
+            LabelError: The outputs of the model are not those that the loss takes them for.
+        """
+        return {}
+
     @abstractmethod
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """The terms of the loss by name; the same names in every batch."""
@@ -71,6 +87,11 @@ class Method(ABC):
     @abstractmethod
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """How many rows each term counts in this batch: scalar int64 tensors, keyed as `loss_terms`."""
+
+
+def is_sharded(options: RunOptions) -> bool:
+    """Whether FSDP shards the weights, by the options or by the launcher's configuration."""
+    return bool(options.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
 
 
 def smoothing_faults(label_smoothing: float, problem_type: ProblemType) -> list[str]:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from nlpxfer.checkpoint.head import head_of
 from nlpxfer.checkpoint.student import model_layers
 from nlpxfer.errors import ConfigError
+from nlpxfer.methods.states import STUDENT_STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -145,7 +146,8 @@ class StartPenalty:
         self.weight, self.head_weight = weight, head_weight
         parts = head_of(model)
         heads = {id(p) for layer in (parts.final, *parts.transforms.values()) for p in layer.parameters()}
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        own = model.named_parameters()  # projections of a student start anywhere: they have no way from there
+        named = [(name, p) for name, p in own if p.requires_grad and not name.startswith(f"{STUDENT_STATES}.")]
         self.heads = {name for name, p in named if id(p) in heads}
         self.start = {name: p.detach().clone() for name, p in named if name not in self.heads}
 

@@ -11,8 +11,12 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from nlpxfer.config import RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +84,13 @@ def padding_multiple(device: torch.device, *, bf16: bool) -> int:
     run whose batches have sixteen lengths instead of a hundred is an eighth faster. float32 needs no kernels made.
     """
     return 8 if bf16 or device.type != "cpu" else 1
+
+
+def autocast_type(options: RunOptions) -> torch.dtype | None:
+    """What the matrix products of training compute in; None for float32."""
+    if options.fp16:
+        return torch.float16
+    return torch.bfloat16 if options.bf16 else None
 
 
 @contextlib.contextmanager

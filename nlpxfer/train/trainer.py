@@ -11,10 +11,12 @@ What differs from the stock Trainer, and why:
 - A loss or gradient that is not finite stops the run before the step is taken, and before anything is saved.
 - Checkpoints are sealed with a manifest; SIGTERM and SIGINT save one and end the run with `Interrupted`.
 - No `training_args.bin` is written: it would hold the Hub token.
+- A method may be taught by the moving average of the weights, which is then what is scored and what the run ends with.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -61,8 +63,10 @@ from nlpxfer.train.layerwise import (
     split_groups_by_depth_,
     unfreeze_gradually_,
 )
-from nlpxfer.train.precision import padding_multiple
+from nlpxfer.train.moving_average import MovingAverage
+from nlpxfer.train.precision import autocast_type, padding_multiple
 from nlpxfer.train.predict import predict
+from nlpxfer.train.preflight import preflight
 from nlpxfer.train.regime import float32_head, training_attention
 from nlpxfer.train.sampler import LengthGroupedSampler
 
@@ -79,6 +83,9 @@ TOKENS = "tokens"
 
 COST_FILE = "cost.json"
 """In a checkpoint: what the run had cost when it was saved, so that a resumed run reports the whole."""
+
+PREFLIGHT_FILE = "preflight.json"
+"""In a checkpoint: what was found before the first step."""
 
 Sampling = Literal["natural", "balanced"]
 """Whether every row comes once an epoch, or every class equally often."""
@@ -126,6 +133,7 @@ class TransferTrainer(Trainer):
         self.score = metrics
         self.tokens_seen = 0
         self.seconds_before = 0.0
+        self.preflight: dict[str, Any] | None = None
         self.order_seed = options.seed if options.data_seed is None else options.data_seed
         balanced = sampling == "balanced"
         self.draws = BalancedDraws(train_rows.columns["labels"], seed=self.order_seed) if balanced else None
@@ -141,6 +149,7 @@ class TransferTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.pad = collator
+        self.average = self._moving_average(model)
         self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.depths = parameter_depths(model) if is_layerwise(options) else {}
         self.penalty = self._start_penalty(model)
@@ -149,6 +158,8 @@ class TransferTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
         self.add_callback(EpochOrder(self))
+        if self.average is not None:
+            self.add_callback(AverageWeights(self, self.average))
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         if options.early_stopping_patience:
@@ -177,9 +188,14 @@ class TransferTrainer(Trainer):
         )  # how patient early stopping still is
         self.started = time.perf_counter()
         attention = training_attention(self.network, bf16=bool(self.args.bf16), device=self.args.device)
-        head = float32_head(self.network, enabled=bool(self.args.bf16 or self.args.fp16))
-        with self.stop.listening(), attention, head:
+        mixed = bool(self.args.bf16 or self.args.fp16)
+        models = [self.network] if self.average is None else [self.network, self.average.model]
+        with self.stop.listening(), attention, contextlib.ExitStack() as heads:
+            for model in models:
+                heads.enter_context(float32_head(model, enabled=mixed))
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if self.average is not None and not self.stop.asked:
+            self.average.copy_to_(self.network)
         if self.stop.asked:
             raise Interrupted(
                 f"The run was asked to stop at step {self.state.global_step} of {self.state.max_steps}; "
@@ -200,6 +216,30 @@ class TransferTrainer(Trainer):
     def _restore_cost(self, checkpoint: Path) -> None:
         cost = json.loads((checkpoint / COST_FILE).read_text(encoding="utf-8"))
         self.tokens_seen, self.seconds_before = int(cost["tokens"]), float(cost["seconds"])
+        if (checkpoint / PREFLIGHT_FILE).is_file():
+            self.preflight = json.loads((checkpoint / PREFLIGHT_FILE).read_text(encoding="utf-8"))
+
+    def _moving_average(self, model: PreTrainedModel) -> MovingAverage | None:
+        """The average that teaches, if the method asks for one."""
+        if self.method.ema_decay is None:
+            return None
+        return MovingAverage(model, decay=self.method.ema_decay, autocast=autocast_type(self.options))
+
+    def _taught(self, inputs: Batch) -> Batch:
+        """A batch with the logits of the average, if there is one."""
+        return inputs if self.average is None else {**inputs, "teacher_logits": self.average.logits(inputs)}
+
+    def _look_at_loss(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The check before the first step; sharded weights cannot be asked for a term alone."""
+        if self.preflight is not None or self.state.global_step or not self.method.has_preflight:
+            return
+        if self.is_fsdp_enabled:
+            self.preflight = {"left_out": "weights are sharded (FSDP)"}
+            return
+        plain = self.accelerator.unwrap_model(model)
+        plain.train()
+        batch = self._taught(self._prepare_inputs(inputs))
+        self.preflight = preflight(self.method, plain, batch, pad_token_id=self.pad.pad_token_id)
 
     def _start_penalty(self, model: PreTrainedModel) -> StartPenalty | None:
         weight, head_weight = self.options.l2_sp_weight, self.options.l2_sp_head_weight
@@ -236,7 +276,7 @@ class TransferTrainer(Trainer):
         num_items_in_batch: Any = None,  # noqa: ANN401 - the counts by term of `get_batch_samples`
     ) -> Tensor:
         """The step's share of the loss: row losses over the rows of the whole step."""
-        terms = self.method.loss_terms(model, inputs)
+        terms = self.method.loss_terms(model, self._taught(inputs))
         total = torch.zeros((), device=next(iter(terms.values())).rows_B.device)
         for name, term in terms.items():
             total = total + term.weight * term.rows_B.sum() / num_items_in_batch[name].clamp(min=1)
@@ -276,6 +316,7 @@ class TransferTrainer(Trainer):
         Raises:
             NotFiniteError: The loss is NaN or infinite.
         """
+        self._look_at_loss(model, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             raise NotFiniteError(
@@ -323,7 +364,7 @@ class TransferTrainer(Trainer):
         """Scores of all rows of the data loader's data set, from whole predictions."""
         rows: TokenisedRows = dataloader.dataset
         logits = predict(
-            self.network,
+            self.network if self.average is None else self.average.model,
             rows,
             self.pad,
             batch_size=self.args.per_device_eval_batch_size,
@@ -345,6 +386,10 @@ class TransferTrainer(Trainer):
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main_process() and folder.is_dir():
             write_json_whole(folder / COST_FILE, {"tokens": self.tokens_seen, "seconds": self.seconds})
+            if self.preflight is not None:
+                write_json_whole(folder / PREFLIGHT_FILE, self.preflight)
+            if self.average is not None:
+                self.average.save(folder)
             seal(folder, self.identity, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -361,12 +406,16 @@ class TransferTrainer(Trainer):
             load_trained_(self.network, Path(resume_from_checkpoint))
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.average is not None:
+            self.average.load_(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if is_adapted(self.network):
             load_trained_(self.network, Path(str(self.state.best_model_checkpoint)))
         else:
             super()._load_best_model()
+        if self.average is not None:
+            self.average.load_(Path(str(self.state.best_model_checkpoint)))
 
 
 class ProgressBar(ProgressCallback):
@@ -394,6 +443,19 @@ class EpochOrder(TrainerCallback):
     ) -> None:
         """Set the sampler's epoch."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+class AverageWeights(TrainerCallback):
+    """Takes the weights after each step into the moving average, before anything is saved or scored."""
+
+    def __init__(self, trainer: TransferTrainer, average: MovingAverage) -> None:
+        self.trainer, self.average = trainer, average
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Update the average."""
+        self.average.update_(self.trainer.network, state.global_step)
 
 
 class StopOnSignal(TrainerCallback):
