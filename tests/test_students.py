@@ -46,7 +46,11 @@ def test_a_static_student_from_training_to_predictions(tiny_data, tiny_checkpoin
     found = run.report["checks"]["int8"]
     assert found["bytes"] < 0.5 * found["float32_bytes"]
     assert found["changed_share"] < 0.1
-    assert "static student" in (run.folder / "README.md").read_text()
+    card = (run.folder / "README.md").read_text()
+    assert "static student" in card
+    assert "library_name: model2vec" in card
+    assert "StaticModelPipeline.from_pretrained" in card
+    assert "without the order of its words" in card
     assert {"head.safetensors", "modules.json"} <= finished_files(run.folder).keys()
     expected = [line["predicted"] for line in run.logits_of()]
     for words, most in (((), 0), (("--int8",), found["changed_share"] * 80 + 4)):
