@@ -732,8 +732,13 @@ class Run:
             text_pairs=self.data_options.text_pair_column is not None,
             problem_type=self.problem_type,
             tags=tags,
-            limits=[self.long_texts.remark(self.data_options.max_length), *_search_limits(self.found)],
+            limits=[
+                self.long_texts.remark(self.data_options.max_length),
+                *_search_limits(self.found),
+                *(["It reads a text without the order of its words."] if is_static(arm.model) else []),
+            ],
             options={key: value for key, value in self.config.items() if value is not None},
+            is_static=is_static(arm.model),
         )
         write_card(self.folder, report, facts if merges else replace(facts, is_adapter=True))
         if arm.adapter is not None:

@@ -2,12 +2,17 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 from recipe_runs import finished, refused, tiny_words
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
+from nlpxfer import students
+from nlpxfer.classify import Classifier
 from nlpxfer.cli import main
+from nlpxfer.config.student import StudentOptions
 from nlpxfer.hub.folder import finished_files
 
 
@@ -46,8 +51,14 @@ def test_a_static_student_from_training_to_predictions(tiny_data, tiny_checkpoin
     found = run.report["checks"]["int8"]
     assert found["bytes"] < 0.5 * found["float32_bytes"]
     assert found["changed_share"] < 0.1
-    assert "static student" in (run.folder / "README.md").read_text()
+    card = (run.folder / "README.md").read_text()
+    assert "static student" in card
+    assert "library_name: model2vec" in card
+    assert "StaticModelPipeline.from_pretrained" in card
+    assert "without the order of its words" in card
     assert {"head.safetensors", "modules.json"} <= finished_files(run.folder).keys()
+    assert Classifier.load(str(run.folder), int8=True).backend.checkpoint.model.is_int8
+    assert not Classifier.load(str(run.folder)).backend.checkpoint.model.is_int8
     expected = [line["predicted"] for line in run.logits_of()]
     for words, most in (((), 0), (("--int8",), found["changed_share"] * 80 + 4)):
         output = tmp_path / f"labelled{len(words)}.csv"
@@ -142,6 +153,46 @@ def test_a_narrow_student_of_some_layers(tiny_data, teacher, tmp_path):
     sizes = config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.intermediate_size
     assert sizes == (2, 16, 2, 20)
     assert run.arm("distilled")["parameters"] == run.arm("control")["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("probe_layers", ["--student_layers", "probe", "--student_num_layers", "3"]),
+        ("parts_by_activation", ["--student_num_layers", "1", "--student_hidden_size", "24"]),
+    ],
+)
+def test_the_control_is_cut_where_the_teacher_says(
+    function, words, tiny_data, teacher, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """What is kept is chosen once, by looking at the teacher: not once more for the control's own checkpoint."""
+    asked, original = [], getattr(students, function)
+
+    def spy(source, *arguments, **options):
+        asked.append(source)
+        return original(source, *arguments, **options)
+
+    monkeypatch.setattr(students, function, spy)
+    pretrained = tiny_checkpoint("bert", kind="classifier", seed=9)
+    words = taught(tiny_data, teacher, "--model_name_or_path", str(pretrained), "--max_steps", "1", *words)
+    run = finished("distill", tmp_path / "out", *words)
+    assert len(asked) == 1
+    model = getattr(asked[0], "model", asked[0])
+    reference = AutoModelForSequenceClassification.from_pretrained(teacher)
+    table = reference.bert.embeddings.word_embeddings.weight
+    assert torch.equal(model.bert.embeddings.word_embeddings.weight, table)
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, students.STATIC_LEARNING_RATE), (0.5, 0.5)])
+def test_a_static_student_learns_at_a_rate_of_its_own(asked, used):
+    options = SimpleNamespace(wanted_learning_rate=asked, learning_rate=asked or 1e-4)
+    plan = StudentOptions(student="static", static_num_train_epochs=3)
+    assert students.training_of(SimpleNamespace(options=options), plan) == {
+        "num_train_epochs": 3,
+        "learning_rate": used,
+    }
+    assert students.training_of(SimpleNamespace(options=options), StudentOptions()) == {}
 
 
 def test_a_family_whose_parts_are_not_known_is_refused(tiny_data, tiny_checkpoint, tmp_path):

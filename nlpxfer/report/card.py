@@ -71,6 +71,7 @@ class CardFacts:
         options: Training options worth showing: name -> value.
         limits: Further limits that the method or the data brings, one sentence each.
         is_adapter: Whether the folder holds an adapter in place of a whole model.
+        is_static: Whether it holds a static model, which model2vec reads and transformers alone does not.
     """
 
     model_name: str
@@ -89,6 +90,7 @@ class CardFacts:
     options: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
     is_adapter: bool = False
+    is_static: bool = False
 
 
 def hub_model_id(name: str | None, kind: Kind | None) -> str | None:
@@ -153,7 +155,7 @@ def _metadata(report: Report, facts: CardFacts) -> ModelCardData:
 
     return ModelCardData(
         pipeline_tag="text-classification",
-        library_name="peft" if facts.is_adapter else "transformers",
+        library_name="peft" if facts.is_adapter else "model2vec" if facts.is_static else "transformers",
         base_model=hub_model_id(facts.base_model, facts.base_model_kind),
         tags=list(dict.fromkeys(["nlpxfer", report.recipe.replace("_", "-"), *facts.tags])),
         language=list(facts.language) or None,
@@ -195,12 +197,25 @@ def _usage(facts: CardFacts) -> str:
         source, remark = '"."', "  # the folder of this file"
     if facts.is_adapter:
         return _adapter_usage(facts, source, remark)
+    if facts.is_static:
+        return _static_usage(facts, source, remark)
     text = '{"text": "First text.", "text_pair": "Second text."}' if facts.text_pairs else '"A text to classify."'
     every = ", top_k=None" if facts.problem_type == MULTI_LABEL else ""  # a sigmoid per label
     return (
         "## How to use\n\n```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", model={source}{every}){remark}\n'
         f"print(classify({text}))\n```"
+    )
+
+
+def _static_usage(facts: CardFacts, source: str, remark: str) -> str:
+    answers = "predict" if facts.problem_type == REGRESSION else "predict_proba"
+    return (
+        "## How to use\n\nThis is a static model: token vectors, their mean, and a small head.\n\n"
+        "```python\nfrom model2vec.inference import StaticModelPipeline\n\n"
+        f"classifier = StaticModelPipeline.from_pretrained({source}){remark}\n"
+        f'print(classifier.classes_, classifier.{answers}(["A text to classify."]))\n```\n\n'
+        "`nlpxfer predict` and `nlpxfer.Classifier` read it too, with its calibrated temperature."
     )
 
 
