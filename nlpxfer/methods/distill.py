@@ -29,7 +29,10 @@ class Distill(Method):
     In a multi-label task the divergence is that of each label's yes or no; in a regression both losses are half the
     squared error.
 
-    The label loss is a mean over the labelled rows of a step, the distillation loss one over all its rows.
+    The label loss is a mean over the labelled rows of a step, the distillation loss one over the rows that the teacher
+    says something about (`teacher_logits` is not NaN). `teacher_weights` multiply the distillation loss of each row;
+    the sum is divided by the number of these rows, not by the sum of the weights: less weight for some rows then
+    means less teaching in all, and does not make the other rows count more.
 
     Args:
         problem_type: What labels and logits are.
@@ -58,17 +61,26 @@ class Distill(Method):
             raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of the labelled rows and distillation loss of all rows."""
+        """Label loss of the labelled rows and distillation loss of the taught ones."""
         logits_BC = row_logits(model, batch)
         label_B = gold_loss(self.problem_type, logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
-        taught_BC = batch["teacher_logits"]
-        soft_B = teacher_loss(self.problem_type, logits_BC, taught_BC, temperature=self.temperature)
+        known_B, taught_BC = taught_rows(batch)
+        soft_B = teacher_loss(self.problem_type, logits_BC, taught_BC, temperature=self.temperature) * known_B
         return {"label": LossTerm(label_B, 1 - self.kd_weight), "soft_target": LossTerm(soft_B, self.kd_weight)}
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Labelled rows, and all rows."""
-        labels_B = batch["labels"]
-        return {
-            "label": labelled(labels_B).sum(),
-            "soft_target": torch.tensor(len(labels_B), device=labels_B.device),
-        }
+        """Labelled rows, and taught rows."""
+        return {"label": labelled(batch["labels"]).sum(), "soft_target": labelled(batch["teacher_logits"]).sum()}
+
+
+def taught_rows(batch: Batch) -> tuple[Tensor, Tensor]:
+    """How much of a teacher's loss each row counts, shape B, and the teacher's logits, 0 where it says nothing.
+
+    Args:
+        batch: Holds `teacher_logits` (B, C), NaN in rows that the teacher says nothing about, and perhaps
+            `teacher_weights` (B).
+    """
+    teacher_BC = batch["teacher_logits"]
+    known_B = labelled(teacher_BC)
+    weights_B = known_B.to(teacher_BC.dtype) * batch.get("teacher_weights", torch.ones_like(teacher_BC[:, 0]))
+    return weights_B, torch.where(known_B[:, None], teacher_BC, 0.0)
