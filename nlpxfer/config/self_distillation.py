@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Final, Literal
 
 from nlpxfer.config.options import option
 from nlpxfer.config.states import WEIGHTS
 from nlpxfer.config.student import STATIC
+from nlpxfer.config.teachers import TeacherOptions
 
 _DEFAULT_DECAY: Final = 0.99
 _OF_ANOTHER_TEACHER: Final = (
-    "teacher_name_or_path",
-    "teacher_num_train_epochs",
-    "teacher_learning_rate",
-    "teacher_cache",
+    *(field.name for field in fields(TeacherOptions) if field.name not in ("unlabelled_file", "unlabelled_rows")),
     "min_retention",
     "min_class_retention",
     "disagreements",
@@ -52,7 +50,8 @@ class SelfDistillation:
         if not self.teaches_itself:
             changed = self.ema_decay != _DEFAULT_DECAY
             return ["ema_decay: does nothing without self_distillation ema"] if changed else []
-        given = [name for name in others if getattr(self, name, None)]
+        defaults = {field.name: field.default for field in fields(self)}
+        given = [name for name in others if name in defaults and getattr(self, name) != defaults[name]]
         faults = [f"{name}: needs another teacher than self_distillation has" for name in given]
         if getattr(self, "student", None) == STATIC:
             faults.append("student: a static student starts from a teacher, which self_distillation has not")

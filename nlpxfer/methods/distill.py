@@ -40,7 +40,10 @@ class Distill(Method):
     In a multi-label task the divergence is that of each label's yes or no; in a regression both losses are half the
     squared error.
 
-    The label loss is a mean over the labelled rows of a step, all other losses one over all its rows.
+    The label loss is a mean over the labelled rows of a step, the distillation loss one over the rows that the teacher
+    says something about (`teacher_logits` is not NaN), the losses on states over all rows. `teacher_weights` multiply
+    the distillation loss of each row; the sum is divided by the number of these rows, not by the sum of the weights:
+    less weight for some rows then means less teaching in all, and does not make the other rows count more.
 
     Args:
         problem_type: What labels and logits are.
@@ -134,26 +137,40 @@ class Distill(Method):
         return facts | ({} if states is None else states.describe())
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of the labelled rows, distillation loss of all rows, and the terms on states."""
+        """Label loss of the labelled rows, distillation loss of the taught ones, and the terms on states."""
         terms: dict[str, LossTerm] = {}
         if self.states is None:
             logits_BC = row_logits(model, batch)
         else:
             logits_BC, terms = states_terms(self.states, model, batch)
         label_B = gold_loss(self.problem_type, logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
-        taught_BC = batch["teacher_logits"]
-        soft_B = teacher_loss(
+        known_B, taught_BC = taught_rows(batch)
+        soft_B = known_B * teacher_loss(
             self.problem_type, logits_BC, taught_BC, temperature=self.temperature, kd_loss=self.kd_loss
         )
         shared = {"label": LossTerm(label_B, 1 - self.kd_weight), "soft_target": LossTerm(soft_B, self.kd_weight)}
         return shared | terms
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Labelled rows, and all rows."""
+        """Labelled rows, taught rows (with a moving average as teacher: all), and all rows for the terms on states."""
         labels_B = batch["labels"]
-        every = ["soft_target"]
-        if self.states is not None:
-            weights = vars(self.states.plan)
-            every += [name for name in ("hidden", "relation", "similarity") if weights[f"{name}_weight"]]
         rows = torch.tensor(len(labels_B), device=labels_B.device)
-        return {"label": labelled(labels_B).sum(), **dict.fromkeys(every, rows)}
+        taught = rows if self.ema_decay is not None else labelled(batch["teacher_logits"]).sum()
+        known = {"label": labelled(labels_B).sum(), "soft_target": taught}
+        if self.states is None:
+            return known
+        weights = vars(self.states.plan)
+        return known | {name: rows for name in ("hidden", "relation", "similarity") if weights[f"{name}_weight"]}
+
+
+def taught_rows(batch: Batch) -> tuple[Tensor, Tensor]:
+    """How much of a teacher's loss each row counts, shape B, and the teacher's logits, 0 where it says nothing.
+
+    Args:
+        batch: Holds `teacher_logits` (B, C), NaN in rows that the teacher says nothing about, and perhaps
+            `teacher_weights` (B).
+    """
+    teacher_BC = batch["teacher_logits"]
+    known_B = labelled(teacher_BC)
+    weights_B = known_B.to(teacher_BC.dtype) * batch.get("teacher_weights", torch.ones_like(teacher_BC[:, 0]))
+    return weights_B, torch.where(known_B[:, None], teacher_BC, 0.0)
