@@ -113,6 +113,9 @@ def test_three_teachers_of_other_families_and_label_orders(tiny_data, tiny_check
     accuracy = np.mean([name == row["label"] for name, row in zip(best, rows, strict=True)])
     assert run.arm("teacher 3")["metrics"]["test"]["accuracy"] == pytest.approx(accuracy)
     assert list(run.run["parents"]) == ["teacher 1", "teacher 2", "teacher 3"]
+    for name in ("run.json", "report.json", "README.md"):
+        for place in (bert, gpt, tmp_path):
+            assert str(place) not in (run.folder / name).read_text(), name
     assert run.run["parents"]["teacher 3"]["name"] == "llm.csv"
     assert set(told["teachers"][0]) >= {"name", "weight", "temperature", "validation_loss", "computed"}
     kept = run.arm("distilled")["metrics"]["test"]["accuracy"] / run.arm("teacher")["metrics"]["test"]["accuracy"]
@@ -269,6 +272,10 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--teacher_weight_tau", "0.5"], "teacher_weight_tau: has no effect without --teacher_weights"),
         (["--unlabelled_file", "x", "--transfer_curve", "0,some"], "is not a list of numbers"),
         (["--teacher_file", "x.csv", "--teacher_learning_rate", "1e-3"], "does nothing beside teacher_file"),
+        (["--teacher_file", "x.csv", "--hidden_weight", "1"], "need one teacher, a classifier"),
+        (["--generations", "2", "--similarity_weight", "1"], "need one teacher, a classifier"),
+        (["--generations", "2", "--search", "true"], "generations: search tries students"),
+        (["--self_distillation", "ema", "--teacher_file", "x.csv"], "teacher_file: needs another teacher than"),
     ],
 )
 def test_options_that_do_not_go_together(own, told, tiny_data, tmp_path):
