@@ -42,6 +42,7 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.recipes import load_recipe
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
+from nlpxfer.teachers import ModelTeacher, Panel, TransferRows
 from nlpxfer.train.launch import seed_everything
 from nlpxfer.train.predict import predict
 
@@ -152,11 +153,12 @@ class Bench:
         """The distilling recipe's student, from an empty cache of teacher logits."""
         shutil.rmtree(self.cache, ignore_errors=True)
         start = time.perf_counter()
-        rows = self.recipe.TransferRows(self.run, self.plan, self.taught)
+        rows = TransferRows(self.run, Panel([ModelTeacher(self.taught, str(self.cache))]))
         teacher_seconds = time.perf_counter() - start
         method = Distill(temperature=self.plan.temperature, kd_weight=self.plan.kd_weight)
         facts = {"teacher": self.taught.weights_sha256}
-        arm = self.run.train("distilled", self.student, method, split=rows.with_teacher, seeds=[seed], facts=facts)[0]
+        split = rows.split(self.plan)
+        arm = self.run.train("distilled", self.student, method, split=split, seeds=[seed], facts=facts)[0]
         found = self._cell(arm)
         return found | {"teacher_seconds": teacher_seconds, "seconds": teacher_seconds + arm.train_seconds}
 

@@ -530,18 +530,35 @@ class Run:
             "tokenizer": checkpoint.tokenizer_sha256,
         }
 
-    def reference_arm(self, name: str, checkpoint: Checkpoint, description: str) -> Arm:
-        """The arm of a model that is used as it is."""
-        start = time.perf_counter()
-        logits = [self.predict(checkpoint.model, checkpoint.tokenizer, split) for split in ("validation", "test")]
+    def answering_arm(
+        self,
+        name: str,
+        logits: Sequence[Array],
+        seconds: float,
+        description: str,
+        *,
+        checkpoint: Checkpoint | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> Arm:
+        """The arm of somebody who was only asked: logits of the validation and of the test rows.
+
+        Args:
+            name: Of the arm.
+            logits: Of both splits.
+            seconds: What asking took.
+            description: One sentence.
+            checkpoint: The model that answered, if it was one.
+            details: Anything else for the report.
+        """
         self.answers[name] = [Answers(*logits)]
         return Arm(
             name=name,
             metrics=self.metrics(*logits),
-            seconds=time.perf_counter() - start,
-            parameters=parameter_count(checkpoint.model),
-            bytes=_stored_bytes(checkpoint.model),
+            seconds=seconds,
+            parameters=None if checkpoint is None else parameter_count(checkpoint.model),
+            bytes=None if checkpoint is None else _stored_bytes(checkpoint.model),
             description=description,
+            details=details or {},
         )
 
     def keep_beside(self, name: str, arm: TrainedArm, *, as_name: str) -> Checkpoint:

@@ -92,7 +92,7 @@ def start_run(
     options.bf16 = config["bf16"] = precision.bf16
     if options.mixed_precision != "fp16":
         options.mixed_precision = "bf16" if precision.bf16 else "no"
-    unlabelled = next((o.unlabelled_file for o in others if getattr(o, "unlabelled_file", None)), None)
+    unlabelled = next((o for o in others if getattr(o, "unlabelled_file", None)), None)
     data = load_data(_request(data_options, unlabelled))
     _choose_metric(options, data.schema.problem_type)
     config["metric_for_best_model"], config["greater_is_better"] = (
@@ -145,13 +145,14 @@ def _check_search(recipe: str, options: RunOptions, searches: bool) -> None:
     check_search_installed()
 
 
-def _request(options: DataOptions, unlabelled_file: str | None) -> DataRequest:
-    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file", "augmentation"}
+def _request(options: DataOptions, unlabelled: object | None) -> DataRequest:
+    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file", "unlabelled_rows", "augmentation"}
     shared = {name: getattr(options, name) for name in known}
     return DataRequest(
         **shared,
         seed=options.data_split_seed,
-        unlabelled_file=unlabelled_file,
+        unlabelled_file=getattr(unlabelled, "unlabelled_file", None),
+        unlabelled_rows=getattr(unlabelled, "unlabelled_rows", None),
         augmentation=Augmentation.from_options(vars(options)),
     )
 

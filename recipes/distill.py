@@ -3,7 +3,8 @@
     accelerate launch recipes/distill.py
     accelerate launch recipes/distill.py recipes/configs/distill.yaml --teacher_name_or_path runs/finetune
 
-Without `--teacher_name_or_path` a teacher is fine-tuned first. The student is a part of the teacher, static (token
+Without a teacher (`--teacher_name_or_path`, `--teacher_file`, `--zero_shot_teacher`; several are mixed) one is
+fine-tuned first: docs/teachers.md. The student is a part of the teacher, static (token
 vectors and no attention), or any checkpoint: docs/students.md. The control arm is the same student with the same
 number of steps and no teacher: a part is taken from the pretrained checkpoint that the teacher came from, where that
 is known. Options given as ranges are searched for the student: a teacher made on the spot has the defaults of these,
@@ -18,29 +19,41 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-
-from nlpxfer.checkpoint.load import Checkpoint, label_names, load_classifier, load_teacher
+from nlpxfer.checkpoint.load import Checkpoint, label_names, load_classifier
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.config.self_distillation import SelfDistillation
-from nlpxfer.config.states import StatesPlan
+from nlpxfer.config.states import WEIGHTS, StatesPlan
 from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
+from nlpxfer.config.teachers import TeacherOptions
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
-from nlpxfer.report.report import Arm, Report, Verdict
+from nlpxfer.report.report import Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.smallest import find_smallest, slices
 from nlpxfer.start import start_run
 from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
-from nlpxfer.train.teacher_cache import teacher_logits
+from nlpxfer.teachers import (
+    ModelTeacher,
+    Panel,
+    TransferRows,
+    check_assistants,
+    check_contradiction_weight,
+    check_curve,
+    folds_of_teacher,
+    measure_panel,
+    open_teachers,
+    taught_by_each_other,
+    train_on_folds,
+    transfer_curve,
+)
 from nlpxfer.train.teacher_states import TeacherStates, check_states
 from nlpxfer.verdict import check_targets, judge
 
@@ -48,50 +61,36 @@ DEFAULT_MODEL = "all-MiniLM-L6-v2"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillOptions(StudentOptions, TargetOptions, StatesPlan, SelfDistillation):
+class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, SelfDistillation):
     """Teacher, student and how the one learns from the other."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
-        "teacher_num_train_epochs": "the search is for the student",
-        "teacher_learning_rate": "the search is for the student",
         "student": "each kind has options of its own",
         "self_distillation": "it decides which arms there are",
+        **TeacherOptions.TEACHERS_NOT_SEARCHED,
         **TargetOptions.TARGETS_NOT_SEARCHED,
+    }
+    needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = {
+        **TeacherOptions.needed_switches,
+        **StudentOptions.needed_switches,
     }
 
     model_name_or_path: str | None = option(
         None,
         "Pretrained checkpoint the teacher starts, or started, from. Default for the first: all-MiniLM-L6-v2.",
     )
-    teacher_name_or_path: str | None = option(None, "A classifier fine-tuned on the same labels: folder or Hub id.")
-    teacher_num_train_epochs: float | None = option(
-        None, "Passes over the training rows for a teacher made on the spot. Default: num_train_epochs."
-    )
-    teacher_learning_rate: float | None = option(None, "Its learning rate. Default: learning_rate.")
-    teacher_cache: str | None = option(
-        None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
-    )
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
     kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
     kd_loss: Literal["kl", "mse"] = option("kl", "Compare logits by T^2 KL, or by their squared error.")
-    unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
 
     def __post_init__(self) -> None:
-        faults = self.student_faults() + self.target_faults()
+        faults = self.teacher_faults() + self.student_faults() + self.target_faults() + self._mixed_faults()
         own = {"student": LAYERS, "student_name_or_path": None, "hidden_layers": "auto", **CUTS}
         given = [name for name, default in own.items() if self.search and getattr(self, name) != default]
         faults += [f"{name}: search tries students of several kinds; leave it out" for name in given]
         if self.student == STATIC:
             no_layers = [name for name in ("hidden_weight", "relation_weight") if getattr(self, name)]
             faults += [f"{name}: a static student has no layers" for name in no_layers]
-        for name in ("teacher_num_train_epochs", "teacher_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                faults.append(f"{name}: {value} is not positive")
-            if value is not None and self.teacher_name_or_path:
-                faults.append(f"{name}: does nothing beside teacher_name_or_path")
-        if self.model_name_or_path and self.teacher_name_or_path and self.student_name_or_path:
-            faults.append("model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path")
         try:
             values = {"temperature": self.temperature, "kd_weight": self.kd_weight, "kd_loss": self.kd_loss}
             Distill(**values, ema_decay=self.ema_decay)
@@ -103,10 +102,36 @@ class DistillOptions(StudentOptions, TargetOptions, StatesPlan, SelfDistillation
         if faults:
             raise ConfigError.from_faults(faults)
 
+    def _mixed_faults(self) -> list[str]:
+        """What of teachers, students and losses does not go together, one sentence each."""
+        faults = []
+        chained = [name for name, on in self.links.items() if on]
+        faults += [
+            f"search: chooses the student; it cannot be combined with {name}" for name in chained if self.search
+        ]
+        for name in [name for name in WEIGHTS if getattr(self, name)]:
+            faults += [f"{name}: cannot be combined with {link}: their states are not read" for link in chained]
+            if not self.trains_teacher and not self.teacher_names:
+                faults.append(f"{name}: needs a teacher that is a classifier (teacher_name_or_path)")
+        if self.teaches_itself:
+            idle = {**self.links, "contradiction_weight": self.contradiction_weight != 1}
+            idle |= {name: getattr(self, name) for name in ("teacher_file", "zero_shot_teacher")}
+            idle |= {name: getattr(self, name) for name in ("teacher_folds", "transfer_curve")}
+            faults += [f"{name}: needs another teacher than self_distillation has" for name, on in idle.items() if on]
+        if self.model_name_or_path and not self.trains_teacher and self.student_name_or_path:
+            given = "teacher_name_or_path" if self.teacher_names else "the teacher that was given"
+            faults.append(f"model_name_or_path: does nothing beside {given} and student_name_or_path")
+        return faults
+
+    @property
+    def links(self) -> dict[str, bool]:
+        """Which options put others between teacher and student."""
+        return {"assistant_num_layers": bool(self.assistant_num_layers), "generations": self.generations > 1}
+
     @property
     def pretrained(self) -> str | None:
         """The checkpoint that the teacher starts or started from; None if a teacher is given and it is not known."""
-        return self.model_name_or_path or (None if self.teacher_name_or_path else DEFAULT_MODEL)
+        return self.model_name_or_path or (None if self.teacher_names else DEFAULT_MODEL)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -121,44 +146,65 @@ def main(argv: Sequence[str] | None = None) -> Report:
         if plan.teaches_itself:
             return distil_itself(run, plan)
         check_targets(run, plan)
-        refuse_unused(run, plan, teacher_given=plan.teacher_name_or_path is not None)
+        refuse_unused(run, plan, teacher_given=not plan.trains_teacher)
+        check_contradiction_weight(run, plan)
+        check_curve(run, plan)
         _, alone = methods_for(run, plan)
-        base = resolve_checkpoint(str(plan.student_name_or_path or plan.teacher_name_or_path or plan.pretrained))
-        teacher, teacher_arm, pretrained = get_teacher(run, plan, alone)
-        rows = TransferRows(run, plan, teacher)
+        base = resolve_checkpoint(str(plan.student_name_or_path or next(iter(plan.teacher_names), plan.pretrained)))
+        panel, source, pretrained = get_teachers(run, plan, alone)
+        if plan.search and panel.arm is None:
+            raise ConfigError("search: needs a teacher that answers all validation and test rows.")
+
+        def untaught(plan: DistillOptions, source: Checkpoint) -> dict[str, Any]:
+            build, (method, _) = student_of(run, plan, source), methods_for(run, plan)
+            return {"build": build, "method": method} | training_of(run, plan)
+
+        first = TransferRows(run, panel)
+        last, rows, between = taught_by_each_other(
+            run,
+            plan,
+            panel,
+            first,
+            assistant=lambda layers: untaught(assistant_plan(plan, layers), source),
+            student=untaught(plan, source),
+        )
+
+        states = TeacherStates(
+            plan.asked(options.ranges), source, options, lambda tokenizer: with_unlabelled(run, tokenizer).train
+        )
+        rows.columns = states.columns
 
         def arm(plan: DistillOptions) -> dict[str, Any]:
-            build, (method, _) = student_of(run, plan, teacher), methods_for(run, plan)
-            method = replace(method, teacher_labels=label_names(teacher.model), states=rows.states.guide(plan))
-            facts = {"teacher": teacher.weights_sha256}
-            shared = {"build": build, "method": method, "split": rows.with_teacher, "facts": facts}
-            return shared | training_of(run, plan)
+            found = untaught(plan, source) | {"split": rows.split(plan), "facts": {"teacher": last.identity(run)}}
+            labels = label_names(source.model)
+            return found | {"method": replace(found["method"], teacher_labels=labels, states=states.guide(plan))}
 
         plan = run.search("distilled", arm, plan)
-        plan = find_smallest(run, plan, slices(teacher.model), arm, teacher)
+        plan = find_smallest(run, plan, slices(source.model), arm, source)
         student = run.train("distilled", **arm(plan))
-        distilled = run.arm(student, f"the student, taught by {teacher.name}")
-        arms = [distilled, run.majority_arm()]
-        models = {teacher_arm.name: teacher, "distilled": student[0]}
+        distilled = run.arm(student, f"the student, taught by {last.name}")
+        curve = transfer_curve(run, plan, rows, arm(plan), student, distilled)
+        arms = [*between, distilled, *curve, run.majority_arm()]
+        models = {**panel.models, "distilled": student[0]}
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
-            untaught, (_, alone) = student_of(run, plan, pretrained, like=teacher), methods_for(run, plan)
-            control = run.train("control", untaught, alone, **training_of(run, plan) | {"max_steps": student[0].steps})
+            build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
+            control = run.train("control", build, alone, **training_of(run, plan) | {"max_steps": student[0].steps})
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
-        arms = run.with_speed([teacher_arm, *arms], models)
-        judged = judge(run, plan, arms, models, student[0], rows.by_split())
-        run.checks["teacher"] = rows.cache | {"retention": judged.retention}
+        arms = run.with_speed([*panel.arms, *arms], models)
+        judged = judge(run, plan, arms, models, student[0], first.by_split())
+        run.checks["teacher"] = rows.facts | {"retention": judged.retention}
         run.checks["preflight"] = student[0].preflight
         return run.finish(
             student,
             judged.arms,
             verdict,
-            description=f"A {kind_of(student[0])}, distilled from {teacher.name}.",
+            description=f"A {kind_of(student[0])}, distilled from {panel.name}.",
             base_model=base,
-            parents={"teacher": run.parent_facts(teacher)},
+            parents=panel.parents(run),
             tags=["knowledge-distillation"],
             missed=judged.missed,
         )
@@ -178,36 +224,66 @@ def methods_for(run: Run, plan: DistillOptions) -> tuple[Distill, FineTune]:
     return taught, FineTune(problem_type=kind, label_smoothing=smoothing)
 
 
-def get_teacher(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Checkpoint, Arm, Checkpoint]:
-    """The teacher, its arm, and where the control student's layers come from.
+def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Panel, Checkpoint, Checkpoint]:
+    """Who teaches, what the student's layers are cut from, and where those of the control student come from.
 
-    The teacher is the one that was given, or is fine-tuned on the spot and saved in `teacher/` of the output folder.
-    The control student's layers are those of the pretrained checkpoint, or the teacher's if that is not known.
+    Teachers are those that were given, or one is fine-tuned on the spot and saved in `teacher/` of the output folder.
+    The student is cut from the first that is a classifier, or else from the pretrained checkpoint; the control student
+    from the pretrained checkpoint, or from the same teacher if that is not known.
     """
-    if plan.teacher_name_or_path:
-        teacher = load_teacher(plan.teacher_name_or_path, schema=run.data.schema)
-        base = teacher if plan.pretrained is None else start_of(teacher, plan.pretrained, run)
-        run.begin(teacher, untrained(run, plan, teacher), arms=2)
-        teacher.model.to(run.options.device)
-        return teacher, run.reference_arm("teacher", teacher, f"{teacher.name}, as given"), base
+    given = open_teachers(run, plan)
+    if not given:
+        return teacher_on_the_spot(run, plan, method)
+    source = next((teacher.checkpoint for teacher in given if teacher.checkpoint), None)
+    if source is None:
+        source = base = load_classifier(str(plan.pretrained), schema=run.data.schema, seed=run.seeds[0])
+    else:
+        base = source if plan.pretrained is None else start_of(source, plan.pretrained, run)
+    models = [teacher.model for teacher in given if teacher.model]
+    begin(run, plan, source, models, arms=2)
+    for model in models:
+        model.model.to(run.options.device)
+    return measure_panel(run, plan, given), source, base
+
+
+def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Panel, Checkpoint, Checkpoint]:
+    """A teacher that is fine-tuned first, also on folds if asked for."""
     pretrained = str(plan.pretrained)
 
     def build(seed: int) -> Checkpoint:
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
-    base = build(run.seeds[0])
-    run.begin(base, untrained(run, plan, base), arms=3)
-    trained = run.train(
-        "teacher",
-        build,
-        method,
-        seeds=run.seeds[:1],
-        num_train_epochs=plan.teacher_num_train_epochs or run.options.num_train_epochs,
-        learning_rate=plan.teacher_learning_rate or run.options.learning_rate,
-    )
+    base, folds = build(run.seeds[0]), folds_of_teacher(run, plan)
+    begin(run, plan, base, [base], arms=3 + plan.teacher_folds)
+    training = {
+        "num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs,
+        "learning_rate": plan.teacher_learning_rate or run.options.learning_rate,
+    }
+    trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
+    held_out = train_on_folds(run, folds, build, method, **training)
     name = f"{pretrained} fine-tuned"
     teacher = run.keep_beside("teacher", trained[0], as_name=name)
-    return teacher, run.arm(trained, f"{name}, all layers"), base
+    panel = Panel(
+        [ModelTeacher(teacher, plan.teacher_cache, held_out)],
+        [run.arm(trained, f"{name}, all layers")],
+        models={"teacher": teacher},
+    )
+    return panel, teacher, base
+
+
+def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[Checkpoint], *, arms: int) -> None:
+    """The last that refuses what cannot work; then start to write."""
+    student = untrained(run, plan, source)
+    cut = plan.student == LAYERS and not plan.student_name_or_path
+    layers = int(student.model.config.num_hidden_layers) if cut else None
+    check_assistants(plan, int(source.model.config.num_hidden_layers), layers)
+    run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
+
+
+def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:
+    """The plan of a student that is an assistant of so many layers, spread over the teacher."""
+    whole = {**CUTS, "student_num_layers": layers, "student": LAYERS, "student_name_or_path": None}
+    return replace(plan, **whole)
 
 
 def start_of(teacher: Checkpoint, pretrained: str, run: Run) -> Checkpoint:
@@ -242,45 +318,6 @@ def with_unlabelled(run: Run, tokenizer: object) -> Splits:
     if run.data.unlabelled is None:
         return splits
     return replace(splits, train=TokenisedRows.join(splits.train, run.tokenise(tokenizer, "unlabelled")))
-
-
-class TransferRows:
-    """Training rows with the teacher's outputs, and with unlabelled rows if there are any."""
-
-    def __init__(self, run: Run, plan: DistillOptions, teacher: Checkpoint) -> None:
-        self.run = run
-        self.splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
-        parts = [run.texts(split) for split in self.splits]
-        texts = [text for part, _ in parts for text in part]
-        pairs = None if parts[0][1] is None else [pair for _, part in parts for pair in part or []]
-        self.logits, self.cache = teacher_logits(
-            teacher,
-            texts,
-            pairs,
-            labels=run.data.schema.names,
-            max_length=run.data_options.max_length,
-            long_texts=run.long_texts,
-            batch_size=run.options.per_device_eval_batch_size,
-            bf16=bool(run.options.bf16),
-            folder=plan.teacher_cache,
-            quiet=bool(run.options.disable_tqdm),
-        )
-
-        self.states = TeacherStates(plan.asked(run.options.ranges), teacher, run.options, self._rows_of)
-
-    def _rows_of(self, tokenizer: object) -> TokenisedRows:
-        return with_unlabelled(self.run, tokenizer).train
-
-    def by_split(self) -> dict[str, Any]:
-        """The teacher's logits of each split."""
-        ends = np.cumsum([len(getattr(self.run.data, split)) for split in self.splits])
-        return dict(zip(self.splits, np.split(self.logits, ends[:-1]), strict=True))
-
-    def with_teacher(self, tokenizer: object) -> Splits:
-        """The splits as the student's tokenizer sees them; `train` has the column `teacher_logits`."""
-        splits = with_unlabelled(self.run, tokenizer)
-        train = splits.train.with_columns(teacher_logits=self.logits, **self.states.columns)
-        return replace(splits, train=train)
 
 
 def distil_itself(run: Run, plan: DistillOptions) -> Report:

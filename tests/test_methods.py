@@ -188,6 +188,23 @@ def test_distill(model, batch):
     assert set(counts) == set(terms)
 
 
+def test_distill_of_rows_that_are_not_taught_or_weigh_less(model, batch):
+    """NaN: no teacher; the loss is 0 there and the row is not counted. A weight scales a row, and it still counts."""
+    method = Distill(temperature=3.0, kd_weight=0.7)
+    plain = method.loss_terms(model.model, batch)["soft_target"].rows_B.detach()
+    logits = batch["teacher_logits"].clone()
+    logits[1] = float("nan")
+    weights = torch.tensor([1.0, 1.0, 0.25, 0.0, 1.0, 1.0])
+    changed = {**batch, "teacher_logits": logits, "teacher_weights": weights}
+    terms = method.loss_terms(model.model, changed)
+    expected = plain * torch.tensor([1.0, 0.0, 0.25, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(terms["soft_target"].rows_B, expected)
+    assert method.counts(changed)["soft_target"].item() == 5
+    assert method.counts(changed)["label"].item() == method.counts(batch)["label"].item()
+    terms["soft_target"].rows_B.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.model.parameters())
+
+
 def test_distilling_one_weight_alone_is_the_other_method(model, batch):
     labels_only = Distill(kd_weight=0.0).loss_terms(model.model, batch)
     torch.testing.assert_close(

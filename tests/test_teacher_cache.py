@@ -1,23 +1,29 @@
 """Teacher logits from disk are those of the text asked for, by the teacher asked for."""
 
 import json
+import multiprocessing
 import os
+import signal
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from cache_processes import ask_together, die_in_the_third_part
+from processes import TIMEOUT
 from safetensors.numpy import load_file
 from tiny import LABELS, make_rows
 
 from nlpxfer.checkpoint import load_teacher
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import NotFiniteError, StaleCacheError
-from nlpxfer.train import teacher_cache
+from nlpxfer.train import row_cache, teacher_cache
 from nlpxfer.train.teacher_cache import (
     TeacherIdentity,
     cached_logits,
     default_cache_folder,
     teacher_logits,
+    text_key_array,
     text_keys,
 )
 
@@ -321,3 +327,159 @@ def test_default_folder(teacher, tmp_path, monkeypatch):
     monkeypatch.delenv("NLPXFER_CACHE")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert default_cache_folder(IDENTITY) == tmp_path / "home" / ".cache" / "nlpxfer" / "teacher" / IDENTITY.key
+
+
+# -- large, and shared
+
+
+def test_shuffled_subset_and_repeated_rows_have_their_own_logits(tmp_path, monkeypatch):
+    """Many parts, values on disk, and draws with repetition: as an independent look-up by text has it."""
+    monkeypatch.setattr(teacher_cache, "PART_ROWS", 7)
+    monkeypatch.setattr(row_cache, "IN_MEMORY", 0)
+    rng = np.random.default_rng(11)
+    known = []
+    for size in (30, 55, 4, 200):
+        texts = [f"text {index}" for index in rng.integers(0, 90, size=size)]
+        computed = ask(tmp_path / "cache", texts)
+        assert len(computed) == len(set(computed))
+        assert set(computed) == set(texts) - set(known)
+        known += computed
+    logits, _ = cached_logits(tmp_path / "cache", IDENTITY, text_keys(known), Teacher(known))
+    assert isinstance(logits, np.memmap)
+    assert [path.name for path in (tmp_path / "cache").iterdir() if "tmp" in path.name] == []
+
+
+def test_keys_as_bytes_and_as_an_array(tmp_path):
+    texts, pairs = ["a", "b", "a"], ["x", "y", "x"]
+    for second in (None, pairs):
+        array = text_key_array(texts, second)
+        assert array.shape == (3, 32)
+        assert [row.tobytes() for row in array] == text_keys(texts, second)
+    ask(tmp_path / "cache", texts)
+    logits, computed = cached_logits(tmp_path / "cache", IDENTITY, text_key_array(texts), Teacher(texts))
+    assert computed == 0
+    np.testing.assert_array_equal(logits, [logits_of(text) for text in texts])
+
+
+def test_two_jobs_at_once_agree(tmp_path, monkeypatch):
+    """A second job, which rounds otherwise, fills the folder while the first computes: who wrote first is right."""
+    monkeypatch.setattr(teacher_cache, "PART_ROWS", 4)
+    folder, others = tmp_path / "cache", []
+
+    def second(rows):
+        return np.stack([logits_of(TEXTS[int(row)]) for row in rows]) + 0.5
+
+    class First(Teacher):
+        def __call__(self, rows):
+            if not self.calls:
+                others.append(cached_logits(folder, IDENTITY, text_keys(TEXTS[2:10]), lambda r: second(r + 2)))
+            return super().__call__(rows)
+
+    first = First(TEXTS)
+    mine, computed = cached_logits(folder, IDENTITY, text_keys(TEXTS), first)
+    theirs, _ = others[0]
+    np.testing.assert_array_equal(mine[2:10], theirs)
+    np.testing.assert_array_equal(mine[[0, 1]], [logits_of(text) for text in TEXTS[:2]])
+    assert first.computed == [*TEXTS[:4], *TEXTS[10:]], "what the other job wrote meanwhile is not computed again"
+    assert computed == 14
+    again, computed = cached_logits(folder, IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+    assert computed == 0
+    np.testing.assert_array_equal(again, mine)
+    kept = [key.tobytes() for part in parts_in(folder) for key in load_file(part)["keys"]]
+    assert sorted(kept) == sorted(text_keys(TEXTS)), "each text is kept once"
+
+
+def test_a_job_of_another_teacher_cannot_slip_in(tmp_path):
+    """Both saw an empty folder; the slower one must not take the folder over."""
+    folder, other = tmp_path / "cache", replace(IDENTITY, weights="v" * 64)
+    slower = row_cache.RowCache(
+        folder=folder,
+        manifest=other.as_manifest(),
+        width=3,
+        values="logits",
+        owner="teacher",
+        option="--teacher_cache",
+        part_rows=8,
+    )
+    ask(folder, TEXTS[:5])
+    with pytest.raises(StaleCacheError, match="weights: cached"):
+        slower._begin([], 5)
+    assert ask(folder, TEXTS[:5]) == []
+
+
+def test_a_part_of_another_teacher_is_damage(tmp_path):
+    ask(tmp_path / "a", TEXTS[:5])
+    ask(tmp_path / "b", TEXTS[5:9], identity=replace(IDENTITY, weights="v" * 64))
+    (part,) = parts_in(tmp_path / "b")
+    part.rename(tmp_path / "a" / part.name)
+    with pytest.raises(StaleCacheError, match="was changed after it was written"):
+        cached_logits(tmp_path / "a", IDENTITY, text_keys(TEXTS), Teacher(TEXTS))
+
+
+def forkserver():
+    """Starts processes that have imported everything already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cache_processes"])
+    return context
+
+
+@pytest.mark.processes
+def test_a_killed_job_leaves_its_finished_parts(tmp_path):
+    folder = tmp_path / "cache"
+    process = forkserver().Process(target=die_in_the_third_part, args=(folder, IDENTITY, text_keys(TEXTS)))
+    process.start()
+    process.join(TIMEOUT)
+    assert process.exitcode == -signal.SIGKILL
+    assert len(parts_in(folder)) == 2
+    teacher = Teacher(TEXTS)
+    logits, computed = cached_logits(folder, IDENTITY, text_keys(TEXTS), teacher)
+    assert teacher.computed == TEXTS[12:]
+    assert computed == 8
+    np.testing.assert_array_equal(logits[:12], np.ones((12, 3)))
+
+
+@pytest.mark.processes
+def test_two_processes_share_the_work(teacher, tiny_checkpoint, tmp_path):
+    texts, folder = [*TINY_TEXTS, *TINY_TEXTS[:5]], str(tmp_path / "cache")
+    context = forkserver()
+    words = (folder, str(tiny_checkpoint("bert", "classifier")), texts, LABELS)
+    both = [context.Process(target=ask_together, args=(rank, *words)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(TIMEOUT)
+        process.kill()
+    assert [process.exitcode for process in both] == [0, 0]
+    facts = [json.loads((tmp_path / f"cache-{rank}.json").read_text()) for rank in (0, 1)]
+    distinct = len(set(texts))
+    assert [found["computed"] for found in facts] == [distinct, distinct]
+    forward = [found["forward"] for found in facts]
+    assert min(forward) > 0.3 * distinct
+    assert sum(forward) <= distinct + 2 * 8, "each text once, but for a batch that keeps the processes in step"
+    alone, told = teacher_logits(teacher, texts, labels=LABELS, max_length=32, folder=tmp_path / "alone")
+    assert told["computed"] == distinct
+    for rank in (0, 1):
+        np.testing.assert_allclose(np.load(tmp_path / f"cache-{rank}.npy"), alone, atol=1e-5)
+    cached, told = teacher_logits(teacher, texts, labels=LABELS, max_length=32, folder=folder)
+    assert told["computed"] == 0
+    np.testing.assert_array_equal(cached, np.load(tmp_path / "cache-0.npy"))
+
+
+def test_memory_does_not_hold_the_values(tmp_path, monkeypatch):
+    """20,000 rows of 256 numbers, 20 MB; what is held for a row are keys and places."""
+    monkeypatch.setattr(row_cache, "IN_MEMORY", 0)
+    monkeypatch.setattr(teacher_cache, "PART_ROWS", 1024)
+    identity = replace(IDENTITY, labels=tuple(map(str, range(256))))
+    keys = text_key_array([str(number) for number in range(20_000)])
+
+    def compute(rows):
+        return np.repeat(rows[:, None].astype(np.float32), 256, axis=1)
+
+    for expected in (20_000, 0):
+        tracemalloc.start()
+        logits, computed = cached_logits(tmp_path / "cache", identity, keys, compute)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert computed == expected
+        assert (logits[:, 7] == np.arange(20_000)).all()
+        assert peak < 0.5 * logits.nbytes

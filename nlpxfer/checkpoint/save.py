@@ -64,6 +64,7 @@ OWN_FILES: Final = frozenset(
         "errors.json",
         "errors.md",
         "label_errors.jsonl",
+        "transfer_curve.png",
     }
 )
 OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "predictions", "teacher", "tensorboard"})

@@ -81,7 +81,13 @@ DATA_SWITCHES: dict[str, tuple[str, object]] = {
 }
 """The same for the options of the data."""
 
-ANY_VALUE = {"report_to": "a tracker", "augmentation": "swap"}
+ANY_VALUE = {
+    "report_to": "a tracker",
+    "augmentation": "swap",
+    "teacher_file": "FILE",
+    "zero_shot_teacher": "MODEL",
+    "unlabelled_file": "FILE",
+}
 """Switch of which any value will do -> what to type, for the message."""
 
 

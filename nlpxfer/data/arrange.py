@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
+import numpy as np
+
 from nlpxfer.data.formats import SHOWN_FAULTS
 from nlpxfer.data.leaks import find_leaks
 from nlpxfer.data.rows import Rows
@@ -23,7 +25,7 @@ from nlpxfer.data.splits import (
     stratified_sample,
     stratified_split,
 )
-from nlpxfer.errors import DataError, LabelError, nearest
+from nlpxfer.errors import ConfigError, DataError, LabelError, nearest
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 
 LOGGER = logging.getLogger(__name__)
@@ -255,6 +257,21 @@ def sample(train: Rows, count: int, seed: int, *, problem_type: str = SINGLE_LAB
     if problem_type == MULTI_LABEL:
         return train.take(iterative_sample(list(train.names_by_row()), train.keys(), count=count, seed=seed))
     return train.take(stratified_sample(_strata(train, problem_type), train.keys(), count=count, seed=seed))
+
+
+def draw_texts(unlabelled: Rows, count: int, seed: int) -> Rows:
+    """Some of the unlabelled texts, in their order.
+
+    Raises:
+        ConfigError: There are not so many.
+    """
+    if count > len(unlabelled):
+        raise ConfigError(
+            f"unlabelled_rows: {count} is more than the {len(unlabelled)} unlabelled texts that can be used.",
+            fix=f"--unlabelled_rows {len(unlabelled)}, or leave it out",
+        )
+    drawn = np.random.default_rng(seed).permutation(len(unlabelled))[:count]
+    return unlabelled.take(sorted(drawn.tolist()))
 
 
 def compare(splits: Mapping[str, Rows], unlabelled: Rows | None) -> dict[str, dict[str, Any]]:

@@ -48,15 +48,20 @@ def read_table(path: str | Path, columns: Sequence[str], *, texts_only: bool = F
             columns.
     """
     path = Path(path)
-    _check_exists(path)
-    reader = _reader_for(path, texts_only=texts_only)
-    raw = reader(path, columns)
-    _check_columns(path, raw, columns)
-    if not raw.columns[columns[0]]:
-        raise DataError(f"{path} has no rows.", why="only the header was written")
+    raw = read_some_columns(path, columns, needed=columns, texts_only=texts_only)
     wanted = {name: raw.columns[name] for name in columns}
     named = {name: raw.class_names[name] for name in columns if name in raw.class_names}
     return Table(source=str(path), name=path.name, columns=wanted, lines=raw.lines, class_names=named)
+
+
+def read_some_columns(path: Path, columns: Sequence[str], *, needed: Sequence[str], texts_only: bool = False) -> Raw:
+    """Read those of the named columns that a data file has; it must have the needed ones. See `read_table`."""
+    _check_exists(path)
+    raw = _reader_for(path, texts_only=texts_only)(path, columns)
+    _check_columns(path, raw, needed)
+    if not raw.columns[needed[0]]:
+        raise DataError(f"{path} has no rows.", why="only the header was written")
+    return raw
 
 
 def _reader_for(path: Path, *, texts_only: bool) -> Callable[[Path, Sequence[str]], Raw]:

@@ -49,6 +49,7 @@ def make_folds(
     *,
     count: int,
     seed: int,
+    option: str = "num_folds",
 ) -> Folds:
     """Stratified folds of rows; rows with the same normalised text (and pair) share one.
 
@@ -59,6 +60,7 @@ def make_folds(
         names: Label names in schema order.
         count: K, the number of folds.
         seed: Deals the rows out.
+        option: What the user calls `count`.
 
     Raises:
         ConfigError: There are fewer different texts than folds, or a fold leaves one class only to learn from.
@@ -68,16 +70,16 @@ def make_folds(
     different = len(set(keys))
     if count > different:
         raise ConfigError(
-            f"num_folds: {count} is more than the {different} different training texts.",
-            fix=f"--num_folds {min(5, different)}" if different >= 2 else "",
+            f"{option}: {count} is more than the {different} different training texts.",
+            fix=f"--{option} {min(5, different)}" if different >= 2 else "",
         )
     fold_N = np.asarray(stratified_folds(labels_N.tolist(), keys, folds=count, seed=seed))
     for fold in range(count):
         if len(np.unique(labels_N[fold_N != fold])) < 2:
             raise ConfigError(
-                f"num_folds: without fold {fold + 1} the training rows have one class only.",
+                f"{option}: without fold {fold + 1} the training rows have one class only.",
                 why="the other classes have too few different texts",
-                fix="add rows of these classes, or leave num_folds out",
+                fix=f"add rows of these classes, or leave {option} out",
             )
     unlearnt_N = np.zeros(len(labels_N), dtype=bool)
     few, alone = [], []
@@ -96,7 +98,7 @@ def make_folds(
             f"classes whose rows all stand in one fold, so that its model has not learnt them: {_listed(alone)}"
         )
     for line in warnings:
-        LOGGER.warning("num_folds: %s", line)
+        LOGGER.warning("%s: %s", option, line)
     return Folds(count, fold_N, unlearnt_N, tuple(warnings))
 
 

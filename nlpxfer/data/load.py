@@ -23,6 +23,7 @@ from nlpxfer.data.arrange import (
     check_labels,
     compare,
     count_contradictions,
+    draw_texts,
     drop_leaks,
     drop_rare_labels,
     freeze_label_set,
@@ -66,6 +67,7 @@ class DataRequest:
         min_label_rows: Multi-label: labels with fewer training rows are left out of all splits.
         unlabelled_file: Texts without labels: .txt with one text per line, or another format with the text columns.
             'auto' takes unlabelled.txt of the folder or bundled set that `dataset_name` names.
+        unlabelled_rows: Keep this many of the unlabelled texts, drawn by lot.
         max_train_samples: Train on this many rows, drawn so that each class keeps its share.
         validation_share: Part of the training rows that becomes the missing validation split.
         test_share: Part of the training rows that becomes the missing test split.
@@ -86,6 +88,7 @@ class DataRequest:
     label_separator: str | None = None
     min_label_rows: int = 1
     unlabelled_file: str | None = None
+    unlabelled_rows: int | None = None
     max_train_samples: int | None = None
     validation_share: float = 0.1
     test_share: float = 0.1
@@ -118,7 +121,8 @@ class TextData:
             splits now are: after `drop_leaks`, if that was asked for. `rows` are indices from 0.
         fingerprint: sha256 over the schema and every row of every split, in order.
         sources: Split to the name of its file, without the folder.
-        removed: How many rows were taken out: `train_leaks`, `unlabelled_exact`, `unlabelled_leaks`, `train_sample`.
+        removed: How many rows were taken out: `train_leaks`, `unlabelled_exact`, `unlabelled_leaks`,
+            `unlabelled_sample`, `train_sample`.
         contradictions: Distinct training texts that stand there with more than one label.
         warnings: What a reader of the report should know.
         augmented: Edited copies among the training rows, which stand at their end: the `edits`, rows `added` and
@@ -266,6 +270,10 @@ def _reduce(
             rest = drop_leaks(unlabelled, splits)
             removed["unlabelled_leaks"] = len(unlabelled) - len(rest)
             unlabelled = rest
+    if unlabelled is not None and request.unlabelled_rows is not None:
+        rest = draw_texts(unlabelled, request.unlabelled_rows, request.seed)
+        removed["unlabelled_sample"] = len(unlabelled) - len(rest)
+        unlabelled = rest
     if request.max_train_samples is not None:
         drawn = sample(train, request.max_train_samples, request.seed, problem_type=schema.problem_type)
         removed["train_sample"] = len(train) - len(drawn)

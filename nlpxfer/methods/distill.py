@@ -40,7 +40,10 @@ class Distill(Method):
     In a multi-label task the divergence is that of each label's yes or no; in a regression both losses are half the
     squared error.
 
-    The label loss is a mean over the labelled rows of a step, all other losses one over all its rows.
+    The label loss is a mean over the labelled rows of a step, the distillation loss one over the rows that the teacher
+    says something about (`teacher_logits` is not NaN), all other losses one over all its rows. `teacher_weights`
+    multiply the distillation loss of each row; the sum is divided by the number of taught rows, not by the sum of the
+    weights: less weight for some rows then means less teaching in all, and does not make the other rows count more.
 
     Args:
         problem_type: What labels and logits are.
@@ -134,26 +137,40 @@ class Distill(Method):
         return facts | ({} if states is None else states.describe())
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of the labelled rows, distillation loss of all rows, and the terms on states."""
+        """Label loss of the labelled rows, distillation loss of the taught ones, and the terms on states."""
         terms: dict[str, LossTerm] = {}
         if self.states is None:
             logits_BC = row_logits(model, batch)
         else:
             logits_BC, terms = states_terms(self.states, model, batch)
         label_B = gold_loss(self.problem_type, logits_BC, batch["labels"], label_smoothing=self.label_smoothing)
-        taught_BC = batch["teacher_logits"]
-        soft_B = teacher_loss(
+        weights_B, taught_BC = taught_rows(batch)
+        soft_B = weights_B * teacher_loss(
             self.problem_type, logits_BC, taught_BC, temperature=self.temperature, kd_loss=self.kd_loss
         )
         shared = {"label": LossTerm(label_B, 1 - self.kd_weight), "soft_target": LossTerm(soft_B, self.kd_weight)}
         return shared | terms
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Labelled rows, and all rows."""
-        labels_B = batch["labels"]
-        every = ["soft_target"]
+        """Labelled rows, taught rows, and all rows for the terms on states."""
+        labels_B, every = batch["labels"], []
         if self.states is not None:
             weights = vars(self.states.plan)
-            every += [name for name in ("hidden", "relation", "similarity") if weights[f"{name}_weight"]]
+            every = [name for name in ("hidden", "relation", "similarity") if weights[f"{name}_weight"]]
         rows = torch.tensor(len(labels_B), device=labels_B.device)
-        return {"label": labelled(labels_B).sum(), **dict.fromkeys(every, rows)}
+        taught = batch.get("teacher_logits")  # a moving average says something about all rows
+        taught_count = rows if taught is None else labelled(taught).sum()
+        return {"label": labelled(labels_B).sum(), "soft_target": taught_count, **dict.fromkeys(every, rows)}
+
+
+def taught_rows(batch: Batch) -> tuple[Tensor, Tensor]:
+    """How much of a teacher's loss each row counts, shape B, and the teacher's logits, 0 where it says nothing.
+
+    Args:
+        batch: Holds `teacher_logits` (B, C), NaN in rows that the teacher says nothing about, and perhaps
+            `teacher_weights` (B).
+    """
+    teacher_BC = batch["teacher_logits"]
+    known_B = labelled(teacher_BC)
+    weights_B = known_B.to(teacher_BC.dtype) * batch.get("teacher_weights", torch.ones_like(teacher_BC[:, 0]))
+    return weights_B, torch.where(known_B[:, None], teacher_BC, 0.0)

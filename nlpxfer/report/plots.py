@@ -210,6 +210,50 @@ def _plain_axes(axes: Axes, below: str, beside: str) -> None:
         axes.spines[side].set_color(_GREY)
 
 
+def transfer_curve_plot(
+    texts: Sequence[int],
+    scores: Mapping[str, Sequence[float]],
+    deviations: Mapping[str, Sequence[float]],
+    *,
+    metric: str,
+    title: str,
+    path: str | Path,
+) -> Path:
+    """Draw scores against numbers of unlabelled texts, as PNG; bars are a standard deviation, if it is not 0.
+
+    The axis of texts is linear up to the first number above 0 and logarithmic beyond, so that 0 has a place.
+
+    Args:
+        texts: Ascending.
+        scores: Split -> score for each number of texts.
+        deviations: Split -> their deviations.
+        metric: What the score is, for a reader.
+        title: Above the picture.
+        path: The file to write.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(6.4, 4.2), dpi=_DPI, layout="constrained")
+    axes = figure.subplots()
+    for colour, (split, values) in zip((_GREY, _BAR), scores.items(), strict=True):
+        bars = list(deviations[split]) if any(deviations[split]) else None
+        axes.errorbar(texts, values, yerr=bars, marker="o", markersize=4, capsize=3, color=colour, label=split)
+    axes.set_xscale("symlog", linthresh=max(1, min((number for number in texts if number), default=1)))
+    axes.set_xticks(texts, [f"{number:,}" for number in texts], rotation=30, ha="right")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("unlabelled texts", color=_INK)
+    axes.set_ylabel(metric, color=_INK)
+    axes.set_title(title, fontsize=11, color=_INK)
+    axes.yaxis.grid(visible=True, color="#e4e7eb", linewidth=0.8)
+    axes.set_axisbelow(True)
+    _style_ticks(axes, 9)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    axes.legend(frameon=False, labelcolor=_INK)
+    return _save(figure, path)
+
+
 def confusion_counts(labels_B: ArrayLike, predictions_B: ArrayLike, classes: int) -> NDArray[np.int64]:
     """How many rows of label i were predicted as j, shape (classes, classes).
 

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -93,7 +92,11 @@ def predict(
     finally:
         for module, mode in modes:
             module.training = mode
-    parts = gather_object(found) if processes > 1 else found
+    parts = found
+    if processes > 1:  # not by accelerate, which gathers nothing where it did not set up the processes itself
+        everyone: list[Any] = [None] * processes
+        torch.distributed.all_gather_object(everyone, found)
+        parts = [part for some in everyone for part in some]
     result = np.empty((len(windows), *parts[0][1].shape[1:]), dtype=np.float32)
     for indices, part in parts:
         result[indices] = part

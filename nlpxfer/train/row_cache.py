@@ -5,11 +5,21 @@ further rows cannot misalign the cache. A folder belongs to one manifest: what e
 
     <folder>/manifest.json           what the values were made from
     <folder>/part-*.safetensors      keys (N, 32) uint8 and values (N, D) float32; named by a sha256 over both
+    <folder>/.lock                   held while a job looks at what others wrote, and writes
 
 Parts are written whole (temporary name, then rename), so an interrupted run leaves finished parts and the next one
 computes only what is missing. A part whose content does not give its name is damaged.
 
-Shapes: N rows, D values per row.
+Several jobs may fill one folder at once. Before a part is computed, and again before it is written, a job reads what
+others have written since; whoever wrote a row first is right, and all others take its value. So jobs never disagree,
+and each row is kept once. Chosen over one lock for the whole time, which would make the second job wait for hours
+while its other processes time out.
+
+Rows are looked up in sorted arrays, not in dictionaries, and values of more than 64 MiB lie in an unnamed file that is
+mapped into memory, which the system can drop from memory at any time: a million texts cost about 0.2 GB beside the
+texts themselves, however many values each has.
+
+Shapes: N rows, K different keys of them, D values per row.
 """
 
 from __future__ import annotations
@@ -18,6 +28,7 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
@@ -38,6 +50,10 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 MANIFEST = "manifest.json"
+LOCK = ".lock"
+KEY = np.dtype("V32")
+IN_MEMORY = 64 * 2**20
+"""Bytes of values up to which they are an ordinary array."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +84,7 @@ class RowCache:
 
     def rows(
         self,
-        keys: Sequence[bytes],
+        keys: Sequence[bytes] | Array,
         compute: Callable[[Array], Array],
         *,
         lengths: Array | None = None,
@@ -80,15 +96,15 @@ class RowCache:
         All processes call this together; `compute` must return the same array in all of them. The first one writes.
 
         Args:
-            keys: What each row is found by.
+            keys: What each row is found by: 32 bytes each, or an array of N such.
             compute: From indices of rows to their values, shape (rows, D).
             lengths: Tokens of each row; the longest are computed first, so that a part holds rows of like length.
             description: Shown beside the progress bar.
             quiet: No progress bar.
 
         Returns:
-            Values (N, D) float32 in the order of `keys`, and the indices of the rows that were computed: one for each
-            distinct key.
+            Values (N, D) float32 in the order of `keys`, and the indices of the rows that were computed here: at most
+            one for each distinct key.
 
         Raises:
             StaleCacheError: The folder was made from something else, or is damaged; says what differs.
@@ -96,42 +112,86 @@ class RowCache:
             NoSpaceError: The disk has no room for the missing rows.
             ValueError: `compute` gives values of another shape.
         """
-        places: dict[bytes, list[int]] = {}
-        for index, key in enumerate(keys):
-            places.setdefault(key, []).append(index)
-        found = np.empty((len(keys), self.width), dtype=np.float32)
-        known, damaged = self._read(places, found)
-        mine = [indices[0] for key, indices in places.items() if key not in known]
-        missing = np.array(_of_all_processes(mine), dtype=np.int64)
+        damaged = self._check_folder()
+        wanted = _Wanted.of(keys, room_for_values(self.folder, len(keys), self.width, fix=self._room))
+        damaged += self._read(wanted)
+        missing = _of_all_processes(np.sort(wanted.first_K[~wanted.known_K]))
         if lengths is not None:
             missing = missing[np.argsort(-lengths[missing], kind="stable")]
         if is_main_process():
-            self._begin(damaged, len(mine))
+            self._begin(damaged, len(missing))
+        computed = [np.zeros(0, dtype=np.int64)]
+        told_K = np.zeros_like(wanted.known_K)  # what each process knows from its own folder may differ
         bar = tqdm(total=len(missing), desc=description, disable=quiet or not is_main_process(), leave=False)
         with bar:
             for start in range(0, len(missing), self.part_rows):
-                rows = missing[start : start + self.part_rows]
-                values = compute(rows)
-                self._require_sound(values, len(rows))
-                part_keys = [keys[int(row)] for row in rows]
-                if is_main_process():
-                    self._write_part(part_keys, values)
-                for key, row_values in zip(part_keys, values, strict=True):
-                    found[places[key]] = row_values
-                bar.update(len(rows))
+                asked = missing[start : start + self.part_rows]
+                for others in self._news(wanted):
+                    told_K[wanted.put(*others)] = True
+                rows = asked[~told_K[wanted.place_N[asked]]]
+                if len(rows):
+                    values = compute(rows)
+                    self._require_sound(values, len(rows))
+                    wanted.put(wanted.keys_N[rows], values)
+                    for others in self._news(wanted, write=(wanted.keys_N[rows], values)):
+                        told_K[wanted.put(*others)] = True
+                    computed.append(rows)
+                bar.update(len(asked))
         wait_for_everyone()
-        return found, missing
+        return wanted.values_ND, np.concatenate(computed)
+
+    @property
+    def _room(self) -> str:
+        return "free some space, or give another folder: " + self.option
 
     def _begin(self, damaged: Sequence[Path], missing: int) -> None:
         """Remove what is damaged, and write the manifest if it is not there."""
-        for path in damaged:
-            path.unlink(missing_ok=True)
-        if missing:
-            room = "free some space, or give another folder: " + self.option
-            check_free_space(self.folder, missing * (4 * self.width + 32), fix=room)
+        if not missing and not damaged and (self.folder / MANIFEST).is_file():
+            return
+        check_free_space(self.folder, missing * (4 * self.width + 32), fix=self._room)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / MANIFEST).is_file():
-            write_json_whole(self.folder / MANIFEST, dict(self.manifest))
+        with FileLock(self.folder / LOCK):
+            for path in damaged:
+                path.unlink(missing_ok=True)
+            if not (self.folder / MANIFEST).is_file():
+                write_json_whole(self.folder / MANIFEST, dict(self.manifest))
+            elif fault := self._manifest_fault():  # another job was faster, with something else
+                raise fault
+
+    def _news(self, wanted: _Wanted, write: tuple[Array, Array] | None = None) -> list[tuple[Array, Array]]:
+        """Keys and values of the parts that other jobs have written since; then write a part of what they lack.
+
+        The first process reads and writes, and tells all others.
+        """
+        news: list[Any] = []
+        if is_main_process():
+            if write is None:
+                news = self._new_parts(wanted)
+            else:
+                with FileLock(self.folder / LOCK):
+                    news = self._new_parts(wanted)
+                    keys, values = write
+                    theirs = np.isin(keys, np.concatenate([found for found, _ in news])) if news else False
+                    own = ~np.broadcast_to(theirs, keys.shape)
+                    if own.any():
+                        wanted.seen.add(self._write_part(keys[own], values[own]))
+        if world()[1] > 1:
+            shared = [news]
+            torch.distributed.broadcast_object_list(shared, src=0)
+            news = shared[0]
+        return news
+
+    def _new_parts(self, wanted: _Wanted) -> list[tuple[Array, Array]]:
+        """Parts that have not been read yet, as far as they hold wanted rows."""
+        found = []
+        for path in sorted(self.folder.glob("part-*.safetensors")):
+            if path.name not in wanted.seen:
+                wanted.seen.add(path.name)
+                part = self._read_part(path)
+                if not isinstance(part, StaleCacheError):
+                    mine = np.isin(part[0], wanted.distinct_K)
+                    found.append((part[0][mine], part[1][mine]))
+        return [part for part in found if len(part[0])]
 
     def _require_sound(self, values: Array, rows: int) -> None:
         if values.shape != (rows, self.width):
@@ -143,34 +203,43 @@ class RowCache:
                 why="its weights are damaged, or it was trained until it diverged",
             )
 
-    def _read(self, places: Mapping[bytes, Sequence[int]], found: Array) -> tuple[set[bytes], list[Path]]:
-        """Copy the rows that are there to their places; the keys of these, and the files that are to be removed."""
-        known: set[bytes] = set()
-        damaged: list[Path] = []
+    def _check_folder(self) -> list[Path]:
+        """The manifest if it is damaged and may be mended, else nothing.
+
+        Raises:
+            StaleCacheError: The folder is of something else, or damaged.
+        """
         if not self.folder.exists():
-            return known, damaged
+            return []
         if not self.folder.is_dir():
             raise StaleCacheError(f"{self.folder.name} is no folder.", fix=f"give another {self.option} folder")
         fault = self._manifest_fault()
-        if fault is not None:
-            damaged.append(self._damage(self.folder / MANIFEST, fault))
+        return [] if fault is None else [self._damage(self.folder / MANIFEST, fault)]
+
+    def _read(self, wanted: _Wanted) -> list[Path]:
+        """Put the rows that are there to their places; the files that are to be removed."""
+        damaged: list[Path] = []
         for path in sorted(self.folder.glob("part-*.safetensors")):
-            try:
-                part = load_file(path)
-                keys, values = part["keys"], part[self.values]
-            except (SafetensorError, KeyError, OSError) as error:
-                why = f"The {self.owner} cache is damaged: {path.name} cannot be read ({error})."
-                damaged.append(self._damage(path, StaleCacheError(why, fix=f"delete {path.name}")))
-                continue
-            if path.name != self._part_name(keys, values) or values.shape != (len(keys), self.width):
-                why = f"The {self.owner} cache is damaged: {path.name} was changed after it was written."
-                damaged.append(self._damage(path, StaleCacheError(why, fix=f"delete {path.name}")))
-                continue
-            for key, row in zip((key.tobytes() for key in keys), values, strict=True):
-                if key in places:
-                    found[places[key]] = row
-                    known.add(key)
-        return known, damaged
+            part = self._read_part(path)
+            if isinstance(part, StaleCacheError):
+                damaged.append(self._damage(path, part))
+            else:
+                wanted.put(*part)
+            wanted.seen.add(path.name)
+        return damaged
+
+    def _read_part(self, path: Path) -> tuple[Array, Array] | StaleCacheError:
+        """Keys and values of a part, or what is wrong with it."""
+        try:
+            part = load_file(path)
+            keys, values = part["keys"], part[self.values]
+        except (SafetensorError, KeyError, OSError) as error:
+            why = f"The {self.owner} cache is damaged: {path.name} cannot be read ({error})."
+            return StaleCacheError(why, fix=f"delete {path.name}")
+        if path.name != self._part_name(keys, values) or values.shape != (len(keys), self.width):
+            why = f"The {self.owner} cache is damaged: {path.name} was changed after it was written."
+            return StaleCacheError(why, fix=f"delete {path.name}")
+        return _as_keys(keys), values
 
     def _damage(self, path: Path, fault: StaleCacheError) -> Path:
         """The path of a damaged file, to be removed; or its fault is raised."""
@@ -213,17 +282,40 @@ class RowCache:
             fix=f"give another {self.option} folder, or delete this one",
         )
 
-    def _write_part(self, keys: Sequence[bytes], values: Array) -> None:
-        stacked = np.stack([np.frombuffer(key, dtype=np.uint8) for key in keys])
+    def _write_part(self, keys: Array, values: Array) -> str:
+        """Write a part and return its name."""
+        stacked = keys.view(np.uint8).reshape(len(keys), -1)
         exact = np.ascontiguousarray(values, dtype=np.float32)
         name = self._part_name(stacked, exact)
         temporary = self.folder / f".{name}.{os.getpid()}.tmp"
         save_file({"keys": stacked, self.values: exact}, temporary)
         temporary.replace(self.folder / name)
+        return name
 
     def _part_name(self, keys: Array, values: Array) -> str:
         digest = hashlib.sha256(self.salt + keys.tobytes() + values.tobytes()).hexdigest()
         return f"part-{digest[:32]}.safetensors"
+
+
+def room_for_values(folder: Path, rows: int, width: int, *, fix: str) -> Array:
+    """Room for values, float32 (rows, width): in memory, or if they are many in a file that is mapped into it.
+
+    Args:
+        folder: Where the file lies; it has no name and is gone with the array, however the program ends.
+        rows: N.
+        width: D.
+        fix: What to do where the disk is full.
+
+    Raises:
+        NoSpaceError: The disk has no room for it.
+    """
+    size = 4 * rows * width
+    if size <= IN_MEMORY:
+        return np.empty((rows, width), dtype=np.float32)
+    folder.mkdir(parents=True, exist_ok=True)
+    check_free_space(folder, size, fix=fix)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype=np.float32, mode="w+", shape=(rows, width))
 
 
 def cache_root(kind: str) -> Path:
@@ -235,10 +327,72 @@ def _is_part(name: str) -> bool:
     return name.startswith("part-") and name.endswith(".safetensors")
 
 
-def _of_all_processes(indices: list[int]) -> list[int]:
+def _of_all_processes(indices: Array) -> Array:
     """The indices that any process names, ascending; folders of several machines may hold different parts."""
-    everyone = [indices]
-    if world()[1] > 1:
-        everyone = [[] for _ in range(world()[1])]
-        torch.distributed.all_gather_object(everyone, indices)
-    return sorted({index for some in everyone for index in some})
+    if world()[1] == 1:
+        return indices
+    everyone: list[Any] = [None] * world()[1]
+    torch.distributed.all_gather_object(everyone, indices)
+    return np.unique(np.concatenate(everyone))
+
+
+def _as_keys(keys: Sequence[bytes] | Array) -> Array:
+    """Keys of 32 bytes as an array of N opaque values, which numpy sorts byte by byte."""
+    if isinstance(keys, np.ndarray):
+        return np.ascontiguousarray(keys).view(KEY).reshape(len(keys))
+    return np.frombuffer(b"".join(keys), dtype=KEY)
+
+
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """The rows that are asked for, and what is known of them.
+
+    Attributes:
+        keys_N: Their keys.
+        distinct_K: The different ones, sorted.
+        first_K: The first row with each.
+        place_N: Which of the different keys each row has.
+        rows_N: All rows, those with the same key one after the other.
+        begin_K: Where those of each key begin there; one more entry says where the last end.
+        known_K: Whether there is a value.
+        values_ND: The values.
+        seen: Names of the parts that have been read.
+    """
+
+    keys_N: Array
+    distinct_K: Array
+    first_K: Array
+    place_N: Array
+    rows_N: Array
+    begin_K: Array
+    known_K: Array
+    values_ND: Array
+    seen: set[str]
+
+    @classmethod
+    def of(cls, keys: Sequence[bytes] | Array, values_ND: Array) -> _Wanted:
+        """Nothing is known yet."""
+        keys_N = _as_keys(keys)
+        distinct_K, first_K, place_N = np.unique(keys_N, return_index=True, return_inverse=True)
+        rows_N = np.argsort(place_N, kind="stable")
+        begin_K = np.concatenate([[0], np.cumsum(np.bincount(place_N, minlength=len(distinct_K)))]).astype(np.int64)
+        known_K = np.zeros(len(distinct_K), dtype=bool)
+        return cls(keys_N, distinct_K, first_K, place_N, rows_N, begin_K, known_K, values_ND, set())
+
+    def put(self, keys: Array, values: Array) -> Array:
+        """Keep the values of some keys, each for all rows that have it; keys that are not wanted are left out.
+
+        Returns:
+            Which of the different keys they are.
+        """
+        if not len(self.distinct_K):
+            return np.zeros(0, dtype=np.int64)
+        place = np.minimum(np.searchsorted(self.distinct_K, keys), len(self.distinct_K) - 1)
+        mine = self.distinct_K[place] == keys
+        place, values = place[mine], values[mine]
+        begin, count = self.begin_K[place], self.begin_K[place + 1] - self.begin_K[place]
+        shift = np.cumsum(count) - count
+        rows = self.rows_N[np.repeat(begin - shift, count) + np.arange(count.sum())]
+        self.values_ND[rows] = np.repeat(values, count, axis=0)
+        self.known_K[place] = True
+        return np.asarray(place)

@@ -1,8 +1,8 @@
 """Teacher logits, computed once and kept on disk, keyed by content.
 
 A row is found by the sha256 of its text, so shuffling, subsets and further rows cannot misalign the cache. A folder
-belongs to one teacher: weights, tokenizer, label order, cut length, how longer texts are read, and precision. With
-anything else it is refused.
+belongs to one teacher: weights, tokenizer, label order, cut length, how longer texts are read, precision, and for an
+entailment model its hypotheses. With anything else it is refused, and each part is bound to it by its name.
 
 How the folder is laid out stands in `row_cache`. A damaged part is refused.
 
@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 PART_ROWS = 8192
 """Rows per part: what an interruption can lose."""
 
@@ -49,6 +49,7 @@ class TeacherIdentity:
         max_length: Tokens after which a text is cut.
         precision: "float32" or "bfloat16".
         long_texts: How longer texts are read: `LongTexts.describe`.
+        hypotheses: What an entailment model is asked of each text, in the order of the labels; empty for a classifier.
     """
 
     weights: str
@@ -57,12 +58,14 @@ class TeacherIdentity:
     max_length: int
     precision: str
     long_texts: str = "head"
+    hypotheses: tuple[str, ...] = ()
 
     def as_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""
         facts = {"weights": self.weights, "tokenizer": self.tokenizer, "labels": list(self.labels)}
         reading = {"max_length": self.max_length, "long_texts": self.long_texts, "precision": self.precision}
-        return {"version": FORMAT_VERSION, **facts, **reading}
+        asked = {"hypotheses": list(self.hypotheses)} if self.hypotheses else {}
+        return {"version": FORMAT_VERSION, **facts, **reading, **asked}
 
     @property
     def key(self) -> str:
@@ -78,9 +81,24 @@ def default_cache_folder(identity: TeacherIdentity) -> Path:
 
 def text_keys(texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[bytes]:
     """sha256 of each text (and its pair), 32 bytes; equal texts have equal keys, whatever row they stand in."""
+    return list(_each_key(texts, pairs))
+
+
+def _each_key(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[bytes]:
     if pairs is None:
-        return [hashlib.sha256(f"text {text}".encode()).digest() for text in texts]
-    return [hashlib.sha256(f"pair {len(a)} {a}{b}".encode()).digest() for a, b in zip(texts, pairs, strict=True)]
+        for text in texts:
+            yield hashlib.sha256(f"text {text}".encode()).digest()
+        return
+    for first, second in zip(texts, pairs, strict=True):
+        yield hashlib.sha256(f"pair {len(first)} {first}{second}".encode()).digest()
+
+
+def text_key_array(texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
+    """`text_keys` as one array of N, a third of the memory."""
+    found = np.empty((len(texts), 32), dtype=np.uint8)
+    for row, key in zip(found, _each_key(texts, pairs), strict=True):
+        row[:] = memoryview(key)
+    return found
 
 
 def teacher_logits(
@@ -143,7 +161,7 @@ def teacher_logits(
         )
 
     where = Path(folder) if folder else default_cache_folder(identity)
-    logits, computed = cached_logits(where, identity, text_keys(texts, pairs), compute)
+    logits, computed = cached_logits(where, identity, text_key_array(texts, pairs), compute)
     seconds = round(time.perf_counter() - start, 2)
     logger.info("teacher logits: %d rows, %d computed, %.1f s", len(texts), computed, seconds)
     return logits, {"rows": len(texts), "computed": computed, "seconds": seconds, "key": identity.key}
@@ -152,16 +170,19 @@ def teacher_logits(
 def cached_logits(
     folder: Path,
     identity: TeacherIdentity,
-    keys: Sequence[bytes],
+    keys: Sequence[bytes] | Array,
     compute: Callable[[Array], Array],
+    *,
+    part_rows: int | None = None,
 ) -> tuple[Array, int]:
     """Logits of N rows, from the cache where they are there, else computed and added to it; see `RowCache.rows`.
 
     Args:
         folder: Folder of the cache; made if it does not exist.
         identity: The teacher.
-        keys: `text_keys` of the rows.
+        keys: `text_keys` or `text_key_array` of the rows.
         compute: From indices of rows to their logits, shape (rows, C).
+        part_rows: Rows per part; default `PART_ROWS`.
 
     Returns:
         Logits (N, C) float32 in the order of `keys`, and the number of distinct texts that had to be computed.
@@ -179,7 +200,8 @@ def cached_logits(
         values="logits",
         owner="teacher",
         option="--teacher_cache",
-        part_rows=PART_ROWS,
+        part_rows=part_rows or PART_ROWS,
+        salt=json.dumps(identity.as_manifest(), sort_keys=True).encode(),
     )
     logits, computed = cache.rows(keys, compute)
     return logits, len(computed)

@@ -1,0 +1,134 @@
+"""The rows that a student learns from, with what the teachers say about them.
+
+Rows are in the order of the data; logits were found by text, so that they belong to their rows however these were
+drawn. Labelled rows that nobody says anything about stay, for their label; unlabelled ones go.
+
+Shapes: N rows, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from nlpxfer.config.teachers import TeacherOptions
+from nlpxfer.data.tokenise import TokenisedRows
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import Splits
+from nlpxfer.evaluate.mixture import answered
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
+from nlpxfer.teachers.panel import Panel
+from nlpxfer.teachers.teacher import training_splits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from nlpxfer.run import Run
+
+Array = np.ndarray[Any, Any]
+
+
+class TransferRows:
+    """Training rows with the teachers' logits, and with unlabelled rows if there are any.
+
+    Attributes:
+        logits: Of training and unlabelled rows (N, C), NaN in rows that nobody says anything about.
+        facts: For the report.
+        columns: Further columns of training and unlabelled rows, for terms on states.
+    """
+
+    def __init__(self, run: Run, panel: Panel) -> None:
+        self.run = run
+        self.columns: Mapping[str, Array] = {}
+        self.labels = run.labels("train")
+        self.logits, self.facts = panel.logits(run, training_splits(run))
+        known_N = answered(self.logits)
+        against_N = contradicts(run.problem_type, self.logits[: len(self.labels)], self.labels)
+        self.contradicted_N = np.zeros(len(self.logits), dtype=bool)
+        self.contradicted_N[: len(against_N)] = against_N
+        labelled_N = np.arange(len(self.logits)) < len(self.labels)
+        self.kept_N = known_N | labelled_N
+        self.facts = self.facts | {"untaught": int((~known_N).sum())}
+        if run.problem_type != REGRESSION:
+            self.facts |= {"contradicted": int(against_N.sum())}
+
+    @property
+    def unlabelled(self) -> int:
+        """How many unlabelled rows are taught."""
+        return int(self.kept_N[len(self.labels) :].sum())
+
+    def by_split(self) -> dict[str, Array]:
+        """The logits of each split; only of those in which every row has an answer."""
+        labelled = len(self.labels)
+        parts = {"train": self.logits[:labelled]}
+        if self.run.data.unlabelled is not None:
+            parts["unlabelled"] = self.logits[labelled:]
+        return {split: logits for split, logits in parts.items() if answered(logits).all()}
+
+    def split(
+        self, options: TeacherOptions, unlabelled: int | None = None
+    ) -> Callable[[PreTrainedTokenizerBase], Splits]:
+        """How the splits are made for a tokenizer; `train` has the columns `teacher_logits` and `teacher_weights`.
+
+        Args:
+            options: Say what a row counts that the teacher contradicts.
+            unlabelled: Use only so many of the unlabelled rows, drawn by lot; smaller draws lie in larger ones.
+        """
+
+        def made(tokenizer: PreTrainedTokenizerBase) -> Splits:
+            splits = self.run.split(tokenizer)
+            train: TokenisedRows = splits.train
+            if self.run.data.unlabelled is not None:
+                train = TokenisedRows.join(train, self.run.tokenise(tokenizer, "unlabelled"))
+            weights_N = np.where(self.contradicted_N, options.contradiction_weight, 1.0).astype(np.float32)
+            train = train.with_columns(teacher_logits=self.logits, teacher_weights=weights_N, **self.columns)
+            kept_N = self._drawn(unlabelled)
+            return Splits(train if kept_N.all() else train.select(kept_N), splits.validation, splits.test)
+
+        return made
+
+    def _drawn(self, unlabelled: int | None) -> Array:
+        if unlabelled is None:
+            return self.kept_N
+        drawn_N = self.kept_N.copy()
+        drawn_N[len(self.labels) :] = False
+        texts = np.flatnonzero(self.kept_N[len(self.labels) :]) + len(self.labels)
+        order = np.random.default_rng(self.run.data_options.data_split_seed).permutation(len(texts))
+        drawn_N[texts[order[:unlabelled]]] = True
+        return drawn_N
+
+
+def contradicts(problem_type: ProblemType, logits_NC: Array, labels: Array) -> Array:
+    """Rows where the teacher's best label is not gold; none in rows that it says nothing about, bool (N).
+
+    In a multi-label task: its most probable label is not among those of the row, or the row has none and the teacher
+    gives it one.
+
+    A regression has no best label, and no contradictions.
+    """
+    if problem_type == REGRESSION:
+        return np.zeros(len(logits_NC), dtype=bool)
+    known_N = answered(logits_NC)
+    safe_NC = np.where(known_N[:, None], logits_NC, 0.0)
+    best_N = safe_NC.argmax(axis=1)
+    if problem_type == MULTI_LABEL:
+        gold_NC = np.asarray(labels) > 0.5
+        right_N = gold_NC[np.arange(len(best_N)), best_N]
+        right_N |= ~gold_NC.any(axis=1) & (safe_NC.max(axis=1, initial=-np.inf) <= 0)
+    else:
+        right_N = best_N == labels
+    return np.asarray(known_N & ~right_N)
+
+
+def check_contradiction_weight(run: Run, options: TeacherOptions) -> None:
+    """Refuse a weight that could do nothing.
+
+    Raises:
+        ConfigError: The task is a regression.
+    """
+    if run.problem_type == REGRESSION and (
+        options.contradiction_weight != 1 or "contradiction_weight" in run.options.ranges
+    ):
+        raise ConfigError("contradiction_weight: means nothing for a regression, which has no best label.")

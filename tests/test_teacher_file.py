@@ -1,0 +1,146 @@
+"""What somebody has written down about texts is read by name and by text, and refused where it is no probability."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.teacher_file import FLOOR, read_teacher_file
+from nlpxfer.errors import ConfigError, DataError, DataNotFoundError, LabelError
+from nlpxfer.problem import MULTI_LABEL, REGRESSION
+
+SCHEMA = LabelSchema(("food", "music", "sport"))
+SEVERAL = LabelSchema(SCHEMA.names, MULTI_LABEL)
+
+
+def write_csv(path, header, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([header, *rows])
+    return path
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def softmax(logits):
+    shares = np.exp(logits.astype(np.float64))
+    return shares / shares.sum(axis=1, keepdims=True)
+
+
+def test_columns_are_matched_by_name_and_rows_by_text(tmp_path):
+    rows = [["one", 0.7, 0.1, 0.2], ["two", 0.0, 1.0, 0.0], ["one", 0.7, 0.1, 0.2]]
+    file = read_teacher_file(write_csv(tmp_path / "llm.csv", ["text", "sport", "food", "music"], rows), SCHEMA)
+    logits = file.logits(["two", "three", "one", "two"])
+    assert logits.dtype == np.float32
+    assert np.isnan(logits[1]).all()
+    np.testing.assert_allclose(softmax(logits[[0, 2, 3]]), [[1, 0, 0], [0.1, 0.2, 0.7], [1, 0, 0]], atol=3 * FLOOR)
+    assert logits[0].tolist() == logits[3].tolist()
+    np.testing.assert_allclose(logits[0][1:], np.log(FLOOR), rtol=1e-6)
+    assert file.name == "llm.csv"
+    assert len(file.sha256) == 64
+
+
+def test_objects_of_probabilities_and_of_choices(tmp_path):
+    rows = [
+        {"text": "a", "probabilities": {"music": 0.25, "food": 0.5, "sport": 0.2504}},
+        {"text": "b", "label": "sport"},
+    ]
+    file = read_teacher_file(write_jsonl(tmp_path / "llm.jsonl", rows), SCHEMA)
+    np.testing.assert_allclose(softmax(file.logits(["a", "b"]))[0], np.array([0.5, 0.25, 0.2504]) / 1.0004, rtol=1e-5)
+    assert file.logits(["b"])[0].argmax() == 2
+
+
+def test_multi_label_probabilities_need_not_sum_to_one(tmp_path):
+    rows = [{"text": "a", "probabilities": {"food": 0.9, "music": 0.9, "sport": 0.5}}, {"text": "b", "label": []}]
+    file = read_teacher_file(write_jsonl(tmp_path / "llm.jsonl", rows), SEVERAL)
+    logits = file.logits(["a", "b"])
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits[0])), [0.9, 0.9, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(1 / (1 + np.exp(-logits[1].astype(np.float64))), [FLOOR] * 3, rtol=1e-3)
+
+
+def test_pairs_are_found_by_both_texts(tmp_path):
+    rows = [["one", "x", 1, 0, 0], ["one", "y", 0, 1, 0]]
+    path = write_csv(tmp_path / "llm.csv", ["text", "second", *SCHEMA.names], rows)
+    file = read_teacher_file(path, SCHEMA, pair="second")
+    found = file.logits(["one", "one", "one"], ["y", "x", "z"])
+    assert found[:2].argmax(axis=1).tolist() == [1, 0]
+    assert np.isnan(found[2]).all()
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        (["b", 0.7, -0.1, 0.4], r"row 2 \(line 3\): -0.1 for 'music' is negative"),
+        (["b", 0.7, 0.1, 0.1], r"row 2 \(line 3\): the probabilities sum to 0.9, not to 1"),
+        (["b", 1.5, 0, 0], "1.5 for 'food' is above 1"),
+        (["b", "nan", 0.5, 0.5], "nan for 'food' is not finite"),
+        (["b", "much", 0.5, 0.5], "'much' for 'food' is no number"),
+        (["b", "", 0.5, 0.5], "'' for 'food' is no number"),
+        (["a", 0.5, 0.5, 0], r"row 2 \(line 3\): says something else than row 1 \(line 2\) about the same text"),
+    ],
+)
+def test_what_is_no_probability_is_refused_by_row(row, told, tmp_path):
+    path = write_csv(tmp_path / "llm.csv", ["text", *SCHEMA.names], [["a", 1, 0, 0], row])
+    with pytest.raises(DataError, match=told) as caught:
+        read_teacher_file(path, SCHEMA)
+    assert str(path) in str(caught.value)
+
+
+def test_all_faults_are_told_together(tmp_path):
+    path = write_csv(tmp_path / "llm.csv", ["text", *SCHEMA.names], [["a", 1, 1, 0], ["b", 0, 0, 0], ["c", 1, 0, 0]])
+    with pytest.raises(DataError, match=r"(?s)has 2 faults.*row 1.*sum to 2.*row 2.*sum to 0"):
+        read_teacher_file(path, SCHEMA)
+
+
+def test_columns_that_are_not_the_labels_are_refused(tmp_path):
+    path = write_csv(tmp_path / "llm.csv", ["text", "food", "musik", "sport"], [["a", 1, 0, 0]])
+    with pytest.raises(LabelError) as caught:
+        read_teacher_file(path, SCHEMA)
+    assert "not a label: 'musik' (did you mean 'music'?)" in str(caught.value)
+    assert "no column for: music" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"text": "b", "probabilities": {"food": 1, "music": 0}}, r"row 2 \(line 2\): no probability for 'sport'"),
+        ({"text": "b", "probabilities": {"food": 1, "music": 0, "sport": 0, "art": 0}}, "not a label: 'art'"),
+        ({"text": "b", "probabilities": [1, 0, 0]}, "is no object of label names"),
+        ({"text": "b", "probabilities": {"food": True, "music": 0, "sport": 0}}, "True for 'food' is no number"),
+        ({"text": "b", "label": "art"}, "not a label: 'art'"),
+        ({"text": "b", "label": ["food"]}, "one label is needed, not a list"),
+        ({"text": "b"}, "has neither of 'probabilities' and 'label'"),
+        ({"text": "b", "label": "food", "probabilities": {}}, "has both of"),
+        ({"text": 7, "label": "food"}, "has no text"),
+    ],
+)
+def test_objects_that_say_nothing_are_refused_by_row(row, told, tmp_path):
+    path = write_jsonl(tmp_path / "llm.jsonl", [{"text": "a", "label": "food"}, row])
+    with pytest.raises(DataError, match=told):
+        read_teacher_file(path, SCHEMA)
+
+
+def test_missing_texts_are_listed(tmp_path):
+    file = read_teacher_file(write_jsonl(tmp_path / "llm.jsonl", [{"text": "a", "label": "food"}]), SCHEMA)
+    file.require_all("llm.jsonl", ["a", "a"], None, split="train")
+    texts = ["a", *(f"text {i}" for i in range(9))]
+    with pytest.raises(DataError) as caught:
+        file.require_all("llm.jsonl", texts, None, split="train")
+    message = str(caught.value)
+    assert "says nothing about 9 of the 10 texts of train" in message
+    assert "row 2: 'text 0'" in message
+    assert "and 4 more" in message
+    assert "--teacher_file_partial true" in message
+
+
+def test_files_and_tasks_that_cannot_be_used(tmp_path):
+    with pytest.raises(DataNotFoundError):
+        read_teacher_file(tmp_path / "none.csv", SCHEMA)
+    with pytest.raises(DataError, match="has no column 'text'"):
+        read_teacher_file(write_csv(tmp_path / "a.csv", ["body", *SCHEMA.names], [["a", 1, 0, 0]]), SCHEMA)
+    with pytest.raises(ConfigError, match="a regression has none"):
+        read_teacher_file(tmp_path / "a.csv", LabelSchema(("score",), REGRESSION))
