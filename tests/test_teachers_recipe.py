@@ -272,6 +272,10 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--teacher_weight_tau", "0.5"], "teacher_weight_tau: has no effect without --teacher_weights"),
         (["--unlabelled_file", "x", "--transfer_curve", "0,some"], "is not a list of numbers"),
         (["--teacher_file", "x.csv", "--teacher_learning_rate", "1e-3"], "does nothing beside teacher_file"),
+        (["--teacher_file", "x.csv", "--hidden_weight", "1"], "hidden_weight: needs a teacher that is a classifier"),
+        (["--generations", "2", "--similarity_weight", "1"], "similarity_weight: cannot be combined with generations"),
+        (["--generations", "2", "--search", "true"], "search: chooses the student; it cannot be combined with gen"),
+        (["--self_distillation", "ema", "--teacher_file", "x.csv"], "teacher_file: needs another teacher than"),
     ],
 )
 def test_options_that_do_not_go_together(own, told, tiny_data, tmp_path):
