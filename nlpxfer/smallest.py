@@ -18,22 +18,25 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 import numpy as np
 import torch
 
 from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.narrow import narrow_widths
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.config.ranges import with_values
+from nlpxfer.config.student import STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
-from nlpxfer.errors import ConfigError
+from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.latency import latency_facts
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.evaluate.trials import TrialArm, short_run
 from nlpxfer.report.ladder import LADDER_FILE, ladder_table, write_ladder
 from nlpxfer.run import Run
+from nlpxfer.students import refuse_unused
 from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.verdict import stages_of
@@ -67,6 +70,34 @@ def slices(teacher: PreTrainedModel) -> list[Choice]:
         Choice(name=f"{count} layer{'s' if count > 1 else ''}", values={"student_num_layers": count})
         for count in counts
     ]
+
+
+def rungs(run: Run, plan: Plan, teacher: PreTrainedModel) -> list[Choice]:
+    """The ladder: slices of the teacher, the middle one at half its width, and a static student.
+
+    What the family, the task or the other options rule out is left out, and said.
+    """
+    found = slices(teacher)
+    if not plan.search or not found:
+        return []
+    middle = found[len(found) // 2]
+    half = {"student_hidden_size": int(teacher.config.get_text_config().hidden_size) // 2}
+    if run.options.pooling != "mean" and not has_mean_layer(teacher):  # whose layer of means is not cut
+        found.append(Choice(name=f"{middle.name}, half as wide", values={**middle.values, **half}))
+    found.append(Choice(name=STATIC, values={"student": STATIC}))
+    fits = []
+    for choice in found:
+        try:
+            planned = _planned(run, plan, choice.values)
+            if choice.values.get("student") == STATIC:
+                refuse_unused(run, cast("StudentOptions", planned), teacher_given=False)
+            elif "student_hidden_size" in choice.values:
+                narrow_widths(teacher, choice.values["student_hidden_size"])
+        except (ConfigError, CheckpointError) as error:
+            logger.info("not on the ladder: %s (%s)", choice.name, str(error).splitlines()[0])
+        else:
+            fits.append(choice)
+    return fits
 
 
 def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan], teacher: Checkpoint) -> Plan:

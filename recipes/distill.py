@@ -35,7 +35,7 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.run import Run
-from nlpxfer.smallest import find_smallest, slices
+from nlpxfer.smallest import find_smallest, rungs
 from nlpxfer.start import start_run
 from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
 from nlpxfer.teachers import (
@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | {"method": method}
 
         plan = run.search("distilled", arm, plan)
-        plan = find_smallest(run, plan, slices(source.model), arm, source)
+        plan = find_smallest(run, plan, rungs(run, plan, source.model), arm, source)
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {last.name}")
         curve = transfer_curve(run, plan, rows, arm(plan), student, distilled)

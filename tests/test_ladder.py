@@ -228,15 +228,18 @@ def test_a_recipe_searches_and_then_trains_what_it_found(tiny_data, teacher, tmp
     monkeypatch.setattr(module, "short_run", short_run)
     words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--control_arm", "false"]
     run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "1")
-    assert asked == [("1-layer", 4, {0}), ("2-layers", 4, {0})]  # 8 steps are a whole training
+    assert {name for name, _, _ in asked} == {"1-layer", "2-layers", "2-layers,-half-as-wide", "static"}
+    assert all(test_rows == {0} for _, _, test_rows in asked)
     found = run.report["checks"]["search"]
-    assert (found["chosen"], found["steps"], found["total_steps"]) == ("1 layer", 8, 8)
+    assert (found["chosen"], found["total_steps"]) == ("static", 8)  # steps of a whole training
+    assert 4 <= found["steps"] == sum(steps for _, steps, _ in asked) <= 8
     reference = run.arm("teacher")["metrics"]["validation"]["accuracy"]
     assert found["target"]["reference"] == pytest.approx(reference)
-    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 1
-    assert run.run["config"]["student_num_layers"] == 1
-    assert run.arm("distilled")["details"]["steps"] == 8
-    assert "| 1 layer |" in run.out
+    assert json.loads((run.folder / "config.json").read_text())["model_type"] == "nlpxfer-static"
+    assert run.run["config"]["student"] == "static"
+    assert run.arm("distilled")["details"]["steps"] == 5 * 8  # static_num_train_epochs
+    assert "| static |" in run.out
+    assert "| 2 layers, half as wide |" in run.out
     assert imread(run.folder / "pareto.png").shape[0] > 200
     check_output_folder(run.folder, overwrite=True)  # all that lies there is known to be nlpxfer's
 
@@ -245,8 +248,8 @@ def test_no_student_is_quick_enough(tiny_data, teacher, tmp_path):
     words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher]
     run = call("distill", tmp_path / "out", *words, "--search", "--max_latency_ms", "0.0001")
     assert run.code == 3
-    assert "None of 2 students reaches a validation score of" in run.err
-    assert "in at most 0.0001 ms a row. The nearest is 1 layer: not trained" in run.err
+    assert "None of 4 students reaches a validation score of" in run.err
+    assert "in at most 0.0001 ms a row. The nearest is static: not trained" in run.err
     assert "too slow" in (run.folder / "ladder.md").read_text()
     assert not (run.folder / "report.json").exists()
 
