@@ -222,11 +222,57 @@ def predict_tables(found: Mapping[str, Any]) -> str:
     return text + (table(heads, rows) if rows else "")
 
 
+def students_tables(found: Mapping[str, Any]) -> str:
+    """What each student keeps of its teacher, its gain over the control arm, and speeds with tokenising."""
+    text = ""
+    for prefix, labels in (("", "all labels"), ("few-", "few labels, other texts without")):
+        rows = []
+        for name, item in found["summary"].items():
+            for student, each in item[f"{prefix}students"].items():
+                gain = each["gain"]
+                shown = [100 * gain[key] for key in ("gain", "low", "high")]
+                kept = each["kept"]
+                rows.append(
+                    [
+                        name,
+                        str(each["rows"]["train"]),
+                        student,
+                        *(share(each[arm]["test_accuracy"]) for arm in ("teacher", "distilled", "control")),
+                        verdict(kept, percent) if isinstance(kept, Mapping) else percent(kept),
+                        f"{shown[0]:+.1f} [{shown[1]:+.1f}, {shown[2]:+.1f}] ({gain['call']})",
+                        f"{each['distilled']['latency']['one_row']['total_p50_ms']:.2f} ms",
+                    ]
+                )
+        heads = [
+            "data",
+            "labelled",
+            f"student ({labels})",
+            "teacher",
+            "distilled",
+            "control",
+            "kept",
+            "gain",
+            "one row",
+        ]
+        text += table(heads, rows) + "\n" if rows else ""
+    rows = []
+    for name, item in found["summary"].items():
+        if other := item["model2vec"]:
+            rows.append([name, "model2vec and logistic regression", f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
+        for side, rate in (item["speed"] or {"rates": {}})["rates"].items():
+            ratio = item["speed"]["ratios"].get(side)
+            faster = DASH if ratio is None else times(ratio["median"])
+            faster = verdict(item["static_speed"], times) if side == "static" else faster
+            rows.append([name, side, DASH, f"{rate['rows_per_second']:.0f}", faster])
+    return text + table(["data", "side", "test accuracy", "rows per second", "of the teacher's"], rows)
+
+
 TABLES = {
     "finetune": finetune_tables,
     "finetune_methods": methods_tables,
     "distill": distill_tables,
     "predict": predict_tables,
+    "students": students_tables,
     "gpu": gpu_tables,
 }
 

@@ -104,6 +104,22 @@ def test_methods_side_by_side(load, sets, words):
     assert "| LoRA |" in load("table").main([str(path)])
 
 
+def test_students_side_by_side(load, sets, words):
+    path = load("students").main(words, sets=sets)
+    found = read(path)
+    keys = {key.removeprefix("tiny/") for key in found["cells"]}
+    own = {"teacher", "2 layers", "static", "speed"}
+    assert own | {f"few-{key}" for key in own - {"speed"}} == keys - {"model2vec"}
+    summary = found["summary"]["tiny"]
+    static, teacher = summary["students"]["static"], found["cells"]["tiny/teacher"]
+    accuracies = [arm["test_accuracy"]["mean"] for arm in (static["distilled"], static["teacher"])]
+    assert static["teacher"]["test_accuracy"]["mean"] == pytest.approx(teacher["test_accuracy"]["mean"], abs=1e-5)
+    assert static["kept"]["value"] == pytest.approx(accuracies[0] / accuracies[1], rel=1e-4)
+    assert summary["few-students"]["static"]["rows"]["unlabelled"] > 0
+    assert summary["static_speed"]["value"] > 0
+    assert "| tiny | 96 | static |" in load("table").main([str(path)])
+
+
 def test_unknown_data_are_named(load, words):
     with pytest.raises(ConfigError, match="'bank' is not known"):
         load("finetune").main([*words, "--data", "bank"])

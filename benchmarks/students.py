@@ -1,0 +1,276 @@
+"""Students of a fine-tuned teacher: what each keeps of it, against its control arm and against model2vec.
+
+    NLPXFER_DATA=FOLDER python benchmarks/students.py --scale small
+    NLPXFER_DATA=FOLDER python benchmarks/students.py --scale full
+
+Cells of each data set:
+
+- `teacher`: the checkpoint fine-tuned by `recipes/finetune.py`; all others learn from it
+- `<student>`: `recipes/distill.py` with that student and its control arm, several seeds in one run
+- `model2vec`: the same teacher's body made static by model2vec, and logistic regression on the labels
+- `speed`: rows per second of `Classifier.logits` for teacher, static student and its int8 form, and of model2vec with
+  its regression, in turns, tokenising included
+- `few-teacher`, `few-<student>`: the same with few labels per class, and the other training texts without labels
+
+What a student keeps is its test accuracy over the teacher's. Defaults of the recipes, save for epochs and seeds.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import measuring
+import torch
+from data_sets import data_sets
+from measuring import Results, Skipped, judged
+
+from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.classify import Classifier
+from nlpxfer.cli import run_main
+from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.evaluate.cost import alternate_rates
+from nlpxfer.recipes import load_recipe
+from nlpxfer.report.report import Arm, Report
+from nlpxfer.start import start_run
+
+DATA = "banking77,debian-sections,clinc150,scicite"
+STUDENTS: dict[str, list[str]] = {
+    "3 layers": ["--student_num_layers", "3"],
+    "2 layers": ["--student_num_layers", "2"],
+    "static": ["--student", "static"],
+}
+"""Student -> options of the recipe."""
+KEPT_TARGETS = {"3 layers": 0.99, "2 layers": 0.975, "static": 0.93}
+SPEED_TARGETS = {"3 layers": 1.8, "static": 50.0}
+STRENGTHS = (0.1, 1.0, 10.0, 100.0)
+"""Inverse strengths of the regression on model2vec's vectors, chosen on validation rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How much is measured on a data set; rows are stratified samples of the training rows.
+
+    `few` rows have labels in the cells that start so, and all training texts serve without; None leaves these out.
+    """
+
+    rows: int | None
+    epochs: int
+    seeds: int
+    few: int | None = None
+    few_epochs: int = 3
+    students: tuple[str, ...] = tuple(STUDENTS)
+    speed_rows: int = 1000
+
+
+SMALL = Size(rows=1500, epochs=4, seeds=3)
+SIZES: dict[str, dict[str, Size]] = {
+    "small": dict.fromkeys(DATA.split(","), SMALL)
+    | {
+        "banking77": Size(rows=2000, epochs=4, seeds=3, few=770),
+        "debian-sections": Size(rows=1200, epochs=3, seeds=3),
+    },
+    "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5))
+    | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770)},
+}
+MOST = {"small": {"validation": 500, "test": 2000}}
+"""Scale -> rows that are kept of a split of a set that is not bundled."""
+SMOKE = Size(rows=96, epochs=1, seeds=1, few=48, few_epochs=1, students=("2 layers", "static"), speed_rows=16)
+
+
+class Bench:
+    """The cells of one data set.
+
+    Args:
+        name: Name of the data set.
+        values: Values of `DataOptions`.
+        size: How much to measure.
+        asked: The command line.
+        results: Finished cells.
+    """
+
+    def __init__(self, name: str, values: Mapping[str, Any], size: Size, asked: Any, results: Results) -> None:  # noqa: ANN401
+        self.name, self.size, self.asked, self.results = name, size, asked, results
+        self.rows = dict(values) | ({} if size.rows is None else {"max_train_samples": size.rows})
+        self.few = dict(values) | {"max_train_samples": size.few}
+        self.folder = asked.work / f"students-{asked.scale}-{name}"
+
+    def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """All cells by name."""
+        found: dict[str, Callable[[], dict[str, Any]]] = {"teacher": lambda: self.teacher("teacher", self.rows)}
+        found |= {student: lambda s=student: self.student(s) for student in self.size.students}
+        found |= {"model2vec": self.model2vec, "speed": self.speed}
+        if self.size.few is not None:
+            found["few-teacher"] = lambda: self.teacher("few-teacher", self.few)
+            found |= {f"few-{student}": lambda s=student: self.student(s, few=True) for student in self.size.students}
+        return {f"{self.name}/{key}": cell for key, cell in found.items()}
+
+    def teacher(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Fine-tune it, and keep its folder."""
+        epochs = self.size.epochs if key == "teacher" else 10
+        report = self._run("finetune", key, values, ["--num_train_epochs", str(epochs)])
+        arm = report.arms[0]
+        return {"rows": report.data["rows"], **_arm(arm), "train_seconds": arm.seconds}
+
+    def student(self, student: str, *, few: bool = False) -> dict[str, Any]:
+        """A run of the recipe: the student and its control arm, all seeds."""
+        prefix, values = ("few-", dict(self.few)) if few else ("", dict(self.rows))
+        teacher = self._kept(f"{prefix}teacher")
+        words = ["--teacher_name_or_path", str(teacher), "--model_name_or_path", self.asked.model, *STUDENTS[student]]
+        words += ["--num_seeds", str(self.size.seeds), "--teacher_cache", str(self.folder / f"cache-{prefix}teacher")]
+        epochs = self.size.few_epochs if few else self.size.epochs
+        if "static" not in STUDENTS[student]:  # it has epochs of its own
+            words += ["--num_train_epochs", str(epochs)]
+        if few:
+            values["unlabelled_file"] = str(self._texts())
+        report = self._run("distill", f"{prefix}{student}".replace(" ", "-"), values, words)
+        arms = {arm.name: arm for arm in report.arms}
+        kept = report.checks["retention"]["students"]
+        return {
+            "rows": report.data["rows"],
+            "teacher": _arm(arms["teacher"]),
+            "distilled": _arm(arms["distilled"]) | {"kept": kept["distilled"]["score"]},
+            "control": _arm(arms["control"]) | {"kept": kept["control"]["score"]},
+            "speed_ratio": report.checks["speed_ratio"]["distilled"],
+            "gain": asdict(report.verdict),
+            "train_seconds": arms["distilled"].seconds,
+        }
+
+    def model2vec(self) -> dict[str, Any]:
+        """The regression on vectors of the teacher's body, which model2vec made static with its defaults."""
+        from sklearn.linear_model import LogisticRegression
+
+        static = self._model2vec()
+        with self._data() as run:
+            vectors = {split: static.encode(run.texts(split)[0]) for split in ("train", "validation", "test")}
+            labels = {split: run.labels(split) for split in vectors}
+        found = []
+        for strength in STRENGTHS:
+            fitted = LogisticRegression(C=strength, max_iter=1000).fit(vectors["train"], labels["train"])
+            found.append((fitted.score(vectors["validation"], labels["validation"]), -strength, fitted))
+        validation, strength, best = max(found, key=lambda each: each[:2])
+        test = float(best.score(vectors["test"], labels["test"]))
+        return {"validation_accuracy": float(validation), "test_accuracy": test, "strength": -strength}
+
+    def speed(self) -> dict[str, Any]:
+        """Rows per second of those that answer texts, in turns, float32."""
+        with self._data() as run:
+            texts = run.texts("test")[0]
+        texts = (texts * (self.size.speed_rows // len(texts) + 1))[: self.size.speed_rows]
+        teacher, static = str(self._kept("teacher")), str(self._kept("static"))
+        sides = {"teacher": Classifier.load(teacher, bf16=False), "static": Classifier.load(static)}
+        sides["static int8"] = Classifier.load(static, int8=True)
+        runs = {name: lambda c=side: c.logits(texts) for name, side in sides.items()}
+        try:
+            vectors = self._model2vec()
+            runs["model2vec"] = lambda: vectors.encode(texts)
+        except Skipped as reason:
+            self.results.skipped[f"{self.name}/speed: model2vec"] = str(reason)
+        measured = alternate_rates(runs, len(texts), repeats=5)
+        ratios = {name: vars(ratio) for name, ratio in measured.ratios.items()}
+        return {"rates": {name: vars(rate) for name, rate in measured.rates.items()}, "ratios": ratios}
+
+    def _model2vec(self) -> Any:  # noqa: ANN401 - optional package
+        try:
+            distil = importlib.import_module("model2vec.distill").distill_from_model
+        except ImportError as error:
+            raise Skipped(f"model2vec cannot be imported: {error}") from error
+        teacher = load_classifier(
+            str(self._kept("teacher")), schema=Classifier.load(str(self._kept("teacher"))).schema
+        )
+        return distil(teacher.model.base_model, teacher.tokenizer)
+
+    def _run(self, recipe: str, key: str, values: Mapping[str, Any], words: Sequence[str]) -> Report:
+        """A run of a recipe in a folder of its own."""
+        folder = self.folder / key
+        shutil.rmtree(folder, ignore_errors=True)
+        asked = [word for name, value in values.items() for word in (f"--{name}", str(value))]
+        if recipe == "finetune":
+            asked += ["--model_name_or_path", self.asked.model, "--control_arm", "false"]
+        report: Report = load_recipe(recipe).main([*asked, *words, "--output_dir", str(folder)])
+        self.results.use_data(f"{self.name}{'-few' if key.startswith('few') else ''}", report.data["fingerprint"])
+        return report
+
+    def _kept(self, key: str) -> Path:
+        folder: Path = self.folder / key
+        if not (folder / "report.json").is_file():
+            raise Skipped(f"there is no {key} yet: measure the cell {self.name}/{key} first")
+        return folder
+
+    def _data(self) -> Any:  # noqa: ANN401 - a context that gives a Run
+        options = RunOptions(output_dir=str(self.folder / "scratch"), overwrite=True)
+        return start_run("finetune", DataOptions(**self.rows), options)
+
+    def _texts(self) -> Path:
+        """The training texts without their labels, one a line."""
+        file: Path = self.folder / "unlabelled.txt"
+        source = self.few.get("train_file")
+        if source is None:
+            raise Skipped("the data set has no file of training rows")
+        with Path(source).open(encoding="utf-8", newline="") as rows:
+            texts = [" ".join(row["text"].split()) for row in csv.DictReader(rows)]
+        file.write_text("".join(f"{text}\n" for text in dict.fromkeys(texts)), encoding="utf-8")
+        return file
+
+    def summary(self) -> dict[str, Any]:
+        """Each student beside its control arm, with the targets."""
+        found: dict[str, Any] = {}
+        for prefix in ("", "few-"):
+            students = {}
+            for student in self.size.students:
+                cell = self.results.get(f"{self.name}/{prefix}{student}")
+                if cell is None:
+                    continue
+                kept, ratio = cell["distilled"]["kept"]["value"], cell["speed_ratio"]["median"]
+                students[student] = {key: cell[key] for key in ("teacher", "distilled", "control", "gain")} | {
+                    "rows": cell["rows"],
+                    "kept": judged(kept, KEPT_TARGETS[student]) if not prefix else kept,
+                    "speed_ratio": judged(ratio, SPEED_TARGETS[student])
+                    if student in SPEED_TARGETS and student != "static"
+                    else ratio,
+                }
+            found[prefix + "students"] = students
+        for key in ("model2vec", "speed"):
+            found[key] = self.results.get(f"{self.name}/{key}")
+        if found["speed"]:
+            found["static_speed"] = judged(found["speed"]["ratios"]["static"]["median"], SPEED_TARGETS["static"])
+        return found
+
+
+def _arm(arm: Arm) -> dict[str, Any]:
+    """Scores and size of an arm."""
+    metrics = json.loads(json.dumps(arm.metrics))
+    seeds = [each.metrics["test"]["accuracy"] for each in arm.per_seed] or [metrics["test"]["accuracy"]]
+    return {
+        "validation_accuracy": metrics["validation"]["accuracy"],
+        "test_accuracy": measuring.mean_and_deviation(seeds),
+        "parameters": arm.parameters,
+        "bytes": arm.bytes,
+        "latency": arm.latency,
+    }
+
+
+def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
+    """Measure and write the results file; `sets` replaces the data sets (name -> values of `DataOptions`)."""
+    asked = measuring.arguments("students", __doc__ or "", argv, DATA)
+    measuring.show_log()
+    known = data_sets(asked.data, asked.work, MOST.get(asked.scale)) if sets is None else sets
+    sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in known}
+    settings = {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()}
+    results = Results("students", asked, {"model": asked.model, "students": STUDENTS} | settings)
+    summary = {}
+    for name, values in known.items():
+        bench = Bench(name, values, sizes[name], asked, results)
+        results.measure(bench.cells())
+        summary[name] = bench.summary() | {"threads": torch.get_num_threads()}
+    return results.write(summary)
+
+
+if __name__ == "__main__":
+    run_main(main)
