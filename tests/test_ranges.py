@@ -195,10 +195,9 @@ def test_which_options_of_a_run_may_vary():
         assert not [fault for fault in found if "it cannot be a range" in fault], name
 
 
-@pytest.mark.parametrize("key", ["finetune", "distill"])
-def test_values_of_a_trial_reach_the_class_that_holds_them(key):
+@pytest.mark.parametrize(("key", "own"), [("finetune", "focal_gamma"), ("distill", "kd_weight")])
+def test_values_of_a_trial_reach_the_class_that_holds_them(key, own):
     _, plan, options = parse(option_classes(key), [])
-    own = next(f.name for f in dataclasses.fields(plan) if isinstance(f.default, float))
     changed, tried = with_values(options, plan, {"learning_rate": 0.5, own: 0.75})
     assert (changed.learning_rate, getattr(tried, own)) == (0.5, 0.75)
     assert (options.learning_rate, getattr(plan, own)) != (0.5, 0.75)
