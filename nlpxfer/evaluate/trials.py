@@ -28,7 +28,7 @@ from nlpxfer.config import RunOptions
 from nlpxfer.config.options import plain_value
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import ConfigError, NlpxferError, NotFiniteError, SearchError
-from nlpxfer.evaluate.arms import Splits, prepare_arm, topology
+from nlpxfer.evaluate.arms import PreparedArm, Splits, prepare_arm, topology
 from nlpxfer.methods.base import Method
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
@@ -146,20 +146,9 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
         NotFiniteError: The training diverged.
         Interrupted: A signal asked to stop.
     """
-    arm.method.check(arm.options)
-    options = copy.copy(arm.options)
-    options.output_dir, options.save_strategy, options.max_steps = str(folder), SaveStrategy.NO, steps
-    options.report_to, options.push_to_hub, options.disable_tqdm = [], False, True
-    identity = RunIdentity({**arm.facts, "arm": folder.name, "seed": options.seed}, topology(options))
-    trainer = prepare_arm(
-        build=arm.build,
-        method=arm.method,
-        split=partial(_once_each, arm.split, known),
-        schema=arm.schema,
-        options=options,
-        identity=identity,
-        sampling=arm.sampling,
-    ).trainer
+    options = _options_in(folder, arm)
+    options.max_steps = steps
+    trainer = _prepared(arm, options, folder.name, known).trainer
     trainer.fit(resume=False)
     name = f"eval_{options.metric_for_best_model}"
 
@@ -177,25 +166,33 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
     return better(found) if options.load_best_model_at_end else found[-1]
 
 
-def _train(number: int, arm: TrialArm, known: dict[str, Splits], search: Search, folder: Path) -> Outcome:
-    """Train a trial, and read its score from its evaluations."""
+def _options_in(folder: Path, arm: TrialArm) -> RunOptions:
+    """The options of an arm that is trained to be scored, and leaves nothing."""
     arm.method.check(arm.options)
-    options, start = copy.copy(arm.options), time.perf_counter()
-    resume = options.resume and folder.is_dir()
+    options = copy.copy(arm.options)
     options.output_dir, options.save_strategy = str(folder), SaveStrategy.NO
     options.report_to, options.push_to_hub, options.disable_tqdm = [], False, True
-    facts = {**arm.facts, "arm": f"trial {number}", "seed": options.seed}
-    identity = RunIdentity(facts, topology(options))
-    prepared = prepare_arm(
+    return options
+
+
+def _prepared(arm: TrialArm, options: RunOptions, name: str, known: dict[str, Splits]) -> PreparedArm:
+    """The arm, ready to be trained; rows are tokenised once for each tokenizer."""
+    return prepare_arm(
         build=arm.build,
         method=arm.method,
         split=partial(_once_each, arm.split, known),
         schema=arm.schema,
         options=options,
-        identity=identity,
+        identity=RunIdentity({**arm.facts, "arm": name, "seed": options.seed}, topology(options)),
         sampling=arm.sampling,
     )
-    trainer, judge = prepared.trainer, Judge(search)
+
+
+def _train(number: int, arm: TrialArm, known: dict[str, Splits], search: Search, folder: Path) -> Outcome:
+    """Train a trial, and read its score from its evaluations."""
+    options, start = _options_in(folder, arm), time.perf_counter()
+    resume = options.resume and folder.is_dir()
+    trainer, judge = _prepared(arm, options, f"trial {number}", known).trainer, Judge(search)
     trainer.add_callback(judge)
     trainer.fit(resume=resume)
     trainer.remove_callback(judge)
