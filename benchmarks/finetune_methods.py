@@ -5,8 +5,8 @@
 
 A cell `<data>/<method>/<seed>` is a run of the method's recipe with its defaults, save for what METHODS and the sizes
 name. Its seconds hold features or linear probe, training, validation after each epoch and checkpoints; loading,
-tokenising and the final scoring are not in them. Memory is the highest resident memory of the process during the cell less that
-before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone.
+tokenising and the final scoring are not in them. Memory is the highest resident memory of the process during the cell
+less that before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone.
 """
 
 from __future__ import annotations
