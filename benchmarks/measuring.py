@@ -37,7 +37,17 @@ logger = logging.getLogger("benchmarks")
 Array = np.ndarray[Any, Any]
 BOTH = "banking77,debian-sections"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "scikit-learn", "numpy", "textbrewer", "onnxruntime")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "scikit-learn",
+    "numpy",
+    "textbrewer",
+    "onnxruntime",
+    "model2vec",
+)
 MODEL = "all-MiniLM-L6-v2"
 
 
