@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, gold_labels, texts_of, windows
+from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, labelled_windows, texts_of, windows
 from nlpxfer.data.stream import Row, RowReader, row_writer
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, LabelError
 from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
@@ -312,15 +312,12 @@ def _ask_both(
     quiet: bool,
 ) -> _Asked:
     """Ask both models for every row of a labelled file, each row once."""
-    reader = RowReader(source)
     found: list[tuple[Array, ...]] = []
-    seconds, seen = np.zeros(3), 0
-    for window in windows(reader, quiet):
-        texts, pairs, known = texts_of(reader, window, seen, text_column, text_pair_column)
-        if not all(known):
-            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
-        gold_N = np.array(gold_labels(cascade.student.schema, reader, window, seen, label_column, ""))
-        if not seen:  # the first batches of a model are slow
+    seconds = np.zeros(3)
+    columns = (text_column, text_pair_column, label_column)
+    for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, "", quiet):
+        gold_N = np.array(gold)
+        if not found:  # the first batches of a model are slow
             first = texts[:_WARMUP_ROWS], None if pairs is None else pairs[:_WARMUP_ROWS]
             cascade.student_shares(*first)
             cascade.teacher_shares(*first)
@@ -334,9 +331,6 @@ def _ask_both(
             times.append(time.perf_counter() - start)
         seconds += times
         found.append((small_NC.max(axis=1), small_NC.argmax(axis=1) == gold_N, large_N == gold_N, sent_N))
-        seen += len(window)
-    if not seen:
-        raise DataError(f"{source} has no rows.")
     sure_N, small_right_N, large_right_N, sent_N = (np.concatenate(column) for column in zip(*found, strict=True))
     return _Asked(sure_N, small_right_N, large_right_N, sent_N, *seconds.tolist())
 

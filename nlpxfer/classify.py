@@ -320,19 +320,13 @@ def evaluate_file(
         DataError: A row has no text or label, or cannot be read; or a column is missing.
         LabelError: A label is none of the classifier's.
     """
-    reader = RowReader(source)
-    logits, labels, seen = [], [], 0
-    for window in windows(reader, quiet):
-        texts, pairs, known = texts_of(reader, window, seen, text_column, text_pair_column)
-        if not all(known):
-            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
-        labels += gold_labels(classifier.schema, reader, window, seen, label_column, label_separator)
+    schema, logits, labels = classifier.schema, [], []
+    columns = (text_column, text_pair_column, label_column)
+    for texts, pairs, gold in labelled_windows(schema, source, columns, label_separator, quiet):
+        labels += gold
         logits.append(classifier.logits(texts, pairs))
-        seen += len(window)
-    if not seen:
-        raise DataError(f"{source} has no rows.")
-    schema, found_NC = classifier.schema, np.concatenate(logits)
-    scores: dict[str, Any] = {"rows": seen, **task_metrics(schema.problem_type, found_NC, schema.array(labels))}
+    found_NC = np.concatenate(logits)
+    scores: dict[str, Any] = {"rows": len(labels), **task_metrics(schema.problem_type, found_NC, schema.array(labels))}
     if schema.problem_type == MULTI_LABEL:
         given_NC = probabilities(found_NC, classifier.temperature, MULTI_LABEL) > classifier.thresholds_C
         micro, macro = label_f1s(given_NC, schema.array(labels))
@@ -344,7 +338,7 @@ def evaluate_file(
     return scores
 
 
-def gold_labels(
+def _gold_labels(
     schema: LabelSchema, reader: RowReader, window: Sequence[Row], before: int, column: str, separator: str
 ) -> list[Any]:
     """The labels of a window's rows, as `LabelSchema.array` takes them."""
@@ -370,6 +364,33 @@ def gold_labels(
     if several:
         return [[schema.encode(name) for name in names] for names in found]
     return [schema.encode(name) for name in found]
+
+
+def labelled_windows(
+    schema: LabelSchema, source: str | Path, columns: tuple[str, str | None, str], separator: str, quiet: bool
+) -> Iterator[tuple[list[str], list[str] | None, list[Any]]]:
+    """Texts, second texts and gold labels of a labelled file, window by window.
+
+    Args:
+        schema: Labels that there may be.
+        source: csv, tsv, jsonl or parquet.
+        columns: With the text, the second text if there is one, and the label.
+        separator: Between the labels of a multi-label row that are one text.
+        quiet: No progress bar.
+
+    Raises:
+        DataError: There is no row, or one has no text or label, or cannot be read; or a column is missing.
+        LabelError: A label is none of the schema's.
+    """
+    reader, seen, (text, pair, label) = RowReader(source), 0, columns
+    for window in windows(reader, quiet):
+        texts, pairs, known = texts_of(reader, window, seen, text, pair)
+        if not all(known):
+            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
+        yield texts, pairs, _gold_labels(schema, reader, window, seen, label, separator)
+        seen += len(window)
+    if not seen:
+        raise DataError(f"{source} has no rows.")
 
 
 def windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:

@@ -42,7 +42,14 @@ from nlpxfer.errors import ConfigError, TargetMissedError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
-from nlpxfer.evaluate.cost import Cost, alternate_rates, inference_run, parameter_count, peak_memory_bytes
+from nlpxfer.evaluate.cost import (
+    Cost,
+    alternate_rates,
+    inference_run,
+    parameter_count,
+    peak_memory_bytes,
+    stored_bytes,
+)
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
@@ -277,12 +284,7 @@ class Run:
 
         def trial(values: Mapping[str, Any]) -> TrialArm:
             self.options, tried = with_values(options, plan, values)
-            arm = {"split": self.split, "facts": {}, **arm_of(tried)}
-            changes = {key: arm.pop(key) for key in [*arm] if hasattr(options, key)}
-            shown = {key: plain_value(value) for key, value in values.items()}
-            arm["facts"] = {**self._facts(), **shown, **changes, **arm["facts"]}
-            arm["build"] = self._checked(arm["build"], options.seed)
-            return TrialArm(schema=self.data.schema, options=changed(self.options, **changes), **arm)
+            return self.trial_arm(arm_of(tried), {key: plain_value(value) for key, value in values.items()})
 
         self.searching = True
         try:
@@ -296,6 +298,19 @@ class Run:
         self.found = search.result()
         self.started -= search.seconds_before
         return plan
+
+    def trial_arm(self, arm: Mapping[str, Any], drawn: Mapping[str, Any] | None = None) -> TrialArm:
+        """An arm as trials take it: of the first seed, with the options in which it differs.
+
+        Args:
+            arm: The arguments of `train` for it.
+            drawn: Values of this trial that `self.config` does not hold.
+        """
+        parts = {"split": self.split, "facts": {}, **arm}
+        changes = {key: parts.pop(key) for key in [*parts] if hasattr(self.options, key)}
+        parts["facts"] = {**self._facts(), **(drawn or {}), **changes, **parts["facts"]}
+        parts["build"] = self._checked(parts["build"], self.options.seed)
+        return TrialArm(schema=self.data.schema, options=changed(self.options, **changes), **parts)
 
     def cross_validate(
         self,
@@ -398,7 +413,7 @@ class Run:
             metrics=mean_metrics(per_seed),
             seconds=sum(arm.train_seconds for arm in trained),
             parameters=parameter_count(first.model),
-            bytes=_stored_bytes(first.model),
+            bytes=stored_bytes(first.model),
             description=description,
             per_seed=per_seed if len(per_seed) > 1 else (),
             details={
@@ -510,7 +525,7 @@ class Run:
         """
         for model in models:
             self.check_length(model)
-        weights = max(_stored_bytes(checkpoint.model) for checkpoint in models)
+        weights = max(stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
         whole_models = arms * len(self.seeds) + self.options.num_folds
@@ -556,7 +571,7 @@ class Run:
             metrics=self.metrics(*logits),
             seconds=seconds,
             parameters=None if checkpoint is None else parameter_count(checkpoint.model),
-            bytes=None if checkpoint is None else _stored_bytes(checkpoint.model),
+            bytes=None if checkpoint is None else stored_bytes(checkpoint.model),
             description=description,
             details=details or {},
         )
@@ -670,11 +685,15 @@ class Run:
             checks["thresholds"] = self._threshold_check(treated[0], found.temperature)
         return checks | self.checks
 
+    def _int8_of(self, arm: TrainedArm) -> PreTrainedModel:
+        """The static student with an int8 table, made once."""
+        return self.once(("int8",), lambda: static_int8(cast("StaticForSequenceClassification", arm.model)))
+
     def _int8_check(self, arm: TrainedArm) -> dict[str, Any]:
         """Size of the static student's int8 form, and how far it answers the validation rows as the student does."""
-        small = static_int8(cast("StaticForSequenceClassification", arm.model))
+        small = self._int8_of(arm)
         found = parity(arm.validation_logits, self.predict(small, arm.tokenizer, "validation"), self.problem_type)
-        return vars(found) | {"bytes": _stored_bytes(small), "float32_bytes": _stored_bytes(arm.model)}
+        return vars(found) | {"bytes": stored_bytes(small), "float32_bytes": stored_bytes(arm.model)}
 
     def _selective_checks(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
         """How well probabilities tell right from wrong, and the rule for abstaining that was asked for."""
@@ -765,7 +784,7 @@ class Run:
 
     def _write_int8(self, arm: TrainedArm) -> None:
         """The static student with an int8 table, in a folder that predicts as this one does."""
-        small = static_int8(cast("StaticForSequenceClassification", arm.model))
+        small = self._int8_of(arm)
         folder = save_classifier(small, arm.tokenizer, self.data.schema, self.folder / INT8_FOLDER)
         for name in ("run.json", "calibration.json"):
             if (self.folder / name).is_file():
@@ -848,12 +867,6 @@ def _search_limits(found: Mapping[str, Any] | None) -> list[str]:
         f"{names}: chosen by the validation {found['metric']} of {trials} trials, which makes the validation scores "
         "look better than they are. No trial saw the test rows."
     ]
-
-
-def _stored_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the weights, each counted once; not those of the head that an adapter's own replaces."""
-    kept = {v.data_ptr(): v for name, v in model.state_dict().items() if ".original_module." not in f".{name}"}
-    return sum(value.numel() * value.element_size() for value in kept.values())
 
 
 def _trained_bytes(model: PreTrainedModel) -> int:

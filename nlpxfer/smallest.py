@@ -10,7 +10,6 @@ A candidate is a set of option values of the recipe, so whatever the recipe can 
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -31,9 +30,10 @@ from nlpxfer.config.student import STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.evaluate.arms import Splits
+from nlpxfer.evaluate.cost import stored_bytes
 from nlpxfer.evaluate.latency import latency_facts
 from nlpxfer.evaluate.task import task_metrics
-from nlpxfer.evaluate.trials import TrialArm, short_run
+from nlpxfer.evaluate.trials import short_run
 from nlpxfer.report.ladder import LADDER_FILE, ladder_table, write_ladder
 from nlpxfer.run import Run
 from nlpxfer.students import refuse_unused
@@ -192,18 +192,13 @@ def _measured(run: Run, arms: Mapping[str, Mapping[str, Any]], teacher: Checkpoi
             name: {
                 "ms": times[name]["one_row"]["total_p50_ms"],
                 "rows_per_second": 1000 / times[name]["batched"]["total_p50_ms"],
-                "bytes": float(_bytes(model)),
+                "bytes": float(stored_bytes(model.model)),
             }
             for name, model in models.items()
         }
     if world()[1] > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def _bytes(checkpoint: Checkpoint) -> int:
-    kept = {value.data_ptr(): value for value in checkpoint.model.state_dict().values()}
-    return sum(value.numel() * value.element_size() for value in kept.values())
 
 
 def _whole_training(run: Run) -> int:
@@ -225,18 +220,7 @@ def _teachers_score(run: Run) -> float:
 def _score(run: Run, name: str, arm: Mapping[str, Any], known: dict[str, Splits], steps: int) -> float:
     """The validation score of a student after so many steps, without a look at the test rows."""
     folder = Path(run.folder) / "checkpoints" / "ladder" / name.replace(" ", "-")
-    build, seed, options = arm["build"], run.seeds[0], copy.copy(run.options)
-    for key in arm.keys() - {"build", "method", "split", "facts", "sampling"}:
-        setattr(options, key, arm[key])  # options in which this student is trained differently
-    trial = TrialArm(
-        schema=run.data.schema,
-        options=options,
-        build=lambda: run.check_length(build(seed)),
-        method=arm["method"],
-        split=arm["split"],
-        facts=arm.get("facts", {}),
-        sampling=arm.get("sampling", "natural"),
-    )
+    trial = run.trial_arm(arm)
     run.searching = True
     try:
         return short_run(trial, folder, known, steps=steps)

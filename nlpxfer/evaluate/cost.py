@@ -205,6 +205,12 @@ def parameter_count(model: torch.nn.Module) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if ".original_module." not in f".{name}")
 
 
+def stored_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the weights, each counted once; not those of the head that an adapter's own replaces."""
+    kept = {v.data_ptr(): v for name, v in model.state_dict().items() if ".original_module." not in f".{name}"}
+    return sum(value.numel() * value.element_size() for value in kept.values())
+
+
 def embedding_parameter_count(model: torch.nn.Module) -> int:
     """Number of weights in embedding tables (tokens, positions, types); shared ones count once."""
     tables = {
