@@ -25,9 +25,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, labelled_windows, texts_of, windows
-from nlpxfer.data.stream import Row, RowReader, row_writer
-from nlpxfer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, LabelError
+from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, label_rows, labelled_windows
+from nlpxfer.data.stream import Row
+from nlpxfer.errors import CheckpointError, ConfigError, DataNotFoundError, LabelError
 from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
 from nlpxfer.evaluate.interval import paired_gain
 from nlpxfer.problem import SINGLE_LABEL
@@ -242,41 +242,22 @@ def predict_cascade(
         What was done, and how many rows the teacher answered.
 
     Raises:
-        DataError: A row cannot be read, or already has one of the columns.
-        ConfigError: `output` exists or cannot hold the rows.
+        DataError, ConfigError: See `label_rows`.
     """
-    if Path(output).exists():
-        raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
-    reader = RowReader(source)
+    sent = 0
+
+    def answers(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[Row]:
+        nonlocal sent
+        for answer in _answers(cascade, texts, pairs):
+            sent += answer[MODEL] == TEACHER
+            yield answer
+
     types: dict[str, type] = {LABEL: str, PROBABILITY: float, MODEL: str}
-    rows = blank = sent = 0
-    with row_writer(output, reader, types) as writer:
-        for window in windows(reader, quiet):
-            texts, pairs, known = texts_of(reader, window, rows, text_column, text_pair_column)
-            _refuse_taken(reader, window, rows, types)
-            answers = _answers(cascade, texts, pairs)
-            for row, has_text in zip(window, known, strict=True):
-                row.update(next(answers) if has_text else dict.fromkeys(types))
-                blank += not has_text
-                sent += row[MODEL] == TEACHER
-            writer.write(window)
-            rows += len(window)
-        if not rows:
-            raise DataError(f"{source} has no rows.")
-    if blank:
-        logger.warning("%s: %d of %d rows have no text and got no label", source, blank, rows)
+    rows, blank = label_rows(source, output, answers, types, (text_column, text_pair_column), quiet=quiet)
     return Predicted(rows, blank, 0), sent
 
 
-def _refuse_taken(reader: RowReader, window: Sequence[Row], before: int, types: dict[str, type]) -> None:
-    for number, row in enumerate(window, start=before + 1):
-        if taken := sorted(types.keys() & row.keys()):
-            raise DataError(f"{reader.path}, row {number}: already has {', '.join(taken)}.")
-
-
-def _answers(cascade: Cascade, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-    if not texts:
-        return
+def _answers(cascade: Cascade, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[Row]:
     names = cascade.student.schema.names
     for shares_C, sent in zip(*cascade.probabilities(texts, pairs), strict=True):
         best = int(shares_C.argmax())

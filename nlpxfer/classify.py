@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import read_labels
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.data.stream import Row, RowReader, row_writer
+from nlpxfer.data.stream import Row, RowReader, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
@@ -262,28 +262,71 @@ def predict_file(
     """
     if min_probability is not None and not 0 < min_probability <= 1:
         raise ConfigError(f"min_probability: {min_probability} is not above 0 and up to 1")
+    least = _least_probability(classifier) if min_probability is None else min_probability
+    columns = AnswerColumns(classifier, least, all_probabilities, label_separator)
+    abstained = 0
+
+    def answers(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        nonlocal abstained
+        for answer in columns.of(classifier.logits(texts, pairs)):
+            abstained += answer.get(ABSTAINED) is True
+            yield answer
+
+    rows, blank = label_rows(source, output, answers, columns.types, (text_column, text_pair_column), quiet=quiet)
+    return Predicted(rows, blank, abstained)
+
+
+Answers = Callable[[Sequence[str], Sequence[str] | None], Iterable[Row]]
+"""From texts and their second texts to the new columns of each."""
+
+
+def label_rows(
+    source: str | Path,
+    output: str | Path,
+    answers: Answers,
+    types: Mapping[str, type],
+    columns: tuple[str, str | None],
+    *,
+    quiet: bool,
+) -> tuple[int, int]:
+    """Write the rows of a file with new columns beside those that are there; memory does not grow with the file.
+
+    The output appears whole at the end or not at all.
+
+    Args:
+        source: csv, tsv, jsonl or parquet.
+        output: Where the result goes; its ending names the format.
+        answers: Gives the new columns of rows with a text; those of other rows are empty.
+        types: The new columns and their types.
+        columns: With the text, and the second text if there is one.
+        quiet: No progress bar.
+
+    Returns:
+        How many rows there are, and how many without a text.
+
+    Raises:
+        DataError: There is no row, or one cannot be read, named with its line; or a column is missing.
+        ConfigError: `output` exists or cannot hold the rows, or a row already has one of the new columns.
+    """
     if Path(output).exists():
         raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
     reader = RowReader(source)
-    least = _least_probability(classifier) if min_probability is None else min_probability
-    columns = AnswerColumns(classifier, least, all_probabilities, label_separator)
-    rows = blank = abstained = 0
-    with row_writer(output, reader, columns.types) as writer:
+    rows = blank = 0
+    with row_writer(output, reader, types) as writer:
         for window in windows(reader, quiet):
-            texts, pairs, known = texts_of(reader, window, rows, text_column, text_pair_column)
-            logits_NC = classifier.logits(texts, pairs) if texts else np.zeros((0, len(classifier.schema)))
-            answers = iter(columns.of(logits_NC))
-            for row, has_text in zip(window, known, strict=True):
-                row.update(next(answers) if has_text else dict.fromkeys(columns.types))
+            texts, pairs, known = texts_of(reader, window, rows, *columns)
+            found = iter(answers(texts, pairs) if texts else ())
+            for number, (row, has_text) in enumerate(zip(window, known, strict=True), start=rows + 1):
+                refuse_taken(f"{reader.path}, row {number}", row, types)
+                row.update(next(found) if has_text else dict.fromkeys(types))
                 blank += not has_text
-                abstained += row.get(ABSTAINED) is True
             writer.write(window)
             rows += len(window)
         if not rows:
             raise DataError(f"{source} has no rows.")
     if blank:
         logger.warning("%s: %d of %d rows have no text and got no label", source, blank, rows)
-    return Predicted(rows, blank, abstained)
+    return rows, blank
 
 
 def _least_probability(classifier: Classifier) -> float | None:

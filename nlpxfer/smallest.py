@@ -82,8 +82,7 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel) -> list[Choice]:
         return []
     middle = found[len(found) // 2]
     half = {"student_hidden_size": int(teacher.config.get_text_config().hidden_size) // 2}
-    if run.options.pooling != "mean" and not has_mean_layer(teacher):  # whose layer of means is not cut
-        found.append(Choice(name=f"{middle.name}, half as wide", values={**middle.values, **half}))
+    found.append(Choice(name=f"{middle.name}, half as wide", values={**middle.values, **half}))
     found.append(Choice(name=STATIC, values={"student": STATIC}))
     fits = []
     for choice in found:

@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, narrow_student
 from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
-from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.checkpoint.pooling import has_mean_layer, wants_mean
 from nlpxfer.checkpoint.static import is_static
 from nlpxfer.checkpoint.student import parse_layers, slice_layers
 from nlpxfer.config import RunOptions
@@ -55,7 +55,7 @@ def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> Non
         faults.append("num_train_epochs: for a static student it is static_num_train_epochs")
     if run.data_options.text_pair_column is not None:
         faults.append("text_pair_column: a mean over tokens cannot tell two texts apart")
-    if options.pooling != "own":
+    if options.pooling == "mean":
         faults.append(f"pooling: {options.pooling} does nothing for a static student, which is a mean already")
     for name in ("num_trained_layers", "layer_decay", "gradual_unfreezing"):
         if getattr(options, name) != getattr(RunOptions, name):
@@ -100,6 +100,7 @@ def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Chec
             return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
         keep = kept_layers(run, plan, like or source)
         student = layer_student(source, keep, seed=seed)
+        student = replace(student, is_mean_encoder=wants_mean(like or source, run.options.pooling))
         if plan.student_hidden_size is None and plan.student_intermediate_size is None:
             return student
         return narrow_student(student, kept_parts(run, plan, like or source, keep), seed=seed)
@@ -107,12 +108,15 @@ def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Chec
     return build
 
 
+def layer_count(run: Run, source: Checkpoint) -> int:
+    """How many layers of `source` a student can keep: not the one that computes a mean, if it gets one of its own."""
+    mean = wants_mean(source, run.options.pooling) and has_mean_layer(source.model)
+    return int(source.model.config.num_hidden_layers) - mean
+
+
 def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[int]:
     """The layers of `source` that the student keeps; probes are made once, and told in the report."""
-    total = int(source.model.config.num_hidden_layers)
-    mean = run.options.pooling == "mean"
-    if mean and has_mean_layer(source.model):
-        total -= 1  # the student gets a layer of its own that computes the mean
+    total, mean = layer_count(run, source), wants_mean(source, run.options.pooling)
     count = plan.student_num_layers
     if count is None and plan.student_layers in ("bottom", "even", "probe"):
         count = max(1, total // 2)

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from nlpxfer.checkpoint.adapter_kinds import KINDS, OPTIONS
 from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
-from nlpxfer.checkpoint.pooling import use_mean_pooling
+from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.checkpoint.quantised import Bits, check_quantised
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
@@ -146,8 +146,7 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
 
 def tried(start: Checkpoint, method: Adapters, options: RunOptions) -> Checkpoint:
     """The checkpoint with an adapter as it will be trained, so that what cannot work is refused before work begins."""
-    model = use_mean_pooling(start.model) if options.pooling == "mean" else start.model
-    return replace(start, model=method.adapt(model, start.fresh))
+    return replace(start, model=method.adapt(with_pooling(start, options.pooling), start.fresh))
 
 
 def adapter_arm(run: Run, trained: Sequence[TrainedArm], description: str) -> Arm:

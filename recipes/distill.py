@@ -37,7 +37,7 @@ from nlpxfer.report.report import Report, Verdict
 from nlpxfer.run import Run
 from nlpxfer.smallest import find_smallest, rungs
 from nlpxfer.start import start_run
-from nlpxfer.students import kind_of, outline, refuse_unused, student_of, training_of
+from nlpxfer.students import kind_of, layer_count, outline, refuse_unused, student_of, training_of
 from nlpxfer.teachers import (
     ModelTeacher,
     Panel,
@@ -260,7 +260,7 @@ def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[C
     check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts)
     cut = plan.student == LAYERS and not plan.student_name_or_path
     layers = int(student.model.config.num_hidden_layers) if cut else None
-    check_assistants(plan, int(source.model.config.num_hidden_layers), layers)
+    check_assistants(plan, layer_count(run, source), layers)
     run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
 
 

@@ -50,7 +50,6 @@ class FeatureOptions(RunOptions):
         if f.name not in ALWAYS | FOR_MLP
     } | {"resume_from_checkpoint": "the features found so far are in the cache; give the same command again"}
     needed_switches: ClassVar = NEEDED_SWITCHES | {name: ("classifier", "mlp") for name in FOR_MLP}
-    poolings: ClassVar = ("auto", "own", "mean")
 
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
     model_revision: str | None = option(None, "Branch, tag or commit of a Hub checkpoint.")

@@ -252,7 +252,7 @@ def test_bad_files_leave_nothing(models, rows, tmp_path):
         predict_cascade(cascade, taken, tmp_path / "out.csv")
     lines = tmp_path / "taken.jsonl"
     lines.write_text(json.dumps({"text": "a"}) + "\n" + json.dumps({"text": "b", "probability": 1}) + "\n")
-    with pytest.raises(DataError, match="row 2: already has probability"):
+    with pytest.raises(ConfigError, match="row 2 already has probability"):
         predict_cascade(cascade, lines, tmp_path / "out.jsonl")
     unknown = write_csv(tmp_path / "unknown.csv", [{**rows[0], "label": "weather"}])
     with pytest.raises(LabelError, match="weather"):

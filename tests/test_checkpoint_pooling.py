@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from recipe_runs import finished, tiny_words
 from tiny import LABELS
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlpxfer.checkpoint import load_classifier, model_layers, save_classifier, use_mean_pooling
 from nlpxfer.checkpoint.head import head_of
-from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.checkpoint.pooling import has_mean_layer, is_mean_encoder, wants_mean
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.errors import CheckpointError
+from nlpxfer.errors import CheckpointError, ConfigError
 
 SCHEMA = LabelSchema(LABELS)
 POST_NORM = ("bert", "roberta", "xlm-roberta", "electra", "distilbert")
@@ -126,3 +130,91 @@ def test_a_mean_layer_is_known_and_not_added_twice(family, tiny_checkpoint):
     again = use_mean_pooling(pooled)
     assert again.config.num_hidden_layers == pooled.config.num_hidden_layers == 5
     assert again is not pooled
+
+
+OLD_KEYS = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens", "lasttoken")
+
+
+def old_form(*on):
+    return {"word_embedding_dimension": 8} | {f"pooling_mode_{key}": key in on for key in OLD_KEYS}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (old_form("mean_tokens"), True),
+        (old_form("cls_token"), False),
+        (old_form("mean_tokens", "max_tokens"), False),
+        (old_form("mean_sqrt_len_tokens"), False),
+        (old_form(), False),
+        ({"embedding_dimension": 8, "pooling_mode": "mean", "include_prompt": True}, True),
+        ({"pooling_mode": "cls"}, False),
+        ({"pooling_mode": ["mean", "max"]}, False),
+        (["mean"], False),
+    ],
+)
+def test_what_a_folder_says_of_its_pooling(content, expected, tmp_path):
+    assert not is_mean_encoder(tmp_path)
+    (tmp_path / "1_Pooling").mkdir()
+    file = tmp_path / "1_Pooling" / "config.json"
+    file.write_text(json.dumps(content))
+    assert is_mean_encoder(tmp_path) is expected
+    file.write_text("{")
+    assert not is_mean_encoder(tmp_path)
+
+
+@pytest.fixture
+def encoder(tiny_checkpoint, tmp_path):
+    """A tiny checkpoint of a family with the file of a sentence encoder that is read by the mean."""
+
+    def make(family, kind="classifier"):
+        shutil.copytree(tiny_checkpoint(family, kind), tmp_path / family)
+        (tmp_path / family / "1_Pooling").mkdir()
+        (tmp_path / family / "1_Pooling" / "config.json").write_text(json.dumps(old_form("mean_tokens")))
+        return tmp_path / family
+
+    return make
+
+
+@pytest.mark.parametrize(("family", "expected"), [("bert", True), ("modernbert", True), ("gpt2", False)])
+def test_auto_is_the_mean_where_the_folder_says_so_and_the_family_can(load, encoder, family, expected):
+    checkpoint = load_classifier(str(encoder(family)), schema=SCHEMA)
+    assert wants_mean(checkpoint, "auto") is expected
+    assert wants_mean(checkpoint, "mean")
+    assert not wants_mean(checkpoint, "own")
+    assert not wants_mean(load(family), "auto")
+    checkpoint.model.is_quantized = True
+    assert not wants_mean(checkpoint, "auto")
+    with pytest.raises(ConfigError, match=r"pooling='max' is not known(?s:.*)auto"):
+        wants_mean(checkpoint, "max")
+
+
+def test_auto_knows_a_model_that_reads_the_mean_already(load, tmp_path):
+    checkpoint = load("bert")
+    save_classifier(use_mean_pooling(checkpoint.model), checkpoint.tokenizer, SCHEMA, tmp_path / "pooled")
+    assert wants_mean(load_classifier(str(tmp_path / "pooled"), schema=SCHEMA), "auto")
+
+
+@pytest.mark.parametrize(("pooling", "layers"), [("auto", 5), ("own", 4)])
+def test_a_run_reads_a_sentence_encoder_by_the_mean(pooling, layers, tiny_data, encoder, tmp_path):
+    words = [*tiny_words(tiny_data, encoder("bert", "base")), "--control_arm", "false", "--pooling", pooling]
+    run = finished("finetune", tmp_path / "out", *words)
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == layers
+    student = ["--teacher_name_or_path", run.folder, "--student_num_layers", "2", "--pooling", pooling]
+    taught = finished("distill", tmp_path / "student", *tiny_words(tiny_data), *student)
+    assert AutoConfig.from_pretrained(taught.folder).num_hidden_layers == layers - 2
+    assert taught.arm("control")["parameters"] == taught.arm("distilled")["parameters"]
+
+
+def test_teacher_and_pretrained_are_read_alike(tiny_data, tiny_checkpoint, tmp_path):
+    """The control student's layers come from a plain checkpoint, and are read by the mean as the student's."""
+    bert = tiny_checkpoint("bert", "base")
+    words = [*tiny_words(tiny_data, bert), "--pooling", "mean", "--control_arm", "false"]
+    teacher = finished("finetune", tmp_path / "teacher", *words).folder
+    words = [*tiny_words(tiny_data, bert), "--teacher_name_or_path", teacher, "--student_num_layers", "2"]
+    run = finished("distill", tmp_path / "out", *words)
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 3
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+    narrow = finished("distill", tmp_path / "narrow", *words, "--student_intermediate_size", "16")
+    config = AutoConfig.from_pretrained(narrow.folder)
+    assert (config.num_hidden_layers, config.intermediate_size) == (3, 16)

@@ -179,6 +179,14 @@ def test_faults_leave_no_output(classifier, content, message, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["in.csv"]
 
 
+def test_a_column_of_that_name_in_a_later_row_is_not_overwritten(classifier, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a"}\n{"text": "b", "predicted_label": "mine"}\n')
+    with pytest.raises(ConfigError, match="row 2 already has predicted_label"):
+        predict_file(classifier, source, tmp_path / "out.jsonl")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.jsonl"]
+
+
 def test_numbers_are_no_text_and_nothing_is_overwritten(classifier, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text('{"text": 7}\n')

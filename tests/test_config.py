@@ -291,7 +291,7 @@ def test_data_options_out_of_range(values, fault):
         ({"abstain_precision": 1.0}, "abstain_precision: 1.0 is not between 0 and 1"),
         ({"abstain_precision": 0.0}, "abstain_precision: 0.0 is not between 0 and 1"),
         ({"early_stopping_patience": -1}, "early_stopping_patience: it cannot be negative"),
-        ({"pooling": "maen"}, "pooling: 'maen' is not one of own, mean"),
+        ({"pooling": "maen"}, "pooling: 'maen' is not one of auto, own, mean"),
         (
             {"train_sampling_strategy": "sequential"},
             "train_sampling_strategy: 'sequential' is not one of group_by_length, random",

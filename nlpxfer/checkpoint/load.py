@@ -22,6 +22,7 @@ from torch import nn
 from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
 from nlpxfer.checkpoint.narrow import Kept, narrow_model
+from nlpxfer.checkpoint.pooling import is_mean_encoder
 from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
@@ -53,6 +54,7 @@ class Checkpoint:
         fresh: Names of the parameters that are newly initialised, in the order of the model.
         head_kept: Whether the final layer comes from the checkpoint (matched by label names).
         revision: The commit of a Hub checkpoint.
+        is_mean_encoder: Whether its folder says that it is a sentence encoder read by the mean of its tokens.
     """
 
     model: PreTrainedModel
@@ -62,6 +64,7 @@ class Checkpoint:
     fresh: tuple[str, ...]
     head_kept: bool
     revision: str | None = None
+    is_mean_encoder: bool = False
 
     @property
     def weights_sha256(self) -> str:
@@ -133,6 +136,7 @@ def load_classifier(
         fresh=fresh,
         head_kept=kept,
         revision=resolved.revision,
+        is_mean_encoder=is_mean_encoder(resolved.folder),
     )
 
 

@@ -16,22 +16,30 @@ Shapes: H hidden.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import nn
 
 from nlpxfer.checkpoint.student import check_reload, model_layers, renumber_
-from nlpxfer.errors import CheckpointError
+from nlpxfer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from nlpxfer.checkpoint.load import Checkpoint
+
 logger = logging.getLogger(__name__)
 
+POOLINGS: Final = ("auto", "own", "mean")
+"""What a head may be asked to read."""
+
 MEAN_SCALE: Final = 2048.0
+_POOLING_FILE: Final = "1_Pooling/config.json"
 # Families whose layers apply LayerNorm after each residual sum, by the names of their parts.
 _BERT_NAMES: Final = {
     "zero": ("attention.self.query", "attention.self.key", "output.dense"),
@@ -53,6 +61,34 @@ _POST_NORM: Final = {
     "electra": _BERT_NAMES,
     "distilbert": _DISTILBERT_NAMES,
 }
+
+
+def with_pooling(checkpoint: Checkpoint, pooling: str) -> PreTrainedModel:
+    """The model of a checkpoint with the head reading what `pooling` asks for; see `wants_mean`.
+
+    Raises:
+        ConfigError, CheckpointError: See `wants_mean` and `use_mean_pooling`.
+    """
+    return use_mean_pooling(checkpoint.model) if wants_mean(checkpoint, pooling) else checkpoint.model
+
+
+def wants_mean(checkpoint: Checkpoint, pooling: str) -> bool:
+    """Whether `pooling` means the mean for a checkpoint: "mean", or "auto" for one that was made to be read so.
+
+    "auto" takes the mean for a sentence encoder whose folder says so and for a model that `use_mean_pooling` made;
+    but the model's own state where the family cannot hold a mean, and where the weights are in 8 or 4 bits, in which
+    a layer that computes it cannot be made.
+
+    Raises:
+        ConfigError: `pooling` is not one of `POOLINGS`.
+    """
+    if pooling not in POOLINGS:
+        raise ConfigError(f"pooling={pooling!r} is not known.", available=POOLINGS)
+    if pooling != "auto":
+        return pooling == "mean"
+    if getattr(checkpoint.model, "is_quantized", False) or not can_read_mean(checkpoint.model):
+        return False
+    return checkpoint.is_mean_encoder or has_mean_layer(checkpoint.model)
 
 
 def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,6 +135,21 @@ def can_read_mean(model: PreTrainedModel) -> bool:
     """Whether `use_mean_pooling` works for a family."""
     family = model.config.model_type
     return family == "modernbert" or (family in _POST_NORM and not getattr(model.config, "is_decoder", False))
+
+
+def is_mean_encoder(folder: Path) -> bool:
+    """Whether a checkpoint's folder says that it is a sentence encoder which is read by the plain mean of its tokens.
+
+    That is sentence-transformers' `1_Pooling/config.json`: `pooling_mode_mean_tokens` alone, or `pooling_mode: mean`.
+    """
+    try:
+        found = json.loads((folder / _POOLING_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if not isinstance(found, dict):
+        return False
+    modes = [key for key, value in found.items() if key.startswith("pooling_mode_") and value is True]
+    return modes == ["pooling_mode_mean_tokens"] or (not modes and found.get("pooling_mode") in ("mean", ["mean"]))
 
 
 def has_mean_layer(model: PreTrainedModel) -> bool:

@@ -194,12 +194,10 @@ class RunOptions(TrainingArguments):
     Attributes:
         without_effect: Option -> why it does nothing in this recipe. It is refused where it is given.
         needed_switches: See `NEEDED_SWITCHES`.
-        poolings: What `pooling` may be.
     """
 
     without_effect: ClassVar[Mapping[str, str]] = MappingProxyType({})
     needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = MappingProxyType(NEEDED_SWITCHES)
-    poolings: ClassVar[tuple[str, ...]] = ("own", "mean")
 
     output_dir: str | None = option(None, "Folder for the model and the report. Default: runs/<recipe>.")
     overwrite: bool = option(False, "Replace what an earlier run left in output_dir.")
@@ -213,7 +211,9 @@ class RunOptions(TrainingArguments):
     l2_sp_weight: float = option(0.0, "a in the penalty a/2 |w - w0|^2 on the way from the start (L2-SP).")
     l2_sp_head_weight: float = option(0.0, "b in the penalty b/2 |w_head|^2 on the head (L2-SP).")
     dropout: float | None = option(0.0, "Dropout while training; null in a YAML file: the model's own.")
-    pooling: Literal["own", "mean"] = option("own", "Which state the head reads: the model's own, or the mean.")
+    pooling: Literal["auto", "own", "mean"] = option(
+        "auto", "State the head reads: the mean for sentence encoders made so, the model's own, or the mean."
+    )
     early_stopping_patience: int = option(0, "Stop after this many evaluations without a better score; 0: never.")
     save_predictions: bool = option(False, "Write predictions/validation.jsonl and predictions/test.jsonl.")
     error_report: bool = option(False, "Write errors.json and errors.md, which hold texts of the data.")
@@ -293,7 +293,7 @@ class RunOptions(TrainingArguments):
                 fault = f"{f.name}: has no effect here: {self.without_effect[f.name]}"
                 require(faults, getattr(self, f.name) == default, fault)
         for name, choices in (
-            ("pooling", self.poolings),
+            ("pooling", ("auto", "own", "mean")),
             ("train_sampling_strategy", ("group_by_length", "random")),
         ):
             value = getattr(self, name)

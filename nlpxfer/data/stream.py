@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
@@ -206,7 +206,7 @@ class _Parquet:
 
 
 @contextmanager
-def row_writer(path: str | Path, reader: RowReader, new: dict[str, type]) -> Iterator[RowWriter]:
+def row_writer(path: str | Path, reader: RowReader, new: Mapping[str, type]) -> Iterator[RowWriter]:
     """Write rows to a csv, tsv, jsonl or parquet file, which appears whole at the end or not at all.
 
     Args:
@@ -221,11 +221,7 @@ def row_writer(path: str | Path, reader: RowReader, new: dict[str, type]) -> Ite
     kind = path.suffix.lower()
     if kind not in STREAMED:
         raise ConfigError(f"output_file: {path} has no known ending.", available=STREAMED)
-    taken = sorted(set(new) & set(reader.columns or ()))
-    if taken:
-        raise ConfigError(
-            f"{reader.path} already has {', '.join(taken)}.", why="the file may be the result of an earlier prediction"
-        )
+    refuse_taken(str(reader.path), reader.columns or (), new)
     if kind != ".jsonl" and reader.columns is None:
         raise ConfigError(
             f"output_file: {path.name} needs the same columns in all rows; {reader.path.name} promises none.",
@@ -240,7 +236,19 @@ def row_writer(path: str | Path, reader: RowReader, new: dict[str, type]) -> Ite
             writer.close()
 
 
-def _writer(path: Path, kind: str, reader: RowReader, new: dict[str, type]) -> _JsonLines | _Parquet:
+def refuse_taken(where: str, columns: Iterable[str], new: Iterable[str]) -> None:
+    """Refuse new columns whose names are taken.
+
+    Raises:
+        ConfigError: Names them, and where they stand.
+    """
+    if taken := sorted({*new} & {*columns}):
+        raise ConfigError(
+            f"{where} already has {', '.join(taken)}.", why="the file may be the result of an earlier prediction"
+        )
+
+
+def _writer(path: Path, kind: str, reader: RowReader, new: Mapping[str, type]) -> _JsonLines | _Parquet:
     if kind == ".jsonl":
         return _JsonLines(path)
     columns = [*(reader.columns or ()), *new]

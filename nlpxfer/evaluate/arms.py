@@ -32,7 +32,7 @@ from nlpxfer.checkpoint.adapters import (
 )
 from nlpxfer.checkpoint.head import embedding_parameters
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
-from nlpxfer.checkpoint.pooling import use_mean_pooling
+from nlpxfer.checkpoint.pooling import wants_mean, with_pooling
 from nlpxfer.checkpoint.save import refuse_not_finite, save_classifier
 from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
@@ -218,8 +218,9 @@ def prepare_arm(
     """Build a model, start its head from a probe, freeze what stays, and make its trainer; see `train_arm`."""
     seed_everything(options.seed)
     checkpoint = build()
-    base = base_facts(checkpoint, adapter=method.adapter, pooling=options.pooling) if method.adapter else None
-    model = use_mean_pooling(checkpoint.model) if options.pooling == "mean" else checkpoint.model
+    pooling = "mean" if wants_mean(checkpoint, options.pooling) else "own"
+    base = base_facts(checkpoint, adapter=method.adapter, pooling=pooling) if method.adapter else None
+    model = with_pooling(checkpoint, pooling)
     if options.dropout is not None:
         set_dropout_(model, options.dropout)
     model = method.adapt(model, checkpoint.fresh)
