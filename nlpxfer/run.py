@@ -1,34 +1,27 @@
-"""A run of a recipe, from options to a finished folder: what every recipe does alike.
+"""A run of a recipe, from options to measured arms: what every recipe does alike.
 
     with start_run("finetune", data_options, options, model_options) as run:
         arms = run.train("finetuned", build, method)
-        run.finish(arms, ...)
+        finish(run, arms, ...)
 
-`start_run` and `begin` refuse what cannot work before anything is computed or removed; `finish` writes the folder by
-the contract, with `report.json` last, so that its presence means a whole run.
+`start_run` and `begin` refuse what cannot work before anything is computed or removed; `nlpxfer.result.finish` writes
+the folder.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import logging
-import shutil
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
-import torch
 
-from nlpxfer.checkpoint.adapters import BUNDLE_FOLDER, add_to_bundle, is_adapted
+from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.load import Checkpoint
-from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
-from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static, static_int8
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.config.long_texts import LongTexts
@@ -38,47 +31,30 @@ from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
 from nlpxfer.data.windows import length_facts, tell_lengths
-from nlpxfer.errors import ConfigError, TargetMissedError
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
-from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
 from nlpxfer.evaluate.cost import (
-    Cost,
     alternate_rates,
     inference_run,
     parameter_count,
-    peak_memory_bytes,
     stored_bytes,
 )
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
-from nlpxfer.evaluate.interval import bootstrap_interval, paired_gain
-from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
-from nlpxfer.evaluate.parity import parity
+from nlpxfer.evaluate.interval import paired_gain
 from nlpxfer.evaluate.retention import Answers
-from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
-from nlpxfer.evaluate.task import label_f1s, row_scores, task_metrics
+from nlpxfer.evaluate.task import row_scores, task_metrics
 from nlpxfer.evaluate.trials import TrialArm, make_trials
-from nlpxfer.hub import push_folder
 from nlpxfer.methods.base import Method, model_inputs
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
-from nlpxfer.report.card import CardFacts, write_card
-from nlpxfer.report.error_report import error_summary, write_error_report
-from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, write_label_errors, write_out_of_fold
-from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import (
     Arm,
-    Report,
     SeedResult,
     Verdict,
-    build_report,
     mean_metrics,
-    write_report,
 )
-from nlpxfer.report.retention import retention_lines
-from nlpxfer.report.run import write_run
-from nlpxfer.report.table import arms_text
 from nlpxfer.train.checkpoints import RunIdentity
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
 from nlpxfer.train.search import Search
@@ -348,7 +324,7 @@ class Run:
         self.checks["cross_validation"] = self.out_of_fold.scores() | {"seed": self.seeds[0]}
 
     def _log_scores(self, arm: TrainedArm) -> None:
-        scores = self._scores(arm.validation_logits, "validation")
+        scores = self.scores(arm.validation_logits, "validation")
         shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
         logger.info(
             "%s, seed %d: validation %s; %d steps, %.0f s", arm.name, arm.seed, shown, arm.steps, arm.train_seconds
@@ -376,7 +352,7 @@ class Run:
         """Gold labels of a split, as `LabelSchema.array` gives them."""
         return self.data.schema.array(getattr(self.data, split)["label"][:])
 
-    def _scores(self, logits: Array, split: str, rows: Array | None = None) -> dict[str, float]:
+    def scores(self, logits: Array, split: str, rows: Array | None = None) -> dict[str, float]:
         """Scores of predictions for a split, or for some of its rows."""
         labels = self.labels(split)
         part = slice(None) if rows is None else rows
@@ -385,8 +361,8 @@ class Run:
     def metrics(self, validation_logits: Array, test_logits: Array) -> dict[str, dict[str, float]]:
         """Scores of predictions on both evaluation splits."""
         return {
-            "validation": self._scores(validation_logits, "validation"),
-            "test": self._scores(test_logits, "test"),
+            "validation": self.scores(validation_logits, "validation"),
+            "test": self.scores(test_logits, "test"),
         }
 
     def majority_arm(self) -> Arm:
@@ -586,265 +562,6 @@ class Run:
             model=arm.model, tokenizer=arm.tokenizer, name=as_name, folder=self.folder / name, fresh=(), head_kept=True
         )
 
-    def finish(
-        self,
-        treated: Sequence[TrainedArm],
-        arms: Sequence[Arm],
-        verdict: Verdict,
-        *,
-        description: str,
-        base_model: ResolvedCheckpoint,
-        parents: Mapping[str, Mapping[str, Any]],
-        tags: Sequence[str] = (),
-        missed: Sequence[str] = (),
-    ) -> Report:
-        """Write the output folder, push it if asked to, and print the table of arms.
-
-        The model of the first seed is saved, never the best of several. `report.json` is written last.
-
-        Args:
-            treated: Repetitions of the arm that is the result; its name names its `Arm`.
-            arms: Rows of the table.
-            verdict: On the transfer.
-            description: One sentence for the model card.
-            base_model: Checkpoint that the weights come from.
-            parents: Role -> name and fingerprint of what went in.
-            tags: Further tags of the model card.
-            missed: Targets that the result falls short of, one sentence each; then nothing is pushed.
-
-        Raises:
-            TargetMissedError: After everything is written, if any target is missed.
-        """
-        report = build_report(
-            self.recipe,
-            arms,
-            verdict=verdict,
-            cost=self._cost(treated, arms),
-            data=self.data.facts()
-            | {"leaking_rows": _leaking_rows(self.data), "long_texts": self._length_facts(treated[0].tokenizer)},
-            checks=self._all_checks(treated),
-            treated=treated[0].name,
-            search=self.found,
-        )
-        if is_main_process():
-            self._write(treated[0], report, description, base_model, parents, tags)
-            if self.options.push_to_hub and not missed:
-                pushed = push_folder(self.folder, str(self.options.hub_model_id), private=is_private(self.options))
-                logger.warning("pushed to %s", pushed.url)
-            table = arms_text(arms, verdict)
-            table += "".join(f"{line}\n" for line in retention_lines(report))
-            sys.stdout.write(f"\n{table}model:  {self.folder}\nreport: {self.folder / 'report.json'}\n")
-            sys.stdout.flush()
-        wait_for_everyone()
-        if missed:
-            pushed_not = " Nothing was pushed." if self.options.push_to_hub else ""
-            listed = "".join(f"\n  - {fault}" for fault in missed)
-            raise TargetMissedError(f"The run is finished, but misses its target:{listed}\n{self.folder}{pushed_not}")
-        return report
-
-    def _length_facts(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """What was read of long texts, by split, as the tokenizer of the result counts."""
-        length = self.data_options.max_length
-        reading = {"policy": self.long_texts.describe(length), "max_length": length}
-        return reading | self.lengths.get(tokenizer, {})
-
-    def _cost(self, treated: Sequence[TrainedArm], arms: Sequence[Arm]) -> Cost:
-        seconds = sum(arm.train_seconds for arm in treated)
-        tokens = sum(arm.tokens for arm in treated)
-        return Cost(
-            train_seconds=seconds,
-            total_seconds=time.perf_counter() - self.started,
-            tokens=tokens,
-            tokens_per_second=tokens / seconds if seconds else 0.0,
-            peak_memory_bytes=peak_memory_bytes(self.options.device),
-            search_seconds=self.found["seconds"] if self.found else 0.0,
-        )
-
-    def _all_checks(self, treated: Sequence[TrainedArm]) -> dict[str, Any]:
-        """What was verified or decided, and how sure the test score is."""
-        logits, labels, kind = treated[0].test_logits, self.labels("test"), self.problem_type
-        size = np.abs(row_scores(kind, logits, labels).astype(np.float64))  # of an error its size
-        interval = bootstrap_interval(size, metric=GAIN[kind])
-        clean = np.setdiff1d(np.arange(len(labels)), sorted(_leaking_test_rows(self.data)))
-        checks: dict[str, Any] = {
-            "precision": vars(self.precision),
-            "processes": world()[1],
-            "threads": torch.get_num_threads(),
-            f"test_{GAIN[kind]}_interval": vars(interval),
-            "test_without_leaks": self._scores(logits, "test", clean) if len(clean) else None,
-        }
-        if is_static(treated[0].model):
-            checks["int8"] = self._int8_check(treated[0])
-        if kind != REGRESSION:
-            validation_labels = self.labels("validation")
-            found = calibrate(treated[0].validation_logits, validation_labels, logits, labels, kind)
-            checks["calibration"] = vars(found)
-        if kind == SINGLE_LABEL:
-            checks |= self._selective_checks(treated[0], found.temperature)
-        if kind == MULTI_LABEL:
-            checks["thresholds"] = self._threshold_check(treated[0], found.temperature)
-        return checks | self.checks
-
-    def _int8_of(self, arm: TrainedArm) -> PreTrainedModel:
-        """The static student with an int8 table, made once."""
-        return self.once(("int8",), lambda: static_int8(cast("StaticForSequenceClassification", arm.model)))
-
-    def _int8_check(self, arm: TrainedArm) -> dict[str, Any]:
-        """Size of the static student's int8 form, and how far it answers the validation rows as the student does."""
-        small = self._int8_of(arm)
-        found = parity(arm.validation_logits, self.predict(small, arm.tokenizer, "validation"), self.problem_type)
-        return vars(found) | {"bytes": stored_bytes(small), "float32_bytes": stored_bytes(arm.model)}
-
-    def _selective_checks(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
-        """How well probabilities tell right from wrong, and the rule for abstaining that was asked for."""
-        answers = {
-            split: best_and_right(probabilities(logits, temperature), self.labels(split))
-            for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits))
-        }
-        risks = {split: risk_coverage(*found) for split, found in answers.items()}
-        return {"risk_coverage": risks, **abstain_checks(answers, self.options.abstain_precision)}
-
-    def _threshold_check(self, arm: TrainedArm, temperature: float) -> dict[str, Any]:
-        """A threshold per label, fitted on the validation rows, and the test scores with them."""
-        shares = [
-            probabilities(logits, temperature, MULTI_LABEL) for logits in (arm.validation_logits, arm.test_logits)
-        ]
-        thresholds_C = fit_thresholds(shares[0], self.labels("validation"))
-        micro, macro = label_f1s(shares[1] > thresholds_C, self.labels("test") > 0.5)
-        by_label = dict(zip(self.data.schema.names, thresholds_C.tolist(), strict=True))
-        return {"by_label": by_label, "test": {"micro_f1": micro, "macro_f1": macro}}
-
-    def _write(
-        self,
-        arm: TrainedArm,
-        report: Report,
-        description: str,
-        base_model: ResolvedCheckpoint,
-        parents: Mapping[str, Mapping[str, Any]],
-        tags: Sequence[str],
-    ) -> None:
-        names, labels = self.data.schema.names, self.labels("test")
-        if arm.adapter is not None:
-            shutil.copytree(arm.adapter, self.folder / BUNDLE_FOLDER, dirs_exist_ok=True)
-            add_to_bundle(self.folder / BUNDLE_FOLDER, max_length=self.data_options.max_length)
-        merges = not is_adapted(arm.model)
-        if merges:
-            save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder)
-        if self.problem_type != REGRESSION:
-            thresholds = report.checks.get("thresholds", {}).get("by_label")
-            temperature, rule = report.checks["calibration"]["temperature"], report.checks.get("abstain")
-            abstain = None if rule is None else AbstainRule.from_plain(rule)
-            save_calibration(self.folder, temperature, thresholds, abstain)
-            per_class_plot(self.per_class(arm.test_logits, "test"), self.folder / "per_class.png")
-        if self.problem_type == SINGLE_LABEL:
-            confusion_plot(labels, np.argmax(arm.test_logits, axis=1), names, self.folder / "confusion.png")
-        if self.options.save_predictions:
-            for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
-                self._write_predictions(split, logits)
-        if self.options.error_report:
-            self._write_error_report(arm, report.checks["calibration"]["temperature"])
-        if self.out_of_fold is not None:
-            self._write_out_of_fold(self.out_of_fold)
-        write_run(
-            self.folder,
-            recipe=self.recipe,
-            config=self.config,
-            seeds=self.seeds,
-            data_fingerprint=self.data.fingerprint,
-            parents=parents,
-            facts={"processes": world()[1], "device": self.options.device.type}
-            | ({"ranges": self.found["ranges"]} if self.found else {}),
-        )
-        if is_static(arm.model):
-            self._write_int8(arm)
-        facts = CardFacts(
-            model_name=self.options.hub_model_id or self.folder.name,
-            labels=names,
-            description=description,
-            hub_model_id=self.options.hub_model_id if self.options.push_to_hub else None,
-            base_model=base_model.name,
-            base_model_kind=base_model.kind,
-            dataset_name=self.data_options.dataset_name or str(self.data_options.train_file),
-            text_pairs=self.data_options.text_pair_column is not None,
-            problem_type=self.problem_type,
-            tags=tags,
-            limits=[
-                self.long_texts.remark(self.data_options.max_length),
-                *_search_limits(self.found),
-                *(["It reads a text without the order of its words."] if is_static(arm.model) else []),
-            ],
-            options={key: value for key, value in self.config.items() if value is not None},
-            is_static=is_static(arm.model),
-        )
-        write_card(self.folder, report, facts if merges else replace(facts, is_adapter=True))
-        if arm.adapter is not None:
-            self._complete_bundle(report, replace(facts, is_adapter=True))
-        write_report(self.folder, report)
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-
-    def _write_int8(self, arm: TrainedArm) -> None:
-        """The static student with an int8 table, in a folder that predicts as this one does."""
-        small = self._int8_of(arm)
-        folder = save_classifier(small, arm.tokenizer, self.data.schema, self.folder / INT8_FOLDER)
-        for name in ("run.json", "calibration.json"):
-            if (self.folder / name).is_file():
-                shutil.copy(self.folder / name, folder / name)
-
-    def per_class(self, logits: Array, split: str) -> list[ClassScores]:
-        """Precision, recall and F1 of each class or label."""
-        names, labels = self.data.schema.names, self.labels(split)
-        if self.problem_type == MULTI_LABEL:
-            return per_label_table(logits > 0, labels > 0.5, names)
-        return per_class_table(logits, labels, names)
-
-    def _complete_bundle(self, report: Report, facts: CardFacts) -> None:
-        """Put into the bundle what makes it a folder of its own, which can be used and pushed alone."""
-        bundle = self.folder / BUNDLE_FOLDER
-        for name in ("run.json", "calibration.json", "confusion.png", "per_class.png"):
-            if (self.folder / name).is_file():  # which of them there are depends on the kind of task
-                shutil.copy(self.folder / name, bundle / name)
-        write_card(bundle, report, facts)
-        write_report(bundle, report)
-
-    def _write_predictions(self, split: str, logits: Array) -> None:
-        """One JSON object per row: its number in the file, the gold label or labels or number, and the prediction."""
-        folder = self.folder / "predictions"
-        folder.mkdir(exist_ok=True)
-        names, numbers = self.data.schema.names, getattr(self.data, split)["row"][:]
-        temporary = folder / f".{split}.jsonl.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            for number, gold, row in zip(numbers, self.labels(split), logits, strict=True):
-                line = {"row": number, **_prediction(self.problem_type, names, gold, row)}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        temporary.replace(folder / f"{split}.jsonl")
-
-    def _write_error_report(self, arm: TrainedArm, temperature: float) -> None:
-        splits = {}
-        for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
-            shares = probabilities(logits, temperature)
-            numbers = getattr(self.data, split)["row"][:]
-            names = self.data.schema.names
-            splits[split] = error_summary(shares, self.labels(split), names, numbers, *self.texts(split))
-        write_error_report(self.folder, splits)
-
-    def _write_out_of_fold(self, found: OutOfFold) -> None:
-        names, numbers = self.data.schema.names, self.data.train["row"][:]
-        write_out_of_fold(self.folder, found, names, numbers)
-        write_label_errors(self.folder, found, names, numbers, *self.texts("train"))
-        logger.info("%d training labels look wrong: %s", len(found.label_errors), self.folder / LABEL_ERRORS_FILE)
-
-
-def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: Array) -> dict[str, Any]:  # noqa: ANN401
-    """The gold and the predicted label, labels or number of one row, and the probability."""
-    if problem_type == REGRESSION:
-        return {"label": round(float(gold), 6), "predicted": round(float(logits_C[0]), 6)}
-    shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
-    if problem_type == MULTI_LABEL:
-        predicted = {name: round(float(p), 6) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
-        return {"label": [name for name, one in zip(names, gold, strict=True) if one], "predicted": predicted}
-    best = int(shares_C.argmax())
-    return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), 6)}
-
 
 def changed(options: RunOptions, **changes: Any) -> RunOptions:  # noqa: ANN401 - values of options
     """A copy of options with some of them changed."""
@@ -854,32 +571,9 @@ def changed(options: RunOptions, **changes: Any) -> RunOptions:  # noqa: ANN401 
     return copied
 
 
-def is_private(options: RunOptions) -> bool:
-    """Whether a new repository on the Hub is private: yes, unless the user says otherwise."""
-    return True if options.hub_private_repo is None else bool(options.hub_private_repo)
-
-
-def _search_limits(found: Mapping[str, Any] | None) -> list[str]:
-    if found is None:
-        return []
-    names, trials = ", ".join(found["ranges"]), len(found["trials"])
-    return [
-        f"{names}: chosen by the validation {found['metric']} of {trials} trials, which makes the validation scores "
-        "look better than they are. No trial saw the test rows."
-    ]
-
-
 def _trained_bytes(model: PreTrainedModel) -> int:
     return sum(value.numel() * value.element_size() for value in model.parameters() if value.requires_grad)
 
 
 def _joined(texts: Sequence[str], pairs: Sequence[str] | None) -> list[str]:
     return list(texts) if pairs is None else [f"{text} {pair}" for text, pair in zip(texts, pairs, strict=True)]
-
-
-def _leaking_test_rows(data: TextData) -> set[int]:
-    return set(data.leaks.get("train_test", {}).get("rows", []))
-
-
-def _leaking_rows(data: TextData) -> int:
-    return len(_leaking_test_rows(data))

@@ -23,7 +23,7 @@ from nlpxfer.evaluate.selective import refuse_unprovable
 from nlpxfer.hub import check_push_request
 from nlpxfer.problem import BEST, METRICS, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import REPORT_FILE
-from nlpxfer.run import Run, is_private
+from nlpxfer.run import Run
 from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
 from nlpxfer.train.precision import Precision, choose_precision
 from nlpxfer.train.reporters import check_reporters
@@ -80,7 +80,7 @@ def start_run(
     config = resolved(data_options, options, *others)
     check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
     if is_main_process() and options.push_to_hub:
-        check_push_request(str(options.hub_model_id), private=is_private(options))
+        check_push_request(str(options.hub_model_id), private=options.is_private)
     if options.resume and (folder / REPORT_FILE).is_file():
         raise ResumeError(
             f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"

@@ -28,6 +28,7 @@ from nlpxfer.methods.adapters import Adapters
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import Arm, Report
+from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 
@@ -116,7 +117,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             run.checks["gain_over_full"] = vars(run.gain(trained, [arm.test_logits for arm in full], versus="full"))
         arms = run.with_speed(arms, models)
         merges = not is_adapted(trained[0].model)
-        return run.finish(
+        return finish(
+            run,
             trained,
             arms,
             verdict,

@@ -34,6 +34,7 @@ from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Report, Verdict
+from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.smallest import find_smallest, rungs
 from nlpxfer.start import start_run
@@ -181,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         judged = judge(run, plan, arms, models, student[0], first.by_split())
         run.checks["teacher"] = rows.facts | {"retention": judged.retention}
         run.checks["preflight"] = student[0].preflight
-        return run.finish(
+        return finish(
+            run,
             student,
             judged.arms,
             verdict,
@@ -316,7 +318,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")
     run.checks["preflight"] = student[0].preflight
-    return run.finish(
+    return finish(
+        run,
         student,
         run.with_speed(arms, models),
         verdict,

@@ -23,6 +23,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.feature_arm import feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
 from nlpxfer.report.report import Report
+from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.feature_head import WEIGHT_DECAYS, MlpPlan
@@ -141,7 +142,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms, verdict = run.against_no_transfer(trained, [replace(arm, details={**arm.details, **trained[0].details})])
         run.checks["features"] = {"logits_difference": max(one.logits_difference for one in trained)}
         arms = run.with_speed(arms, {"features": trained[0]})
-        return run.finish(
+        return finish(
+            run,
             trained,
             arms,
             verdict,

@@ -22,6 +22,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares, positive_weights
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.report import Report
+from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import trained_dropout
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         run.cross_validate(**arm(chosen))
         arms, verdict = run.against_no_transfer(trained, [run.arm(trained, f"{name}, fine-tuned")])
         arms = run.with_speed(arms, {trained[0].name: trained[0]})
-        return run.finish(
+        return finish(
+            run,
             trained,
             arms,
             verdict,

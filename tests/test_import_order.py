@@ -1,5 +1,5 @@
-"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> teachers ->
-students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> recipes -> cli.
+"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> result ->
+teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> recipes -> cli.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -20,6 +20,7 @@ STAGES = (
     "report",
     "hub",
     "run",
+    "result",
     "teachers",
     "students",
     "verdict",

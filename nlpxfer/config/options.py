@@ -276,6 +276,11 @@ class RunOptions(TrainingArguments):
             self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
 
+    @property
+    def is_private(self) -> bool:
+        """Whether a new repository on the Hub is private: yes, unless the user says otherwise."""
+        return True if self.hub_private_repo is None else bool(self.hub_private_repo)
+
     def set_best_metric(self, name: str) -> None:
         """Choose the best weights by this validation score."""
         self.metric_for_best_model = name.removeprefix("eval_")
