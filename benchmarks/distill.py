@@ -12,7 +12,7 @@ evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and w
 - `speed`: rows per second of student and teacher, in turns, float32
 
 nlpxfer's seconds hold the teacher's pass with tokenising and an empty cache, probe, training, validation after each
-epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rate.
+epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rates.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from measuring import Results, judged, mean_and_deviation, median_and_range
 from peers import LEARNING_RATES, STOCK, TeacherInTheLoop, stock_arguments, stock_trainer, textbrewer_seconds
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
+from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.checkpoint.save import save_classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
@@ -42,6 +43,7 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.recipes import load_recipe
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
+from nlpxfer.students import student_of, training_of
 from nlpxfer.teachers import ModelTeacher, Panel, TransferRows
 from nlpxfer.train.launch import seed_everything
 from nlpxfer.train.predict import predict
@@ -116,9 +118,9 @@ class Bench:
         return self._loaded
 
     def student(self, seed: int, source: Checkpoint | None = None) -> Checkpoint:
-        """An untrained student: evenly spaced layers of the teacher (or of `source`) with a new head."""
-        made: Checkpoint = self.recipe.student_of(self.run, self.plan, source or self.taught)(seed)
-        return made
+        """An untrained student: evenly spaced layers of the teacher (or of `source`), a new head that reads alike."""
+        made: Checkpoint = student_of(self.run, self.plan, source or self.taught, like=self.taught)(seed)
+        return replace(made, model=with_pooling(made, self.run.options.pooling))
 
     def cells(self) -> dict[str, Callable[[], dict[str, Any]]]:
         """All cells by name, in an order that puts nlpxfer's runs between those of the others."""
@@ -147,7 +149,7 @@ class Bench:
         arm = self.run.train("teacher", build, FineTune(), seeds=self.run.seeds[:1])[0]
         shutil.rmtree(self.teacher_folder, ignore_errors=True)
         save_classifier(arm.model, arm.tokenizer, self.run.data.schema, self.teacher_folder)
-        return self._cell(arm)
+        return self._cell(arm) | {"learning_rate": self.run.options.learning_rate}
 
     def nlpxfer(self, seed: int) -> dict[str, Any]:
         """The distilling recipe's student, from an empty cache of teacher logits."""
@@ -158,7 +160,8 @@ class Bench:
         method = Distill(temperature=self.plan.temperature, kd_weight=self.plan.kd_weight)
         facts = {"teacher": self.taught.weights_sha256}
         split = rows.split(self.plan)
-        arm = self.run.train("distilled", self.student, method, split=split, seeds=[seed], facts=facts)[0]
+        training = training_of(self.run, self.plan) | {"split": split, "seeds": [seed], "facts": facts}
+        arm = self.run.train("distilled", self.student, method, **training)[0]
         found = self._cell(arm)
         return found | {"teacher_seconds": teacher_seconds, "seconds": teacher_seconds + arm.train_seconds}
 
@@ -172,13 +175,14 @@ class Bench:
         def build(seed: int) -> Checkpoint:
             return self.student(seed, base)
 
-        return self._cell(self.run.train("control", build, FineTune(), seeds=[seed], max_steps=treated["steps"])[0])
+        training = training_of(self.run, self.plan) | {"seeds": [seed], "max_steps": treated["steps"]}
+        return self._cell(self.run.train("control", build, FineTune(), **training)[0])
 
     def _cell(self, arm: TrainedArm) -> dict[str, Any]:
         shutil.rmtree(self.scratch, ignore_errors=True)
         return {
             "seed": arm.seed,
-            "learning_rate": self.run.options.learning_rate,
+            "learning_rate": training_of(self.run, self.plan)["learning_rate"],
             "train_seconds": arm.train_seconds,
             "probe": vars(arm.probe) if arm.probe else None,
             "steps": arm.steps,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,11 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
+from nlpxfer.checkpoint.student import model_layers, slice_layers
 from nlpxfer.data.tokenise import TokenisedRows
 from nlpxfer.train.launch import seed_everything
 from nlpxfer.train.trainer import TransferTrainer
@@ -250,3 +253,57 @@ def textbrewer_seconds(
             max_grad_norm=CLIP,
         )
     return time.perf_counter() - start
+
+
+def embedding_student(
+    teacher: Checkpoint, student: Checkpoint, texts: Sequence[str], folder: Path, *, learning_rate: float, epochs: int
+) -> tuple[Callable[[Sequence[str]], Any], float]:
+    """Train the body of `student` to give the sentence vectors of the teacher's, as sentence-transformers does it.
+
+    That is its layer reduction: the squared error between the means of the token states, on the texts alone.
+
+    Returns:
+        From texts to vectors, and the seconds of the training.
+
+    Raises:
+        Skipped: sentence-transformers is not installed or cannot be imported.
+    """
+    try:
+        package = importlib.import_module("sentence_transformers")
+        modules = importlib.import_module("sentence_transformers.sentence_transformer.modules")
+        losses = importlib.import_module("sentence_transformers.sentence_transformer.losses")
+    except ImportError as error:
+        raise Skipped(f"sentence-transformers cannot be imported: {error}") from error
+
+    def encoder(checkpoint: Checkpoint, name: str) -> Any:  # noqa: ANN401 - an optional package's model
+        model, place = checkpoint.model, folder / name
+        total = len(model_layers(model)[1]) - has_mean_layer(model)  # it takes the mean itself
+        body = slice_layers(model, range(total)).base_model
+        body.save_pretrained(place)
+        checkpoint.tokenizer.save_pretrained(place)
+        word = modules.Transformer(str(place))
+        pooling = modules.Pooling(word.get_embedding_dimension(), pooling_mode="mean")
+        return package.SentenceTransformer(modules=[word, pooling], device="cpu")
+
+    seed_everything(42)
+    source, learner = encoder(teacher, "teacher"), encoder(student, "student")
+    start = time.perf_counter()
+    rows = Dataset.from_dict({"sentence": [*texts], "label": source.encode([*texts]).tolist()})
+    arguments = package.SentenceTransformerTrainingArguments(
+        output_dir=str(folder / "trainer"),
+        num_train_epochs=epochs,
+        per_device_train_batch_size=32,
+        learning_rate=learning_rate,
+        warmup_steps=WARM_UP,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=42,
+    )
+    trainer = package.SentenceTransformerTrainer(
+        model=learner, args=arguments, train_dataset=rows, loss=losses.MSELoss(learner)
+    )
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return lambda more: learner.encode([*more]), seconds

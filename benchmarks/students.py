@@ -1,4 +1,4 @@
-"""Students of a fine-tuned teacher: what each keeps of it, against its control arm and against model2vec.
+"""Students of a fine-tuned teacher: what each keeps of it, against its control arm and against other tools.
 
     NLPXFER_DATA=FOLDER python benchmarks/students.py --scale small
     NLPXFER_DATA=FOLDER python benchmarks/students.py --scale full
@@ -7,12 +7,16 @@ Cells of each data set:
 
 - `teacher`: the checkpoint fine-tuned by `recipes/finetune.py`; all others learn from it
 - `<student>`: `recipes/distill.py` with that student and its control arm, several seeds in one run
+- `textbrewer`: the layers of the first student, trained by TextBrewer with its cache of the same teacher's logits
+- `sentence-transformers`: the same layers, trained by its loss for layer reduction to give the teacher's sentence
+  vectors, and logistic regression on the labels
 - `model2vec`: the same teacher's body made static by model2vec, and logistic regression on the labels
 - `speed`: rows per second of `Classifier.logits` for teacher, static student and its int8 form, and of model2vec with
   its regression, in turns, tokenising included
 - `few-teacher`, `few-<student>`: the same with few labels per class, and the other training texts without labels
 
-What a student keeps is its test accuracy over the teacher's. Defaults of the recipes, save for epochs and seeds.
+What a student keeps is its test accuracy over the teacher's. Defaults of the recipes, save for epochs and seeds. The
+others have as many epochs, one seed, and the learning rate of `LEARNING_RATES` that is best on validation rows.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ import importlib
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +34,23 @@ import measuring
 import torch
 from data_sets import data_sets
 from measuring import Results, Skipped, judged
+from peers import LEARNING_RATES, embedding_student, textbrewer_seconds
 
-from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier
+from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.classify import Classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.data.tokenise import Collator
 from nlpxfer.evaluate.cost import alternate_rates
 from nlpxfer.recipes import load_recipe
 from nlpxfer.report.report import Arm, Report
+from nlpxfer.run import Run
 from nlpxfer.start import start_run
+from nlpxfer.students import student_of
+from nlpxfer.train.predict import predict
 
+DISTIL = load_recipe("distill").DistillOptions
 DATA = "banking77,debian-sections,clinc150,scicite"
 STUDENTS: dict[str, list[str]] = {
     "3 layers": ["--student_num_layers", "3"],
@@ -105,6 +116,7 @@ class Bench:
         """All cells by name."""
         found: dict[str, Callable[[], dict[str, Any]]] = {"teacher": lambda: self.teacher("teacher", self.rows)}
         found |= {student: lambda s=student: self.student(s) for student in self.size.students}
+        found |= {"textbrewer": self.textbrewer, "sentence-transformers": self.sentence_transformers}
         found |= {"model2vec": self.model2vec, "speed": self.speed}
         if self.size.few is not None:
             found["few-teacher"] = lambda: self.teacher("few-teacher", self.few)
@@ -142,14 +154,55 @@ class Bench:
             "train_seconds": arms["distilled"].seconds,
         }
 
+    def textbrewer(self) -> dict[str, Any]:
+        """Layers of the teacher with a new head, trained by TextBrewer."""
+        found = []
+        for rate in LEARNING_RATES:
+            with self._data() as run:
+                teacher, made = self._layers(run)
+                rows, scratch = run.tokenise(teacher.tokenizer, "train"), run.folder / "checkpoints"
+                weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL.kd_weight}
+                shared = {"learning_rate": rate, "epochs": self.size.epochs, "cached": True, "seed": 42, **weights}
+                parts = made.model, teacher.model, rows, teacher.tokenizer, scratch
+                seconds = textbrewer_seconds(*parts, **shared)
+                collator = Collator.for_tokenizer(teacher.tokenizer)
+                logits = [
+                    predict(made.model, run.tokenise(teacher.tokenizer, split), collator)
+                    for split in ("validation", "test")
+                ]
+                scores = measuring.scores(run, *logits)
+            found.append({"learning_rate": rate, "train_seconds": seconds, **scores})
+        return max(found, key=lambda each: each["validation_accuracy"])
+
+    def sentence_transformers(self) -> dict[str, Any]:
+        """The regression on vectors of fewer layers that sentence-transformers trained to be the teacher's vectors."""
+        found = []
+        for rate in LEARNING_RATES:
+            with self._data() as run:
+                teacher, made = self._layers(run)
+                texts = {split: run.texts(split)[0] for split in ("train", "validation", "test")}
+                shutil.rmtree(self.folder / "peer", ignore_errors=True)
+                encode, seconds = embedding_student(
+                    teacher, made, texts["train"], self.folder / "peer", learning_rate=rate, epochs=self.size.epochs
+                )
+                vectors = {split: encode(texts[split]) for split in texts}
+                scores = self._regression(run, vectors)
+            found.append({"learning_rate": rate, "train_seconds": seconds, **scores})
+        return max(found, key=lambda each: each["validation_accuracy"])
+
     def model2vec(self) -> dict[str, Any]:
         """The regression on vectors of the teacher's body, which model2vec made static with its defaults."""
-        from sklearn.linear_model import LogisticRegression
-
         static = self._model2vec()
         with self._data() as run:
             vectors = {split: static.encode(run.texts(split)[0]) for split in ("train", "validation", "test")}
-            labels = {split: run.labels(split) for split in vectors}
+            return self._regression(run, vectors)
+
+    @staticmethod
+    def _regression(run: Run, vectors: Mapping[str, Any]) -> dict[str, Any]:
+        """Logistic regression on vectors of all splits, its strength chosen on validation rows."""
+        from sklearn.linear_model import LogisticRegression
+
+        labels = {split: run.labels(split) for split in vectors}
         found = []
         for strength in STRENGTHS:
             fitted = LogisticRegression(C=strength, max_iter=1000).fit(vectors["train"], labels["train"])
@@ -157,6 +210,14 @@ class Bench:
         validation, strength, best = max(found, key=lambda each: each[:2])
         test = float(best.score(vectors["test"], labels["test"]))
         return {"validation_accuracy": float(validation), "test_accuracy": test, "strength": -strength}
+
+    def _layers(self, run: Run) -> tuple[Checkpoint, Checkpoint]:
+        """The teacher, and as many of its layers as the first student has, with a new head that reads alike."""
+        teacher = load_classifier(str(self._kept("teacher")), schema=run.data.schema)
+        teacher.model.requires_grad_(False)
+        plan = DISTIL(student_num_layers=int(STUDENTS[self.size.students[0]][1]))
+        made: Checkpoint = student_of(run, plan, teacher)(42)
+        return teacher, replace(made, model=with_pooling(made, run.options.pooling))
 
     def speed(self) -> dict[str, Any]:
         """Rows per second of those that answer texts, in turns, float32."""
@@ -236,7 +297,7 @@ class Bench:
                     else ratio,
                 }
             found[prefix + "students"] = students
-        for key in ("model2vec", "speed"):
+        for key in ("textbrewer", "sentence-transformers", "model2vec", "speed"):
             found[key] = self.results.get(f"{self.name}/{key}")
         if found["speed"]:
             found["static_speed"] = judged(found["speed"]["ratios"]["static"]["median"], SPEED_TARGETS["static"])

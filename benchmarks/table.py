@@ -222,6 +222,13 @@ def predict_tables(found: Mapping[str, Any]) -> str:
     return text + (table(heads, rows) if rows else "")
 
 
+STUDENT_PEERS = {
+    "textbrewer": "TextBrewer, as many layers as the first student",
+    "sentence-transformers": "sentence-transformers, as many layers, and logistic regression",
+    "model2vec": "model2vec and logistic regression",
+}
+
+
 def students_tables(found: Mapping[str, Any]) -> str:
     """What each student keeps of its teacher, its gain over the control arm, and speeds with tokenising."""
     text = ""
@@ -257,8 +264,9 @@ def students_tables(found: Mapping[str, Any]) -> str:
         text += table(heads, rows) + "\n" if rows else ""
     rows = []
     for name, item in found["summary"].items():
-        if other := item["model2vec"]:
-            rows.append([name, "model2vec and logistic regression", f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
+        for key, side in STUDENT_PEERS.items():
+            if other := item.get(key):
+                rows.append([name, side, f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
         for side, rate in (item["speed"] or {"rates": {}})["rates"].items():
             ratio = item["speed"]["ratios"].get(side)
             faster = DASH if ratio is None else times(ratio["median"])

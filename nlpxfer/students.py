@@ -26,8 +26,14 @@ from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
 from nlpxfer.train.width_scores import parts_by_activation
 
+CUT_LEARNING_RATE: Final = 2e-4
+"""Where none is asked for, of a student that is a part of its teacher: what is left has to learn much anew."""
+
+NAMED_LEARNING_RATE: Final = 1e-4
+"""Where none is asked for, of a student that is a checkpoint of its own."""
+
 STATIC_LEARNING_RATE: Final = 0.01
-"""Where none is asked for: each token's vector learns from the few rows that it stands in."""
+"""Where none is asked for, of a static one: each token's vector learns from the few rows that it stands in."""
 
 STATIC_DIM: Final = 256
 """Numbers per token where none are asked for, as in model2vec."""
@@ -67,8 +73,9 @@ def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> Non
 def training_of(run: Run, plan: StudentOptions) -> dict[str, Any]:
     """Options in which the training of the student and its control differs from that of the run."""
     if plan.student != STATIC:
-        return {}
-    rate = STATIC_LEARNING_RATE if run.options.wanted_learning_rate is None else run.options.learning_rate
+        default = NAMED_LEARNING_RATE if plan.student_name_or_path else CUT_LEARNING_RATE
+        return {"learning_rate": run.options.learning_rate_or(default)}
+    rate = run.options.learning_rate_or(STATIC_LEARNING_RATE)
     return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
 
 
@@ -79,8 +86,10 @@ def outline(plan: Plan) -> Plan:
 
 def kind_of(student: Checkpoint | Any) -> str:  # noqa: ANN401 - whatever holds a model
     """What a student is, in two or three words."""
-    config = student.model.config
-    return "static student" if is_static(student.model) else f"student of {config.num_hidden_layers} layers"
+    if is_static(student.model):
+        return "static student"
+    mean = has_mean_layer(student.model)
+    return f"student of {student.model.config.num_hidden_layers - mean} layers{' and their mean' if mean else ''}"
 
 
 def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Checkpoint | None = None) -> Build:

@@ -53,7 +53,7 @@ class AdapterOptions:
     num_virtual_tokens: int | None = option(None, "Length of a learnt prompt or prefix. Default: 20.")
     load_in_8bit: bool = option(False, "Train on a base in 8 bits; needs an NVIDIA GPU and bitsandbytes.")
     load_in_4bit: bool = option(False, "Train on a base in 4 bits (QLoRA); needs the same.")
-    full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at a learning rate of 0.0001.")
+    full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at a learning rate of 3e-5.")
 
     def __post_init__(self) -> None:
         faults = []

@@ -12,6 +12,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification
 from nlpxfer import students
 from nlpxfer.classify import Classifier
 from nlpxfer.cli import main
+from nlpxfer.config import RunOptions
+from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import StudentOptions
 from nlpxfer.hub.folder import finished_files
 
@@ -184,15 +186,25 @@ def test_the_control_is_cut_where_the_teacher_says(
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
 
 
-@pytest.mark.parametrize(("asked", "used"), [(None, students.STATIC_LEARNING_RATE), (0.5, 0.5)])
-def test_a_static_student_learns_at_a_rate_of_its_own(asked, used):
-    options = SimpleNamespace(wanted_learning_rate=asked, learning_rate=asked or 1e-4)
-    plan = StudentOptions(student="static", static_num_train_epochs=3)
-    assert students.training_of(SimpleNamespace(options=options), plan) == {
-        "num_train_epochs": 3,
-        "learning_rate": used,
-    }
-    assert students.training_of(SimpleNamespace(options=options), StudentOptions()) == {}
+@pytest.mark.parametrize(
+    ("plan", "rate", "more"),
+    [
+        (StudentOptions(student="static", static_num_train_epochs=3), 0.01, {"num_train_epochs": 3}),
+        (StudentOptions(student_num_layers=3), 2e-4, {}),
+        (StudentOptions(student_name_or_path="other"), 1e-4, {}),
+    ],
+)
+def test_students_learn_at_rates_of_their_own(plan, rate, more):
+    for asked, used in ((None, rate), (0.5, 0.5)):
+        run = SimpleNamespace(options=RunOptions(learning_rate=asked))
+        assert students.training_of(run, plan) == {"learning_rate": used, **more}
+
+
+def test_a_rate_that_a_search_draws_is_the_students():
+    """A static student's own default once hid the drawn one."""
+    options, _ = with_values(RunOptions(), StudentOptions(), {"learning_rate": 0.5})
+    run = SimpleNamespace(options=options)
+    assert students.training_of(run, StudentOptions(student="static"))["learning_rate"] == 0.5
 
 
 def test_a_family_whose_parts_are_not_known_is_refused(tiny_data, tiny_checkpoint, tmp_path):

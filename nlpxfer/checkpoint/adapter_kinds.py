@@ -49,7 +49,7 @@ class AdapterKind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, int | float] = field(default_factory=dict)
     alpha_per_rank: float = 2.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     wraps_conv1d: bool = True
     transposes: bool = True
     merges: bool = True

@@ -91,7 +91,7 @@ ANY_VALUE = {
 """Switch of which any value will do -> what to type, for the message."""
 
 
-DEFAULT_LEARNING_RATE = 1e-4
+DEFAULT_LEARNING_RATE = 3e-5
 """Where all weights learn."""
 
 
@@ -230,7 +230,7 @@ class RunOptions(TrainingArguments):
     )
     # None where it was not given: an adapter has a default of its own
     learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "Peak learning rate of AdamW. Default: 0.0001; with an adapter, that of its kind."
+        None, "Peak learning rate of AdamW. Default: 3e-5; students and adapters have their own."
     )
     num_train_epochs: float = option(2.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -275,6 +275,10 @@ class RunOptions(TrainingArguments):
         if not _has_accelerator() and not self.use_cpu:
             self.use_cpu = True
         super().__post_init__()  # type: ignore[no-untyped-call]
+
+    def learning_rate_or(self, default: float) -> float:
+        """The learning rate, or this one if none was given."""
+        return default if self.wanted_learning_rate is None else float(self.learning_rate or 0)
 
     @property
     def is_private(self) -> bool:

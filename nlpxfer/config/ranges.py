@@ -219,6 +219,8 @@ def with_values(options: RunOptions, plan: Plan, values: Mapping[str, Any]) -> t
     changed = copy.copy(options)
     for name in values.keys() - own:
         setattr(changed, name, values[name])
+    if "learning_rate" in values:
+        changed.wanted_learning_rate = changed.learning_rate
     mine = {name: values[name] for name in values.keys() & own}
     return changed, dataclasses.replace(plan, **mine)  # type: ignore[type-var]
 
