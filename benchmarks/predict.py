@@ -1,14 +1,14 @@
 """Using a classifier: `nlpxfer predict` on a file against transformers' pipeline; memory over a long file.
 
     python benchmarks/predict.py --scale small --data debian-sections
-    python benchmarks/predict.py --scale full --data debian-sections        a million rows: hours on a CPU
+    python benchmarks/predict.py --scale full --data debian-sections        a million rows: an hour on two cores
 
 The classifier is the checkpoint with a linear probe as its head. Cells of each data set:
 
 - `sweep/<precision>/<batch>`: rows per second of `pipeline("text-classification")`, to choose its batch size
 - `rates`: in turns, the pipeline at its best batch size, in float32 and bfloat16, and `predict` with torch, ONNX, int8
 - `memory/torch`, `memory/int8`: resident memory of the command while it labels a long file that repeats the texts
-  (with a model of one layer at `--scale small`), and that every row came back in its place
+  (by a model of one layer, but at `--scale smoke`), and that every row came back in its place
 
 `predict` reads a csv file and writes one; the pipeline gets a list of texts and returns one. Both have loaded their
 model before. The seconds of the cells `memory` are those of the whole command.
@@ -80,9 +80,7 @@ SIZES = {
         SMALL, train_rows=96, sweep_rows=16, rows=32, turns=2, long_rows=3000, long_layers=None, sample_seconds=0.05
     ),
     "small": SMALL,
-    "full": replace(
-        SMALL, train_rows=None, sweep_rows=512, rows=10_000, long_rows=1_000_000, long_layers=None, sample_seconds=5
-    ),
+    "full": replace(SMALL, train_rows=None, sweep_rows=512, rows=10_000, long_rows=1_000_000, sample_seconds=5),
 }
 
 
