@@ -54,12 +54,14 @@ DISTIL = load_recipe("distill").DistillOptions
 DATA = "banking77,debian-sections,clinc150,scicite"
 STUDENTS: dict[str, list[str]] = {
     "3 layers": ["--student_num_layers", "3"],
+    "3 layers, narrower": ["--student_num_layers", "3", "--student_intermediate_size", "1280"],
     "2 layers": ["--student_num_layers", "2"],
     "static": ["--student", "static"],
 }
-"""Student -> options of the recipe."""
-KEPT_TARGETS = {"3 layers": 0.99, "2 layers": 0.975, "static": 0.93}
-SPEED_TARGETS = {"3 layers": 1.8, "static": 50.0}
+"""Student -> options of the recipe. The teacher is read by the mean, and so are students of its layers: each has one
+more that computes it. The narrower one keeps 1,280 of 1,536 inner values of each layer."""
+KEPT_TARGETS = {"3 layers": 0.99, "3 layers, narrower": 0.99, "2 layers": 0.975, "static": 0.93}
+SPEED_TARGETS = {"3 layers": 1.8, "3 layers, narrower": 1.8, "static": 50.0}
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Inverse strengths of the regression on model2vec's vectors, chosen on validation rows."""
 
@@ -76,16 +78,16 @@ class Size:
     seeds: int
     few: int | None = None
     few_epochs: int = 3
-    students: tuple[str, ...] = tuple(STUDENTS)
+    students: tuple[str, ...] = ("3 layers", "2 layers", "static")
     speed_rows: int = 1000
 
 
-SMALL = Size(rows=1500, epochs=4, seeds=3)
+SMALL = Size(rows=1000, epochs=4, seeds=1)
 SIZES: dict[str, dict[str, Size]] = {
     "small": dict.fromkeys(DATA.split(","), SMALL)
     | {
-        "banking77": Size(rows=2000, epochs=4, seeds=3, few=770),
-        "debian-sections": Size(rows=1200, epochs=3, seeds=3),
+        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770, students=tuple(STUDENTS)),
+        "clinc150": Size(rows=1500, epochs=4, seeds=1),
     },
     "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5))
     | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770)},
