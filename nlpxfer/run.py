@@ -24,6 +24,7 @@ from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.config.options import plain_value
 from nlpxfer.config.ranges import Plan, with_values
@@ -46,6 +47,7 @@ from nlpxfer.evaluate.retention import Answers
 from nlpxfer.evaluate.task import row_scores, task_metrics
 from nlpxfer.evaluate.trials import TrialArm, make_trials
 from nlpxfer.methods.base import Method, model_inputs
+from nlpxfer.methods.finetune import FineTune, finetune_method
 from nlpxfer.problem import GAIN, LOWER_IS_BETTER, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import (
     Arm,
@@ -224,6 +226,15 @@ class Run:
         """What a resumed run must share: options and data."""
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
         return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
+
+    def label_method(self, plan: LabelLossOptions) -> FineTune:
+        """The loss with the gold labels, with weights and offsets counted on the training rows.
+
+        Raises:
+            ConfigError: An option means nothing for this kind of task.
+        """
+        smoothing = self.options.label_smoothing_factor
+        return finetune_method(plan, self.labels("train"), len(self.data.schema), self.problem_type, smoothing)
 
     def search(self, name: str, arm_of: Callable[[Plan], Mapping[str, Any]], plan: Plan) -> Plan:
         """Search the options that are given as ranges, by trials of an arm; the best hold for the rest of the run.

@@ -22,19 +22,20 @@ from nlpxfer.checkpoint.quantised import Bits, check_quantised
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DEFAULT_LEARNING_RATE, DataOptions, RunOptions, option, parse
+from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.methods.adapters import Adapters
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import Arm, Report
 from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
+from nlpxfer.train.regime import check_r_drop
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(LabelLossOptions):
     """What to adapt, and how."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
@@ -56,7 +57,7 @@ class AdapterOptions:
     full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at a learning rate of 3e-5.")
 
     def __post_init__(self) -> None:
-        faults = []
+        faults = self.label_loss_faults()
         try:
             self.method()
         except ConfigError as error:
@@ -74,11 +75,11 @@ class AdapterOptions:
         """In how many bits the base is loaded for training; None for float32."""
         return "8bit" if self.load_in_8bit else "4bit" if self.load_in_4bit else None
 
-    def method(self, label_smoothing: float = 0.0, problem_type: ProblemType = SINGLE_LABEL) -> Adapters:
-        """The method that these options describe."""
+    def method(self, label_loss: FineTune | None = None) -> Adapters:
+        """The method that these options describe; with a plain loss if none is given."""
         values = {name: getattr(self, name) for name in OPTIONS}
         values["adapter_target_modules"] = tuple(self.adapter_target_modules or ())
-        return Adapters(problem_type=problem_type, adapter=self.adapter, label_smoothing=label_smoothing, **values)
+        return Adapters(adapter=self.adapter, label_loss=label_loss or FineTune(), **values)
 
 
 def main(argv: Sequence[str] | None = None) -> Report:
@@ -99,8 +100,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
         facts = {"model": parent["weights"]}
 
         def arm(plan: AdapterOptions) -> dict[str, Any]:
-            method = plan.method(run.options.label_smoothing_factor, run.problem_type)
-            return {"build": lambda seed: build(seed, plan.bits), "method": method, "facts": facts}
+            if not plan.adapter_dropout:
+                check_r_drop(start, plan.r_drop_weight, run.options.dropout)
+            made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
+            return made | {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
 
         run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
         plan = run.search("adapter", arm, plan)
@@ -110,8 +113,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
-            whole = FineTune(problem_type=run.problem_type, label_smoothing=run.options.label_smoothing_factor)
-            full = run.train("full", build, whole, facts=facts, learning_rate=DEFAULT_LEARNING_RATE)
+            whole: dict[str, Any] = {"facts": facts, "learning_rate": DEFAULT_LEARNING_RATE}
+            full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
             arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))
             models["full"] = full[0]
             run.checks["gain_over_full"] = vars(run.gain(trained, [arm.test_logits for arm in full], versus="full"))
@@ -136,7 +139,7 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
     Raises:
         ConfigError: Options that do not fit together, or bits that this machine cannot load.
     """
-    method = plan.method(options.label_smoothing_factor)
+    method = plan.method()
     method.check(options)
     if plan.bits:
         if options.pooling == "mean":

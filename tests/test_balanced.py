@@ -6,6 +6,7 @@ from recipe_runs import finished, refused, tiny_words
 from tiny import LABELS, make_rows, write_csv
 
 from nlpxfer.errors import DataError
+from nlpxfer.methods.finetune import FineTune
 from nlpxfer.train.balanced import BalancedDraws
 from nlpxfer.train.even import EMPTY, EvenSampler
 from nlpxfer.train.sampler import LengthGroupedSampler
@@ -94,7 +95,11 @@ def unequal(tmp_path_factory):
     return words
 
 
-def test_the_recipe_trains_on_equal_classes(unequal, tiny_checkpoint, tmp_path, monkeypatch):
+SHARED = "--bf16 false --num_threads 1 --use_cpu true --max_length 32 --control_arm false".split()
+
+
+@pytest.mark.parametrize("key", ["finetune", "adapters"])
+def test_the_recipe_trains_on_equal_classes(key, unequal, tiny_checkpoint, tmp_path, monkeypatch):
     seen = []
     plain = TransferTrainer.training_step
 
@@ -103,13 +108,31 @@ def test_the_recipe_trains_on_equal_classes(unequal, tiny_checkpoint, tmp_path, 
         return plain(self, model, inputs, *rest)
 
     monkeypatch.setattr(TransferTrainer, "training_step", training_step)
-    shared = "--bf16 false --num_threads 1 --use_cpu true --max_length 32 --control_arm false".split()
-    words = [*shared, *unequal, "--model_name_or_path", str(tiny_checkpoint("bert")), "--num_train_epochs", "2"]
-    run = finished("finetune", tmp_path / "balanced", *words, "--sampling", "balanced")
+    words = [*SHARED, *unequal, "--model_name_or_path", str(tiny_checkpoint("bert")), "--num_train_epochs", "2"]
+    run = finished(key, tmp_path / "balanced", *words, "--sampling", "balanced")
     counts = np.sum(seen, axis=0)
     assert counts.sum() == 2 * 78
     assert counts.max() - counts.min() <= 2
     assert run.run["config"]["sampling"] == "balanced"
+
+
+@pytest.mark.parametrize("key", ["finetune", "adapters"])
+def test_the_recipe_weighs_classes(key, unequal, tiny_checkpoint, tmp_path, monkeypatch):
+    """60, 6, 6 and 6 rows: weights 78 / (4 * 60) and 78 / (4 * 6)."""
+    seen = set()
+    plain = FineTune.loss_terms
+
+    def loss_terms(self, *rest):
+        seen.add((self.class_weights, self.focal_gamma, self.label_smoothing))
+        return plain(self, *rest)
+
+    monkeypatch.setattr(FineTune, "loss_terms", loss_terms)
+    words = [*SHARED, *unequal, "--model_name_or_path", str(tiny_checkpoint("bert")), "--max_steps", "1"]
+    words += ["--class_weights", "balanced", "--focal_gamma", "1.5", "--label_smoothing_factor", "0.1"]
+    finished(key, tmp_path / "out", *words)
+    ((weights, gamma, smoothing),) = seen
+    assert sorted(weights) == pytest.approx([0.325, 3.25, 3.25, 3.25])
+    assert (gamma, smoothing) == (1.5, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +143,7 @@ def test_the_recipe_trains_on_equal_classes(unequal, tiny_checkpoint, tmp_path, 
         (["--class_weights", "balanced", "--logit_adjustment", "1"], "class_weights, sampling, logit_adjustment: all"),
     ],
 )
-def test_two_ways_to_the_same_are_refused(words, names, tiny_data, tmp_path):
-    told = refused("finetune", tmp_path / "out", *tiny_words(tiny_data), "--sampling", "balanced", *words)
+@pytest.mark.parametrize("key", ["finetune", "adapters"])
+def test_two_ways_to_the_same_are_refused(key, words, names, tiny_data, tmp_path):
+    told = refused(key, tmp_path / "out", *tiny_words(tiny_data), "--sampling", "balanced", *words)
     assert f"{names} make rare classes count more; use one of them" in told

@@ -9,14 +9,12 @@ from recipe_runs import finished, refused, tiny_words
 from tiny import make_rows, write_csv
 
 from nlpxfer.checkpoint import load_classifier
-from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses import agreement_loss, binary_r_drop_loss, label_loss, r_drop_loss
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
-from nlpxfer.recipes import load_recipe
-from nlpxfer.train.regime import set_dropout_, trained_dropout
+from nlpxfer.train.regime import check_r_drop, set_dropout_, trained_dropout
 
 SCHEMA = LabelSchema(("food", "music", "sport", "travel"))
 
@@ -140,12 +138,18 @@ def test_it_needs_dropout(tiny_data, tiny_checkpoint, tmp_path):
 
 
 def test_it_needs_dropout_also_where_the_model_has_its_own(tiny_checkpoint):
-    module = load_recipe("finetune")
-    plan = module.FineTuneOptions(r_drop_weight=1.0)
     for own, fault in ((0.2, None), (0.0, "its own dropout is 0")):
         start = load_classifier(str(tiny_checkpoint("bert", dropout=own)), schema=SCHEMA)
         with pytest.raises(ConfigError, match=fault) if fault else contextlib.nullcontext():
-            module.check_dropout(start, plan, RunOptions(dropout=None, use_cpu=True))
+            check_r_drop(start, 1.0, None)
+            check_r_drop(start, 0.0, None)
+
+
+def test_with_an_adapter_dropout_of_either_serves(tiny_data, tiny_checkpoint, tmp_path):
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), "--control_arm", "false", "--r_drop_weight", "1"]
+    assert "r_drop_weight: 1 does nothing where" in refused("adapters", tmp_path / "none", *words)
+    run = finished("adapters", tmp_path / "out", *words, "--adapter_dropout", "0.2")
+    assert run.run["config"]["r_drop_weight"] == 1.0
 
 
 def test_it_trains(tiny_data, tiny_checkpoint, tmp_path):

@@ -26,7 +26,6 @@ from nlpxfer.checkpoint.adapters import head_modules, refuse_frozen_fresh, train
 from nlpxfer.errors import CheckpointError, ConfigError, nearest
 from nlpxfer.methods.base import Batch, LossTerm, Method, is_sharded
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.problem import SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -60,28 +59,25 @@ class Adapters(Method):
     """The loss with the gold labels; an adapter and the head learn.
 
     Args:
-        problem_type: See `FineTune`.
         adapter: A key of `KINDS`.
         adapter_rank: r, the inner size of the adapter; at least 1. None: the default of the kind.
         adapter_alpha: alpha, the adapter's output times alpha / r; above 0.
         adapter_dropout: Share of the adapter's inputs that is dropped while training, in [0, 1).
         adapter_target_modules: Names, or ends of names, of the linear layers to adapt; empty: see the module.
         num_virtual_tokens: Length of a learnt prompt or prefix; at least 1.
-        label_smoothing: Of the label loss, in [0, 1).
+        label_loss: The loss with the gold labels.
 
     Raises:
         ConfigError: An unknown kind, values outside their range, options that the kind does not use: all are listed.
     """
 
-    problem_type: ProblemType = SINGLE_LABEL
     adapter: str = "lora"
     adapter_rank: int | None = None
     adapter_alpha: float | None = None
     adapter_dropout: float | None = None
     adapter_target_modules: tuple[str, ...] = ()
     num_virtual_tokens: int | None = None
-    label_smoothing: float = 0.0
-    _loss: FineTune = field(init=False, repr=False)
+    label_loss: FineTune = field(default_factory=FineTune)
 
     def __post_init__(self) -> None:
         faults = [] if self.adapter in KINDS else [_unknown(self.adapter)]
@@ -101,12 +97,6 @@ class Adapters(Method):
             faults.append(f"{DROPOUT}: {self.adapter_dropout} is not in [0, 1)")
         if any(not name.strip() for name in self.adapter_target_modules):
             faults.append(f"{TARGETS}: a name is empty")
-        try:
-            object.__setattr__(
-                self, "_loss", FineTune(problem_type=self.problem_type, label_smoothing=self.label_smoothing)
-            )
-        except ConfigError as error:
-            faults += error.faults
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -116,12 +106,12 @@ class Adapters(Method):
         return KINDS[self.adapter]
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of each row."""
-        return self._loss.loss_terms(model, batch)
+        """Those of the label loss."""
+        return self.label_loss.loss_terms(model, batch)
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Rows with a label."""
-        return self._loss.counts(batch)
+        """Those of the label loss."""
+        return self.label_loss.counts(batch)
 
     def check(self, options: RunOptions) -> None:
         """Refuse options that choose among pretrained weights, and FSDP, whose shards mix frozen and trained ones."""

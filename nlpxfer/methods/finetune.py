@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import agreement_loss, gold_loss, labelled
 from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits, smoothing_faults, twice
-from nlpxfer.problem import REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 Array = np.ndarray[Any, Any]
 
@@ -97,6 +98,42 @@ class FineTune(Method):
         if self.r_drop_weight:
             counts["r_drop"] = torch.tensor(len(labels), device=labels.device)
         return counts
+
+
+def finetune_method(
+    plan: LabelLossOptions, labels: Array, classes: int, problem_type: ProblemType, label_smoothing: float
+) -> FineTune:
+    """Fine-tuning with the loss that options describe, with weights and offsets counted on training labels.
+
+    Args:
+        plan: The options.
+        labels: Of the training rows.
+        classes: Outputs of the model.
+        problem_type: What the labels are.
+        label_smoothing: Share of the target spread evenly over the classes.
+
+    Raises:
+        ConfigError: An option means nothing for this kind of task.
+    """
+    tau, balanced = plan.logit_adjustment, plan.class_weights == "balanced"
+    if tau and problem_type != SINGLE_LABEL:
+        raise ConfigError("logit_adjustment: is for tasks with one class per row.")
+    if plan.sampling == "balanced" and problem_type != SINGLE_LABEL:
+        raise ConfigError("sampling: balanced is for tasks with one class per row.")
+    if balanced and problem_type == REGRESSION:
+        raise ConfigError("class_weights: means nothing for a regression.")
+    weights: tuple[float, ...] = ()
+    if balanced:
+        several = problem_type == MULTI_LABEL
+        weights = positive_weights(labels) if several else balanced_weights(labels.tolist(), classes)
+    return FineTune(
+        problem_type=problem_type,
+        label_smoothing=label_smoothing,
+        focal_gamma=plan.focal_gamma,
+        class_weights=weights,
+        offsets=tuple(tau * share for share in log_shares(labels.tolist(), classes)) if tau else (),
+        r_drop_weight=plan.r_drop_weight,
+    )
 
 
 def balanced_weights(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nlpxfer.checkpoint.head import head_of
+from nlpxfer.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nlpxfer.checkpoint.load import Checkpoint
 
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
@@ -35,6 +38,25 @@ def trained_dropout(model: nn.Module, share: float | None) -> float:
     """
     own = [float(getattr(module, name)) for module, name in _dropouts(model)]
     return max(own, default=0.0) if share is None else share * bool(own)
+
+
+def check_r_drop(start: Checkpoint, weight: float, share: float | None) -> None:
+    """See that two passes of R-Drop differ.
+
+    Args:
+        start: What is trained.
+        weight: That of R-Drop; 0 for none.
+        share: As for `trained_dropout`.
+
+    Raises:
+        ConfigError: The model trains without dropout.
+    """
+    if weight and not trained_dropout(start.model, share):
+        raise ConfigError(
+            f"r_drop_weight: {weight:g} does nothing where {start.name} trains without dropout.",
+            why="its own dropout is 0" if share is None else "--dropout is 0 by default",
+            fix="--dropout 0.1",
+        )
 
 
 def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
