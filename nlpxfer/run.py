@@ -331,8 +331,22 @@ class Run:
         def train(name: str, part: Callable[[PreTrainedTokenizerBase], Splits]) -> TrainedArm:
             return self.train(name, unseen, method, split=part, seeds=self.seeds[:1], **training)[0]
 
-        self.out_of_fold = predict_out_of_fold(self.folds, self.labels("train"), split or self.split, train)
-        self.checks["cross_validation"] = self.out_of_fold.scores() | {"seed": self.seeds[0]}
+        self.train_on_folds(train, split)
+
+    def train_on_folds(
+        self,
+        train: Callable[[str, Callable[[PreTrainedTokenizerBase], Splits]], TrainedArm],
+        split: Callable[[PreTrainedTokenizerBase], Splits] | None = None,
+    ) -> None:
+        """As `cross_validate`, for arms that `train` does not make.
+
+        Args:
+            train: From a name and the splits of one fold to the trained arm.
+            split: As for `cross_validate`.
+        """
+        if self.folds is not None:
+            self.out_of_fold = predict_out_of_fold(self.folds, self.labels("train"), split or self.split, train)
+            self.checks["cross_validation"] = self.out_of_fold.scores() | {"seed": self.seeds[0]}
 
     def _log_scores(self, arm: TrainedArm) -> None:
         scores = self.scores(arm.validation_logits, "validation")

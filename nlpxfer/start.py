@@ -51,7 +51,7 @@ def start_run(
         data_options: Where the rows come from.
         options: How to train.
         others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
-        folds: Whether the recipe calls `Run.cross_validate`; without it `num_folds` is refused.
+        folds: Whether the recipe trains on folds; without it `num_folds` is refused.
         searches: Whether the recipe calls `Run.search`; options given as ranges are refused otherwise.
 
     Raises:

@@ -10,9 +10,10 @@ regression: what the labels are worth without a pretrained model.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import can_read_mean, use_mean_pooling
@@ -20,13 +21,17 @@ from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import NEEDED_SWITCHES, DataOptions, RunOptions, option, parse
 from nlpxfer.errors import ConfigError
-from nlpxfer.evaluate.feature_arm import feature_arm
+from nlpxfer.evaluate.arms import Splits
+from nlpxfer.evaluate.feature_arm import FeatureArm, feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
 from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.feature_head import WEIGHT_DECAYS, MlpPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 ALWAYS = frozenset(
     "output_dir overwrite seed num_seeds num_folds control_arm pooling error_report abstain_precision "
@@ -112,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             "long_texts: features are computed once per text, not per window.", fix="--long_texts head_tail"
         )
 
-    with start_run("features", data_options, options) as run:
+    with start_run("features", data_options, options, folds=True) as run:
         smoothing = options.label_smoothing_factor
         method = FeatureBased(problem_type=run.problem_type, classifier=classifier, label_smoothing=smoothing)
 
@@ -125,19 +130,21 @@ def main(argv: Sequence[str] | None = None) -> Report:
             require_hidden_layer(start.model)
         run.begin(start, arms=1, checkpoints=False)
         parent = run.parent_facts(start)
-        trained = [
-            feature_arm(
-                "features",
-                build=lambda seed=seed: build(seed),
+
+        def train(name: str, split: Callable[[PreTrainedTokenizerBase], Splits], seed: int) -> FeatureArm:
+            return feature_arm(
+                name,
+                build=lambda: build(seed),
                 method=method,
-                split=run.split,
+                split=split,
                 options=options,
                 seed=seed,
                 folder=options.feature_cache,
                 plan=options.plan,
             )
-            for seed in run.seeds
-        ]
+
+        trained = [train("features", run.split, seed) for seed in run.seeds]
+        run.train_on_folds(partial(train, seed=run.seeds[0]))
         arm = run.arm(trained, f"{name}, frozen, with {classifier} on its features")
         arms, verdict = run.against_no_transfer(trained, [replace(arm, details={**arm.details, **trained[0].details})])
         run.checks["features"] = {"logits_difference": max(one.logits_difference for one in trained)}

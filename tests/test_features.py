@@ -1,9 +1,11 @@
 """Classifiers on frozen features: the saved checkpoint computes what was fitted, and the recipe asks its body once."""
 
 import csv
+import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from processes import ROOT, run, torchrun
 from recipe_runs import QUICK, Ended, call, files, finished, refused
 from safetensors.torch import load_file
-from tiny import LABELS, make_rows
+from tiny import LABELS, make_rows, write_csv
 from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
@@ -441,3 +443,25 @@ def test_a_fault_in_the_first_process_reaches_the_others():
     error = pickle.loads(pickle.dumps(NotFiniteError("The loss became nan.", fix="--learning_rate 1e-4")))
     assert isinstance(error, NotFiniteError)
     assert "--learning_rate 1e-4" in str(error)
+
+
+def test_folds_are_those_of_runs_without_the_held_out_rows(tiny_data, tiny_checkpoint, tmp_path):
+    words = [*words_of(tiny_data, tiny_checkpoint("bert")), "--save_predictions", "true"]
+    run = finished("features", tmp_path / "out", *words, "--num_folds", "2")
+    told = [json.loads(line) for line in (run.folder / "predictions" / "out_of_fold.jsonl").read_text().splitlines()]
+    with tiny_data.train.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["label"] for row in told] == [row["label"] for row in rows]
+    parts = {fold: [row for row, found in zip(rows, told, strict=True) if found["fold"] == fold] for fold in (1, 2)}
+    for fold in (1, 2):
+        data = SimpleNamespace(train=write_csv(tmp_path / f"train{fold}.csv", parts[3 - fold]),
+                               validation=tiny_data.validation,
+                               test=write_csv(tmp_path / f"test{fold}.csv", parts[fold]))  # fmt: skip
+        words = [*words_of(data, tiny_checkpoint("bert")), "--save_predictions", "true"]
+        alone = finished("features", tmp_path / f"alone{fold}", *words).logits_of("test")
+        mine = [found for found in told if found["fold"] == fold]
+        assert [found["predicted"] for found in mine] == [row["predicted"] for row in alone]
+        shares = [row["probability"] for row in alone]
+        assert [found["probability"] for found in mine] == pytest.approx(shares, abs=1e-4)
+    scores = run.report["checks"]["cross_validation"]
+    assert scores["pooled"]["accuracy"] == pytest.approx(np.mean([row["label"] == row["predicted"] for row in told]))
