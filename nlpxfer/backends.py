@@ -241,8 +241,12 @@ def open_onnx(file: Path) -> OnnxBackend:
     )
 
 
-def onnx_session(file: Path) -> Any:  # noqa: ANN401 - onnxruntime is optional
-    """An onnxruntime session on this process's share of the cores.
+def onnx_session(file: Path, *, threads: int | None = None) -> Any:  # noqa: ANN401 - onnxruntime is optional
+    """An onnxruntime session.
+
+    Args:
+        file: The ONNX file.
+        threads: Default: this process's share of the cores.
 
     Raises:
         ConfigError: onnxruntime is not installed.
@@ -255,7 +259,7 @@ def onnx_session(file: Path) -> Any:  # noqa: ANN401 - onnxruntime is optional
             f"{file} needs onnxruntime, which cannot be imported: {error}.", fix='pip install "nlpxfer[onnx]"'
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = use_threads(None)
+    options.intra_op_num_threads = threads or use_threads(None)
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_mem_pattern = False  # a plan is kept for each shape, and batches have hundreds
     options.log_severity_level = 3

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -63,6 +65,7 @@ def finish(
     parents: Mapping[str, Mapping[str, Any]],
     tags: Sequence[str] = (),
     missed: Sequence[str] = (),
+    folders: Mapping[str, Path] = MappingProxyType({}),
 ) -> Report:
     """Write the output folder, push it if asked to, and print the table of arms.
 
@@ -77,6 +80,7 @@ def finish(
         base_model: Checkpoint that the weights come from.
         parents: Role -> name and fingerprint of what went in.
         tags: Further tags of the model card.
+        folders: Name -> where a folder lies that becomes part of the output; it gets calibration.json and run.json.
         missed: Targets that the result falls short of, one sentence each; then nothing is pushed.
 
     Raises:
@@ -94,7 +98,7 @@ def finish(
         search=run.found,
     )
     if is_main_process():
-        _write(run, treated[0], report, description, base_model, parents, tags)
+        _write(run, treated[0], report, description, base_model, parents, tags, folders)
         if run.options.push_to_hub and not missed:
             pushed = push_folder(run.folder, str(run.options.hub_model_id), private=run.options.is_private)
             logger.warning("pushed to %s", pushed.url)
@@ -195,6 +199,7 @@ def _write(
     base_model: ResolvedCheckpoint,
     parents: Mapping[str, Mapping[str, Any]],
     tags: Sequence[str],
+    folders: Mapping[str, Path],
 ) -> None:
     names, labels = run.data.schema.names, run.labels("test")
     if arm.adapter is not None:
@@ -228,8 +233,12 @@ def _write(
         facts={"processes": world()[1], "device": run.options.device.type}
         | ({"ranges": run.found["ranges"]} if run.found else {}),
     )
+    for name, place in folders.items():
+        shutil.move(place, run.folder / name)
+        _copy_into(run.folder / name, run)
     if is_static(arm.model):
-        _write_int8(run, arm)
+        small = save_classifier(_int8_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
+        _copy_into(small, run)
     facts = CardFacts(
         model_name=run.options.hub_model_id or run.folder.name,
         labels=names,
@@ -256,10 +265,8 @@ def _write(
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
 
 
-def _write_int8(run: Run, arm: TrainedArm) -> None:
-    """The static student with an int8 table, in a folder that predicts as this one does."""
-    small = _int8_of(run, arm)
-    folder = save_classifier(small, arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
+def _copy_into(folder: Path, run: Run) -> None:
+    """What lets another form of the model predict as the output folder does."""
     for name in ("run.json", "calibration.json"):
         if (run.folder / name).is_file():
             shutil.copy(run.folder / name, folder / name)

@@ -5,7 +5,9 @@ Latency comes first, on untrained students: a slice answers as quickly before it
 test row is read. The recipe then trains the chosen student in full, and its report holds it against the teacher on the
 test rows as any other student.
 
-A candidate is a set of option values of the recipe, so whatever the recipe can build can stand on the ladder.
+A candidate is a set of option values of the recipe, so whatever the recipe can build can stand on the ladder. A
+student of layers and its int8 form are two candidates: the second is quicker and smaller and answers nearly as well.
+They differ in nothing that is trained, so one training gives the scores of both.
 """
 
 from __future__ import annotations
@@ -15,16 +17,17 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
 
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.narrow import narrow_widths
-from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.checkpoint.pooling import has_mean_layer, with_pooling
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
@@ -42,7 +45,7 @@ from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.verdict import stages_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +53,21 @@ KEEP: Final = 0.98
 BUDGET: Final = 3.0
 MOST_SLICES: Final = 6
 TEACHER: Final = "teacher"
+INT8: Final = ", int8"
 Plan = TypeVar("Plan", bound=TargetOptions)
 ArmOf = Callable[[Plan], Mapping[str, Any]]
+Scores = tuple[float, float | None]
+"""Validation scores of a student, and of its int8 form."""
+
+
+class MakesInt8(Protocol):
+    """How int8 forms are made: `nlpxfer.int8.Int8Maker`."""
+
+    def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401
+        """By this process for itself; a model with `file_bytes`."""
+
+    def together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401
+        """By the first process for all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +76,16 @@ class Choice:
 
     name: str
     values: Mapping[str, Any]
+
+    @property
+    def trained_as(self) -> str:
+        """The name of what is trained: an int8 form is that of another student."""
+        return self.name.removesuffix(INT8)
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it is the int8 form of another one."""
+        return self.trained_as != self.name
 
 
 def slices(teacher: PreTrainedModel) -> list[Choice]:
@@ -72,10 +98,16 @@ def slices(teacher: PreTrainedModel) -> list[Choice]:
     ]
 
 
-def rungs(run: Run, plan: Plan, teacher: PreTrainedModel) -> list[Choice]:
+def rungs(run: Run, plan: Plan, teacher: PreTrainedModel, *, int8: bool = False) -> list[Choice]:
     """The ladder: slices of the teacher, the middle one at half its width, and a static student.
 
     What the family, the task or the other options rule out is left out, and said.
+
+    Args:
+        run: Its task and options.
+        plan: The recipe's own options.
+        teacher: What slices are cut from.
+        int8: Also the int8 form of each student that has layers.
     """
     found = slices(teacher)
     if not plan.search or not found:
@@ -96,10 +128,19 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel) -> list[Choice]:
             logger.info("not on the ladder: %s (%s)", choice.name, str(error).splitlines()[0])
         else:
             fits.append(choice)
+            if int8 and choice.values.get("student") != STATIC:
+                fits.append(Choice(name=choice.name + INT8, values={**choice.values, "student_int8": True}))
     return fits
 
 
-def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan], teacher: Checkpoint) -> Plan:
+def find_smallest(
+    run: Run,
+    plan: Plan,
+    choices: Sequence[Choice],
+    arm_of: ArmOf[Plan],
+    teacher: Checkpoint,
+    maker: MakesInt8 | None = None,
+) -> Plan:
     """With `--search`: the plan of the smallest student that reaches the target. Else the plan as it is.
 
     Writes `ladder.json`, `ladder.md` and `pareto.png` into the output folder, whether or not there is one. A resumed
@@ -111,6 +152,7 @@ def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf
         choices: The students.
         arm_of: From the recipe's own options to the arguments of `Run.train`.
         teacher: The teacher.
+        maker: Makes int8 forms, if there are any among the students.
 
     Raises:
         TargetMissedError: No student reaches the target; names the nearest.
@@ -123,7 +165,7 @@ def find_smallest(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf
         raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
     chosen = _found_before(run)
     if chosen is None:
-        chosen = _search(run, plan, choices, arm_of, teacher)
+        chosen = _search(run, plan, choices, arm_of, teacher, maker)
     values = next(choice.values for choice in choices if choice.name == chosen)
     run.config.update(values)
     return _planned(run, plan, values)
@@ -145,23 +187,42 @@ def _found_before(run: Run) -> str | None:
     return chosen
 
 
-def _search(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan], teacher: Checkpoint) -> str:
+def _search(
+    run: Run,
+    plan: Plan,
+    choices: Sequence[Choice],
+    arm_of: ArmOf[Plan],
+    teacher: Checkpoint,
+    maker: MakesInt8 | None,
+) -> str:
     plans = {choice.name: _planned(run, plan, choice.values) for choice in choices}
-    measured = _measured(run, {name: arm_of(each) for name, each in plans.items()}, teacher)
+    bases = {choice.trained_as for choice in choices}
+    measured = _measured(run, choices, {name: arm_of(plans[name]) for name in bases}, teacher, maker)
     known: dict[str, Splits] = {}
+    scored: dict[tuple[str, int], Scores] = {}
     whole = _whole_training(run)
 
-    def candidate(name: str) -> Candidate:
-        return Candidate(
-            name=name,
-            train=lambda steps: _score(run, name, arm_of(plans[name]), known, steps),
-            latency_ms=measured[name]["ms"],
-            bytes=int(measured[name]["bytes"]),
-        )
+    def score(choice: Choice, steps: int) -> float:
+        base = choice.trained_as
+        if (base, steps) not in scored:
+            twin = maker if any(other.is_int8 and other.trained_as == base for other in choices) else None
+            scored[base, steps] = _scores(run, base, arm_of(plans[base]), known, steps, twin)
+        plain, small = scored[base, steps]
+        return plain if small is None or not choice.is_int8 else small
 
+    candidates = [
+        Candidate(
+            name=choice.name,
+            train=partial(score, choice),
+            latency_ms=measured[choice.name]["ms"],
+            bytes=int(measured[choice.name]["bytes"]),
+            trained_as=choice.trained_as,
+        )
+        for choice in choices
+    ]
     target = Target(reference=_teachers_score(run), keep=plan.keep or KEEP, max_latency_ms=plan.max_latency_ms)
     budget = math.ceil((plan.search_budget or BUDGET) * whole)
-    result = climb([candidate(name) for name in plans], target, total_steps=budget, max_steps=whole)
+    result = climb(candidates, target, total_steps=budget, max_steps=whole)
     _tell(run, result, {name: each["rows_per_second"] for name, each in measured.items()})
     return result.require().name
 
@@ -175,7 +236,13 @@ def _tell(run: Run, result: LadderResult, rows_per_second: Mapping[str, float]) 
     wait_for_everyone()
 
 
-def _measured(run: Run, arms: Mapping[str, Mapping[str, Any]], teacher: Checkpoint) -> dict[str, dict[str, float]]:
+def _measured(
+    run: Run,
+    choices: Sequence[Choice],
+    arms: Mapping[str, Mapping[str, Any]],
+    teacher: Checkpoint,
+    maker: MakesInt8 | None,
+) -> dict[str, dict[str, float]]:
     """`ms` for one row (median, tokenising included), `rows_per_second` in batches, `bytes`; the teacher's too.
 
     Measured by the first process alone; all get the same.
@@ -183,7 +250,12 @@ def _measured(run: Run, arms: Mapping[str, Mapping[str, Any]], teacher: Checkpoi
     box: list[dict[str, dict[str, float]]] = [{}]
     if is_main_process():
         students = {name: arm["build"](run.seeds[0]) for name, arm in arms.items()}
-        models = {TEACHER: teacher, **students}
+        students = {name: _as_trained(run, student) for name, student in students.items()}
+        models: dict[str, Checkpoint] = {TEACHER: teacher}
+        for choice in choices:
+            student = models[choice.name] = students[choice.trained_as]
+            if choice.is_int8 and maker is not None:
+                models[choice.name] = replace(student, model=maker.alone(student.model, student.tokenizer))
         times = latency_facts(
             {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
         )
@@ -191,13 +263,18 @@ def _measured(run: Run, arms: Mapping[str, Mapping[str, Any]], teacher: Checkpoi
             name: {
                 "ms": times[name]["one_row"]["total_p50_ms"],
                 "rows_per_second": 1000 / times[name]["batched"]["total_p50_ms"],
-                "bytes": float(stored_bytes(model.model)),
+                "bytes": float(getattr(model.model, "file_bytes", None) or stored_bytes(model.model)),
             }
             for name, model in models.items()
         }
     if world()[1] > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def _as_trained(run: Run, student: Checkpoint) -> Checkpoint:
+    """An untrained student with the layer that computes the mean, if its head will read that."""
+    return replace(student, model=with_pooling(student, run.options.pooling))
 
 
 def _whole_training(run: Run) -> int:
@@ -216,12 +293,25 @@ def _teachers_score(run: Run) -> float:
     return float(metrics[str(run.options.metric_for_best_model)])
 
 
-def _score(run: Run, name: str, arm: Mapping[str, Any], known: dict[str, Splits], steps: int) -> float:
-    """The validation score of a student after so many steps, without a look at the test rows."""
+def _scores(
+    run: Run,
+    name: str,
+    arm: Mapping[str, Any],
+    known: dict[str, Splits],
+    steps: int,
+    maker: MakesInt8 | None,
+) -> Scores:
+    """The validation score of a student after so many steps, and that of its int8 form; test rows are not read."""
     folder = Path(run.folder) / "checkpoints" / "ladder" / name.replace(" ", "-")
-    trial = run.trial_arm(arm)
+    trial, small = run.trial_arm(arm), list[float]()
+
+    def look(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if maker is not None:
+            logits = run.predict(maker.together(model, tokenizer), tokenizer, "validation")
+            small.append(run.scores(logits, "validation")[str(run.options.metric_for_best_model)])
+
     run.searching = True
     try:
-        return short_run(trial, folder, known, steps=steps)
+        return short_run(trial, folder, known, steps=steps, look=look), small[0] if small else None
     finally:
         run.searching = False

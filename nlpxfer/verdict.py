@@ -104,16 +104,17 @@ def judge(
     if teacher not in run.answers:
         asked = plan.min_retention is not None or plan.min_class_retention is not None
         return Judged(arms=timed, retention=None, missed=["the teacher has no test score to keep"] if asked else [])
-    names = [student.name, *(name for name in ("control",) if name in run.answers)]
+    small = f"{student.name}, int8"
+    names = [student.name, *(name for name in (small, "control") if name in run.answers)]
     found = run.checks["retention"] = _retention(run, teacher, names, timed)
     kept = found["students"][student.name]
     if plan.disagreements:
         _write_disagreements(run, teacher, student, teacher_logits)
-    return Judged(
-        arms=timed,
-        retention=kept["score"]["value"],
-        missed=gate_faults(kept, plan.min_retention, plan.min_class_retention),
-    )
+    missed = gate_faults(kept, plan.min_retention, plan.min_class_retention)
+    if small in found["students"]:
+        faults = gate_faults(found["students"][small], plan.min_retention, plan.min_class_retention)
+        missed += [f"in int8 {fault}" for fault in faults]
+    return Judged(arms=timed, retention=kept["score"]["value"], missed=missed)
 
 
 def with_latency(run: Run, arms: Sequence[Arm], models: Mapping[str, TrainedArm | Checkpoint]) -> list[Arm]:

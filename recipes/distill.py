@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
@@ -30,6 +31,8 @@ from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.config.teachers import TeacherOptions
 from nlpxfer.errors import ConfigError
+from nlpxfer.export.graph import require_onnx
+from nlpxfer.int8 import Int8Maker, check_int8, has_onnx, int8_student
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
@@ -66,6 +69,7 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "student": "each kind has options of its own",
+        "student_int8": "it does not change what is learnt",
         "self_distillation": "it decides which arms there are",
         **TeacherOptions.TEACHERS_NOT_SEARCHED,
         **TargetOptions.TARGETS_NOT_SEARCHED,
@@ -86,7 +90,7 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
     def __post_init__(self) -> None:
         faults = self.teacher_faults() + self.student_faults() + self.target_faults()
         own = {"student": LAYERS, "student_name_or_path": None, "hidden_layers": "auto", **CUTS}
-        own |= {"assistant_num_layers": None, "generations": 1}
+        own |= {"assistant_num_layers": None, "generations": 1, "student_int8": False}
         given = [name for name, default in own.items() if self.search and getattr(self, name) != default]
         faults += [f"{name}: search tries students of several kinds; leave it out" for name in given]
         if self.student == STATIC:
@@ -103,6 +107,8 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
         if self.kd_loss == "mse" and self.temperature != DistillOptions.temperature:
             faults.append("temperature: means nothing for the squared error of kd_loss mse")
         faults += self.states_faults() + self.self_distillation_faults()
+        if self.teaches_itself and self.student_int8:
+            faults.append("student_int8: needs another teacher; nlpxfer export --int8 writes the finished model")
         if faults:
             raise ConfigError.from_faults(faults)
 
@@ -164,12 +170,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | {"method": method}
 
         plan = run.search("distilled", arm, plan)
-        plan = find_smallest(run, plan, rungs(run, plan, source.model), arm, source)
+        ladder = rungs(run, plan, source.model, int8=plan.search and has_onnx())
+        plan = find_smallest(run, plan, ladder, arm, source, Int8Maker(run))
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {last.name}")
         curve = transfer_curve(run, plan, rows, arm(plan), student, distilled)
         arms = [*between, distilled, *curve, run.majority_arm()]
         models = {**panel.models, "distilled": student[0]}
+        folders: Mapping[str, Path] = {}
+        if plan.student_int8:
+            small, row, folders = int8_student(run, student[0])
+            arms.insert(arms.index(distilled) + 1, row)
+            models[small.name] = small
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
             build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
@@ -192,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             parents=panel.parents(run),
             tags=["knowledge-distillation"],
             missed=judged.missed,
+            folders=folders,
         )
 
 
@@ -263,7 +276,11 @@ def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[C
     cut = plan.student == LAYERS and not plan.student_name_or_path
     layers = int(student.model.config.num_hidden_layers) if cut else None
     check_assistants(plan, layer_count(run, source), layers)
+    if plan.student_int8:
+        require_onnx()
     run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
+    if plan.student_int8:
+        check_int8(run, student)
 
 
 def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:

@@ -1,5 +1,6 @@
 """Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> result ->
-teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> recipes -> cli.
+teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> int8 -> recipes ->
+cli.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -30,6 +31,7 @@ STAGES = (
     "classify",
     "cascade",
     "export",
+    "int8",
     "recipes",
     "cli",
 )

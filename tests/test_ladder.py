@@ -1,6 +1,8 @@
 """The smallest student that is good enough: which are trained, for how long, and what is said of each."""
 
 import json
+import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -219,9 +221,10 @@ def test_a_recipe_searches_and_then_trains_what_it_found(tiny_data, teacher, tmp
     import nlpxfer.smallest as module
 
     asked, real = [], module.short_run
+    monkeypatch.setitem(sys.modules, "onnxscript", None)  # without which there are no int8 forms
 
-    def short_run(trial, folder, known, *, steps):
-        score = real(trial, folder, known, steps=steps)
+    def short_run(trial, folder, known, *, steps, look):
+        score = real(trial, folder, known, steps=steps, look=look)
         asked.append((folder.name, steps, {len(splits.test) for splits in known.values()}))
         return score
 
@@ -244,7 +247,55 @@ def test_a_recipe_searches_and_then_trains_what_it_found(tiny_data, teacher, tmp
     check_output_folder(run.folder, overwrite=True)  # all that lies there is known to be nlpxfer's
 
 
-def test_no_student_is_quick_enough(tiny_data, teacher, tmp_path):
+def test_int8_forms_stand_on_the_ladder_and_share_trainings(tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    """One of them is made the quickest: it is chosen, written, and held against the teacher."""
+    import nlpxfer.smallest as module
+
+    asked, real, times = [], module.short_run, module.latency_facts
+
+    def short_run(trial, folder, known, *, steps, look):
+        asked.append((folder.name, steps))
+        return real(trial, folder, known, steps=steps, look=look)
+
+    def latency_facts(models, *texts):
+        found = times(models, *texts)
+        for name, facts in found.items():
+            facts["one_row"]["total_p50_ms"] = 0.01 if name == "1 layer, int8" else 5.0 + len(name)
+        return found
+
+    monkeypatch.setattr(module, "short_run", short_run)
+    monkeypatch.setattr(module, "latency_facts", latency_facts)
+    teacher = tiny_checkpoint("bert", kind="classifier", layers=2)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "2")
+    found = run.report["checks"]["search"]
+    assert {each["name"] for each in found["tried"]} == {
+        "1 layer", "1 layer, int8", "1 layer, half as wide", "1 layer, half as wide, int8", "static"}  # fmt: skip
+    assert found["chosen"] == "1 layer, int8"
+    assert len(asked) == len(set(asked)), "nothing is trained twice for as many steps"
+    assert found["steps"] == sum(steps for _, steps in asked)
+    by_name = {each["name"]: each for each in found["tried"]}
+    assert by_name["1 layer, int8"]["bytes"] < by_name["1 layer"]["bytes"]
+    scores = [dict(each["scores"][0]) for each in (by_name["1 layer"], by_name["1 layer, int8"])]
+    assert scores[0]["steps"] == scores[1]["steps"]
+    assert abs(scores[0]["score"] - scores[1]["score"]) < 0.2
+    assert (run.run["config"]["student_int8"], run.run["config"]["student_num_layers"]) == (True, 1)
+    assert (run.folder / "onnx" / "model_int8.onnx").is_file()
+    assert run.report["checks"]["retention"]["students"].keys() == {"distilled", "distilled, int8"}
+
+
+def test_forms_of_one_training_share_its_steps():
+    """Three trainings of four candidates: two rungs of 6 steps for each, then of 12 for the two that are left."""
+    curves = Curves(**{"a": 0.5, "b": 0.6, "c": 0.95})
+    a, b, c = curves.candidates()
+    twin = replace(c, name="c, int8", latency_ms=c.latency_ms - 0.5, bytes=1, trained_as="c")
+    result = climb([a, b, c, twin], Target(reference=1.0, keep=1.0), total_steps=36, max_steps=100)
+    assert [each["steps"] for each in result.to_plain()["tried"][-1]["scores"]] == [6, 18]
+    assert result.steps == 3 * 6 + 18
+
+
+def test_no_student_is_quick_enough(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher]
     run = call("distill", tmp_path / "out", *words, "--search", "--max_latency_ms", "0.0001")
     assert run.code == 3

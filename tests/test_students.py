@@ -2,15 +2,16 @@
 
 import csv
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from recipe_runs import finished, refused, tiny_words
+from recipe_runs import call, finished, refused, tiny_words
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlpxfer import students
-from nlpxfer.classify import Classifier
+from nlpxfer.classify import Classifier, evaluate_file
 from nlpxfer.cli import main
 from nlpxfer.config import RunOptions
 from nlpxfer.config.ranges import with_values
@@ -210,3 +211,64 @@ def test_a_rate_that_a_search_draws_is_the_students():
 def test_a_family_whose_parts_are_not_known_is_refused(tiny_data, tiny_checkpoint, tmp_path):
     words = taught(tiny_data, tiny_checkpoint("qwen2", kind="classifier"), "--student_hidden_size", "16")
     assert "cannot be made narrower" in refused("distill", tmp_path / "out", *words)
+
+
+# -- int8
+
+
+def test_a_student_in_int8_is_measured_kept_and_usable(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_num_layers", "2", "--student_int8", "true")
+    run = finished("distill", tmp_path / "out", *words, "--min_retention", "0.01")
+    plain, small = run.arm("distilled"), run.arm("distilled, int8")
+    assert (small["parameters"], small["seconds"]) == (plain["parameters"], 0.0)
+    assert small["bytes"] == (run.folder / "onnx" / "model_int8.onnx").stat().st_size < plain["bytes"]
+    assert small["latency"]["one_row"]["p50_ms"] > 0
+    found = evaluate_file(Classifier.load(str(run.folder / "onnx"), int8=True), tiny_data.test)
+    assert found["accuracy"] == pytest.approx(small["metrics"]["test"]["accuracy"])
+    for name in ("run.json", "calibration.json"):
+        assert (run.folder / "onnx" / name).read_bytes() == (run.folder / name).read_bytes()
+    checks = run.report["checks"]
+    assert (checks["int8"]["bytes"], checks["int8"]["float32_bytes"]) == (small["bytes"], plain["bytes"])
+    assert checks["int8"]["rows"] == 80
+    assert list(checks["retention"]["students"]) == ["distilled", "distilled, int8", "control"]
+    assert not (run.folder / "checkpoints").exists()
+    assert "onnx/model_int8.onnx" not in finished_files(run.folder)
+    again = finished("distill", tmp_path / "out", *words, "--overwrite", "true", "--control_arm", "false")
+    assert (again.folder / "onnx" / "export.json").is_file()
+
+
+def test_the_gate_asks_the_int8_form_too(tiny_data, teacher, tmp_path, monkeypatch):
+    import nlpxfer.verdict
+
+    plain = nlpxfer.verdict.retained
+    calls = []
+
+    def retained(answers, *rest):
+        calls.append(answers)
+        found = plain(answers, *rest)
+        return found | {"score": found["score"] | {"value": 0.5 if len(calls) == 2 else 0.9}}
+
+    monkeypatch.setattr(nlpxfer.verdict, "retained", retained)
+    words = taught(tiny_data, teacher, "--student_int8", "true", "--max_steps", "1", "--min_retention", "0.8")
+    ended = call("distill", tmp_path / "out", *words)
+    assert ended.code == 3
+    assert "in int8 the share of the teacher's test accuracy is 0.5000, below min_retention 0.8" in ended.err
+    assert ended.err.count("below min_retention") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["--student", "static"], "student_int8: a static student always has its int8 form"),
+        (["--search"], "student_int8"),
+    ],
+)
+def test_int8_where_it_means_nothing(words, fault, tiny_data, teacher, tmp_path):
+    assert fault in refused("distill", tmp_path / "out", *taught(tiny_data, teacher, "--student_int8", "true", *words))
+
+
+def test_int8_needs_packages_and_says_so_before_any_work(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    told = refused("distill", tmp_path / "out", *taught(tiny_data, teacher, "--student_int8", "true"))
+    assert "Exporting needs onnxscript" in told
+    assert not (tmp_path / "out").exists()

@@ -67,7 +67,7 @@ OWN_FILES: Final = frozenset(
         "transfer_curve.png",
     }
 )
-OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "predictions", "teacher", "tensorboard"})
+OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "onnx", "predictions", "teacher", "tensorboard"})
 _STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 

@@ -28,7 +28,7 @@ from nlpxfer.config import RunOptions
 from nlpxfer.config.options import plain_value
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import ConfigError, NlpxferError, NotFiniteError, SearchError
-from nlpxfer.evaluate.arms import PreparedArm, Splits, prepare_arm, topology
+from nlpxfer.evaluate.arms import PreparedArm, Splits, prepare_arm, topology, unwrapped
 from nlpxfer.methods.base import Method
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
@@ -37,13 +37,14 @@ from nlpxfer.train.study import Outcome
 from nlpxfer.train.trainer import Sampling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
 FAILURES = (NotFiniteError, ConfigError, torch.OutOfMemoryError)
 """What the values of a trial can be at fault for."""
 
+Look = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], None]
 Split = Callable[["PreTrainedTokenizerBase"], Splits]
 
 
@@ -130,7 +131,7 @@ def _tried(number: int, arm: Callable[[], TrialArm], known: dict[str, Splits], s
     return outcome
 
 
-def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: int) -> float:
+def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: int, look: Look | None = None) -> float:
     """Train an arm for so many optimizer steps; gives its validation score and leaves nothing.
 
     The score is that of `metric_for_best_model`: the best evaluation where `load_best_model_at_end` is on, or else the
@@ -141,6 +142,7 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
         folder: For the time of the training.
         known: Rows by tokenizer, as earlier runs left them; filled.
         steps: Optimizer steps.
+        look: Called with the trained model, as it is after the last step, and its tokenizer.
 
     Raises:
         NotFiniteError: The training diverged.
@@ -148,7 +150,8 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
     """
     options = _options_in(folder, arm)
     options.max_steps = steps
-    trainer = _prepared(arm, options, folder.name, known).trainer
+    prepared = _prepared(arm, options, folder.name, known)
+    trainer = prepared.trainer
     trainer.fit(resume=False)
     name = f"eval_{options.metric_for_best_model}"
 
@@ -157,6 +160,9 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
 
     if not scores() or scores()[-1][0] < trainer.state.global_step:
         trainer.evaluate()
+    if look is not None:
+        arm.method.release_(unwrapped(trainer))
+        look(unwrapped(trainer), prepared.checkpoint.tokenizer)
     better = max if options.greater_is_better else min
     found = [score for _, score in scores()]
     clear_device_cache(garbage_collection=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from scipy.special import logit
@@ -35,6 +35,9 @@ from nlpxfer.export.graph import OPSETS, head_nodes, quantise, require_onnx, sav
 from nlpxfer.export.texts import Texts, texts_to_compare
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.strict_json import plain, write_json_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +134,8 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     check_free_space(request.out, (6 if request.int8 else 5) * parameter_count(backend.checkpoint.model))
     with _appearing(request.out) as folder, tqdm(total=4, desc="export", unit="step", disable=quiet) as bar:
         save_description(backend.config, backend.tokenizer, backend.schema, folder)
-        opset = _write_graphs(backend, folder, int8=request.int8, opset=request.opset)
+        parts = backend.checkpoint.model, backend.tokenizer, folder
+        opset = write_graphs(*parts, positions=backend.max_positions, int8=request.int8, opset=request.opset)
         report = _describe(classifier, backend) | {"opset": opset}
         _write_rest(backend, folder, report)
         bar.update()
@@ -182,11 +186,33 @@ def _describe(classifier: Classifier, backend: TorchBackend) -> dict[str, Any]:
     }
 
 
-def _write_graphs(backend: TorchBackend, folder: Path, *, int8: bool, opset: int | None) -> int:
-    """Write the ONNX files; returns the operator set."""
-    model, tokenizer = backend.checkpoint.model, backend.tokenizer
+def write_graphs(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    positions: int,
+    int8: bool,
+    opset: int | None = None,
+) -> int:
+    """Write the ONNX files of a classifier that is in float32, on the CPU and in eval mode.
+
+    Args:
+        model: The classifier.
+        tokenizer: Its tokenizer.
+        folder: Where they go.
+        positions: Tokens that it can read.
+        int8: Also write the int8 file.
+        opset: ONNX operator set. Default: the exporter's choice.
+
+    Returns:
+        The operator set.
+
+    Raises:
+        ExportError: The family cannot be exported or quantised.
+    """
     # three rows of unlike lengths: an axis with the size of another one could pass for it
-    rows = tokenise(tokenizer, TRACED_TEXTS, max_length=min(TRACED_TOKENS, backend.max_positions))
+    rows = tokenise(tokenizer, TRACED_TEXTS, max_length=min(TRACED_TOKENS, positions))
     batch = Collator.for_tokenizer(tokenizer)([rows[index] for index in range(len(rows))])
     graph = to_graph(model, model_inputs(batch), opset=opset)
     head, chosen = head_nodes(graph, model), int(graph.opset_imports[""])

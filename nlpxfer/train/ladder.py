@@ -43,12 +43,20 @@ class Candidate:
         train: From a number of optimizer steps to the validation score; higher is better. Each call starts anew.
         latency_ms: Measured median time for one row.
         bytes: Size of its weights.
+        trained_as: Candidates of the same one share their trainings: a number of steps is paid for once. Default: its
+            name, which is that of no other.
     """
 
     name: str
     train: Callable[[int], float]
     latency_ms: float
     bytes: int
+    trained_as: str | None = None
+
+    @property
+    def training(self) -> str:
+        """What its trainings are shared by."""
+        return self.trained_as or self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,14 +194,14 @@ def climb(
         else:
             alive.append(candidate)
     rungs = max(1, math.ceil(math.log(max(1, len(alive)), eta) - 1e-9))
-    if alive and total_steps // (len(alive) * rungs) < 1:
+    if alive and total_steps // (_trainings(alive) * rungs) < 1:
         raise ConfigError(
             f"{total_steps} steps are not enough for {len(alive)} students in {rungs} rungs.",
-            fix=f"at least {len(alive) * rungs} steps; a useful search takes some hundred for each",
+            fix=f"at least {_trainings(alive) * rungs} steps; a useful search takes some hundred for each",
         )
     chosen, spent, before = None, 0, 0
     for rung in range(rungs):
-        steps = min(max_steps, (total_steps - spent) // max(1, len(alive) * (rungs - rung)))
+        steps = min(max_steps, (total_steps - spent) // max(1, _trainings(alive) * (rungs - rung)))
         if not alive or steps <= before:
             break
         spent += _train_all(alive, tried, steps)
@@ -248,9 +256,8 @@ def _check(candidates: Sequence[Candidate], target: Target, total_steps: int, ma
 
 def _train_all(alive: list[Candidate], tried: dict[str, Tried], steps: int) -> int:
     """Train each for so many steps; who does not get finite numbers is out. Gives the steps spent."""
-    spent = 0
+    spent = steps * _trainings(alive)
     for candidate in list(alive):
-        spent += steps
         try:
             score = candidate.train(steps)
             if not math.isfinite(score):
@@ -262,6 +269,11 @@ def _train_all(alive: list[Candidate], tried: dict[str, Tried], steps: int) -> i
         tried[candidate.name].scores.append((steps, float(score)))
         logger.info("%s, %d steps: validation score %.4f", candidate.name, steps, score)
     return spent
+
+
+def _trainings(candidates: Sequence[Candidate]) -> int:
+    """How many trainings their scores after a number of steps take."""
+    return len({candidate.training for candidate in candidates})
 
 
 def _better_part(alive: Sequence[Candidate], tried: dict[str, Tried], eta: int, rung: int) -> list[Candidate]:

@@ -1,0 +1,168 @@
+"""Students in int8: ONNX run by onnxruntime, called and measured like the torch model that they were made from.
+
+`--student_int8 true` writes the finished student as `nlpxfer export --int8` does, into `onnx/` of the output folder,
+and holds the int8 form against the teacher as well. On the ladder of `--search` each student of layers has such a
+twin. Its weights are rounded after the training and its activations while it runs; nothing is trained in int8.
+
+A static student has its int8 form in torch (`nlpxfer.checkpoint.static`).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+from nlpxfer.backends import INT8_FILE, LOGITS, ONNX_FILE, onnx_session
+from nlpxfer.checkpoint.save import save_classifier
+from nlpxfer.checkpoint.tokenizer import max_positions
+from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.arms import TrainedArm
+from nlpxfer.evaluate.cost import parameter_count, stored_bytes
+from nlpxfer.evaluate.parity import parity
+from nlpxfer.export.folder import ExportRequest, export_classifier, write_graphs
+from nlpxfer.export.graph import require_onnx
+from nlpxfer.report.report import Arm
+from nlpxfer.run import Run
+from nlpxfer.strict_json import write_json_whole
+from nlpxfer.train.launch import is_main_process, wait_for_everyone
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from nlpxfer.checkpoint.load import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+FOLDER: Final = "onnx"
+"""In the output folder: what `nlpxfer export --int8` writes."""
+
+
+class Int8Model(nn.Module):
+    """A classifier of an ONNX file, on the CPU; `model(**inputs).logits` as from transformers.
+
+    Args:
+        file: The ONNX file.
+        config: Of the model that it was made from.
+    """
+
+    def __init__(self, file: Path, config: Any) -> None:  # noqa: ANN401 - a family's own
+        super().__init__()
+        self.config, self.file_bytes = config, sum(path.stat().st_size for path in file.parent.glob(f"{file.name}*"))
+        self.place = nn.Parameter(torch.zeros(()), requires_grad=False)  # says on which device inputs are wanted
+        self.session = onnx_session(file, threads=torch.get_num_threads())
+        self.wanted = [each.name for each in self.session.get_inputs()]
+
+    def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
+        """Logits of a batch, shape (B, C)."""
+        found = self.session.run([LOGITS], {name: inputs[name].numpy() for name in self.wanted})[0]
+        return SequenceClassifierOutput(logits=torch.from_numpy(found))
+
+    def __deepcopy__(self, memo: Any) -> Int8Model:  # noqa: ANN401
+        """Itself: a session is not changed by being used."""
+        return self
+
+
+class Int8Maker:
+    """Makes int8 models of a run, in its folder for checkpoints.
+
+    Args:
+        run: The run.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.made = run, 0
+
+    def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
+        """The int8 form of a model, by this process for itself.
+
+        Raises:
+            ExportError: The family cannot be exported or quantised.
+        """
+        folder = self._next()
+        _write(model, tokenizer, folder)
+        return Int8Model(folder / INT8_FILE, model.config)
+
+    def together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
+        """The same, made by the first process for all, which call this together."""
+        folder = self._next()
+        if is_main_process():
+            _write(model, tokenizer, folder)
+        wait_for_everyone()
+        return Int8Model(folder / INT8_FILE, model.config)
+
+    def _next(self) -> Path:
+        self.made += 1
+        return self.run.folder / "checkpoints" / "int8" / str(self.made)
+
+
+def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    plain = copy.deepcopy(model).to("cpu").float().eval()  # type: ignore[arg-type]  # its decorator hides self
+    write_graphs(plain, tokenizer, folder, positions=max_positions(model, tokenizer), int8=True)
+    for file in folder.glob(f"{ONNX_FILE}*"):
+        file.unlink()
+
+
+def check_int8(run: Run, student: Checkpoint) -> None:
+    """See that a student can be written in int8, before it is trained: the untrained one is.
+
+    Raises:
+        ExportError: Its family cannot be exported or quantised.
+    """
+    if is_main_process():
+        Int8Maker(run).alone(student.model, student.tokenizer)
+    wait_for_everyone()
+
+
+def has_onnx() -> bool:
+    """Whether int8 models can be made here."""
+    try:
+        require_onnx()
+    except ConfigError as error:
+        logger.info("not on the ladder: students in int8 (%s)", str(error).splitlines()[0])
+        return False
+    return True
+
+
+def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mapping[str, Path]]:
+    """The int8 form of a trained student: as an arm that was scored, its row, and its folder for the output.
+
+    Notes in `checks.int8` how far it answers the validation rows as the student does, and both sizes.
+
+    Raises:
+        ExportError: It cannot be made, or its float32 form does not answer as torch does.
+    """
+    place = run.folder / "checkpoints" / "int8" / "student"
+    out = place / FOLDER
+    if is_main_process():
+        shutil.rmtree(place, ignore_errors=True)
+        save_classifier(student.model, student.tokenizer, run.data.schema, place / "model")
+        write_json_whole(place / "model" / "run.json", {"config": dict(run.config)})
+        export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True))
+    wait_for_everyone()
+    model: Any = Int8Model(out / INT8_FILE, student.model.config)
+    answers = {split: run.predict(model, student.tokenizer, split) for split in ("validation", "test")}
+    arm = replace(
+        student,
+        name=f"{student.name}, int8",
+        model=model,
+        validation_logits=answers["validation"],
+        test_logits=answers["test"],
+        train_seconds=0.0,
+    )
+    row = run.arm([arm], "the same student with int8 weights, run by onnxruntime")
+    row = replace(row, parameters=parameter_count(student.model), bytes=model.file_bytes, details={})
+    found = parity(student.validation_logits, answers["validation"], run.problem_type)
+    sizes = {"bytes": model.file_bytes, "float32_bytes": stored_bytes(student.model)}
+    run.checks["int8"] = vars(found) | sizes
+    return arm, row, {FOLDER: out}
