@@ -12,6 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from nlpxfer.backends import INT8_FILE, LOGITS, ONNX_FILE, onnx_session
 from nlpxfer.checkpoint.save import save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.errors import ConfigError
-from nlpxfer.evaluate.arms import TrainedArm
+from nlpxfer.evaluate.arms import ACCELERATE_MARKS, TrainedArm
 from nlpxfer.evaluate.cost import parameter_count, stored_bytes
 from nlpxfer.evaluate.parity import parity
 from nlpxfer.export.folder import ExportRequest, export_classifier, write_graphs
@@ -33,7 +35,7 @@ from nlpxfer.export.graph import require_onnx
 from nlpxfer.report.report import Arm
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
+from nlpxfer.train.launch import by_itself, is_main_process, wait_for_everyone
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +81,7 @@ class Int8Maker:
     """
 
     def __init__(self, run: Run) -> None:
-        self.run, self.made = run, 0
+        self.run, self.made = run, Counter[str]()
 
     def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
         """The int8 form of a model, by this process for itself.
@@ -87,41 +89,45 @@ class Int8Maker:
         Raises:
             ExportError: The family cannot be exported or quantised.
         """
-        folder = self._next()
+        folder = self._next("alone")
         _write(model, tokenizer, folder)
         return Int8Model(folder / INT8_FILE, model.config)
 
     def together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
         """The same, made by the first process for all, which call this together."""
-        folder = self._next()
+        folder = self._next("together")
         if is_main_process():
             _write(model, tokenizer, folder)
         wait_for_everyone()
         return Int8Model(folder / INT8_FILE, model.config)
 
-    def _next(self) -> Path:
-        self.made += 1
-        return self.run.folder / "checkpoints" / "int8" / str(self.made)
+    def _next(self, kind: str) -> Path:
+        """A folder that is the same on all processes, as each kind is made equally often on those that make it."""
+        self.made[kind] += 1
+        return self.run.folder / "checkpoints" / "int8" / f"{kind}-{self.made[kind]}"
 
 
 def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     plain = copy.deepcopy(model).to("cpu").float().eval()  # type: ignore[arg-type]  # its decorator hides self
+    for mark in ACCELERATE_MARKS:  # of a model that was just trained
+        vars(plain).pop(mark, None)
     write_graphs(plain, tokenizer, folder, positions=max_positions(model, tokenizer), int8=True)
     for file in folder.glob(f"{ONNX_FILE}*"):
         file.unlink()
 
 
-def check_int8(run: Run, student: Checkpoint) -> None:
-    """See that a student can be written in int8, before it is trained: the untrained one is.
+def check_int8(student: Checkpoint) -> None:
+    """See that a student can be written in int8, before anything is trained or removed: the untrained one is.
 
     Raises:
+        ConfigError: Packages are missing.
         ExportError: Its family cannot be exported or quantised.
     """
-    if is_main_process():
-        Int8Maker(run).alone(student.model, student.tokenizer)
-    wait_for_everyone()
+    require_onnx()
+    with tempfile.TemporaryDirectory() as folder:
+        _write(student.model, student.tokenizer, Path(folder) / FOLDER)
 
 
 def has_onnx() -> bool:
@@ -148,7 +154,8 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         shutil.rmtree(place, ignore_errors=True)
         save_classifier(student.model, student.tokenizer, run.data.schema, place / "model")
         write_json_whole(place / "model" / "run.json", {"config": dict(run.config)})
-        export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True))
+        with by_itself():
+            export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True))
     wait_for_everyone()
     model: Any = Int8Model(out / INT8_FILE, student.model.config)
     answers = {split: run.predict(model, student.tokenizer, split) for split in ("validation", "test")}

@@ -234,6 +234,7 @@ def _write(
         | ({"ranges": run.found["ranges"]} if run.found else {}),
     )
     for name, place in folders.items():
+        shutil.rmtree(run.folder / name, ignore_errors=True)  # of an attempt that ended in between
         shutil.move(place, run.folder / name)
         _copy_into(run.folder / name, run)
     if is_static(arm.model):

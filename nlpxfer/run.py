@@ -76,7 +76,8 @@ NOT_PART_OF_THE_RUN = frozenset(
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
     "logging_first_step log_level log_level_replica log_on_each_node save_total_limit use_cpu bf16 num_seeds "
     "per_device_train_batch_size gradient_accumulation_steps per_device_eval_batch_size teacher_cache "
-    "error_report num_folds abstain_precision search_timeout min_retention min_class_retention disagreements".split()
+    "error_report num_folds abstain_precision search_timeout min_retention min_class_retention disagreements "
+    "student_int8".split()
 )
 """Options in which an interrupted run and its continuation may differ (batches are compared as topology)."""
 
@@ -107,7 +108,7 @@ class Run:
         started: Clock at the start, in seconds.
         checks: What was verified, for the report.
         folds: Of the training rows, if the run trains on folds too.
-        out_of_fold: What the fold models say; from `cross_validate`.
+        out_of_fold: What the fold models say; from `train_on_folds`.
         lengths: Tokenizer -> split -> how much of the rows is read.
         searching: Whether trials are being made: then there are no test rows.
         found: The search, for the report; None if there was none.

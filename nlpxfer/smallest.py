@@ -31,7 +31,7 @@ from nlpxfer.checkpoint.pooling import has_mean_layer, with_pooling
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
-from nlpxfer.errors import CheckpointError, ConfigError
+from nlpxfer.errors import CheckpointError, ConfigError, ExportError, NotFiniteError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.cost import stored_bytes
 from nlpxfer.evaluate.latency import latency_facts
@@ -114,7 +114,8 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel, *, int8: bool = False)
         return []
     middle = found[len(found) // 2]
     half = {"student_hidden_size": int(teacher.config.get_text_config().hidden_size) // 2}
-    found.append(Choice(name=f"{middle.name}, half as wide", values={**middle.values, **half}))
+    if not (run.options.pooling == "own" and has_mean_layer(teacher)):  # a narrowed mean would be none
+        found.append(Choice(name=f"{middle.name}, half as wide", values={**middle.values, **half}))
     found.append(Choice(name=STATIC, values={"student": STATIC}))
     fits = []
     for choice in found:
@@ -166,7 +167,13 @@ def find_smallest(
     chosen = _found_before(run)
     if chosen is None:
         chosen = _search(run, plan, choices, arm_of, teacher, maker)
-    values = next(choice.values for choice in choices if choice.name == chosen)
+    values = next((choice.values for choice in choices if choice.name == chosen), None)
+    if values is None:
+        raise ConfigError(
+            f"{LADDER_FILE} names {chosen!r}, which cannot be made here any more.",
+            why="the search that found it had other packages: int8 needs the extra onnx",
+            fix="install them, or search anew with --overwrite true",
+        )
     run.config.update(values)
     return _planned(run, plan, values)
 
@@ -196,18 +203,25 @@ def _search(
     maker: MakesInt8 | None,
 ) -> str:
     plans = {choice.name: _planned(run, plan, choice.values) for choice in choices}
-    bases = {choice.trained_as for choice in choices}
+    bases = dict.fromkeys(choice.trained_as for choice in choices)
     measured = _measured(run, choices, {name: arm_of(plans[name]) for name in bases}, teacher, maker)
+    choices = [choice for choice in choices if choice.name in measured]
     known: dict[str, Splits] = {}
-    scored: dict[tuple[str, int], Scores] = {}
+    scored: dict[tuple[str, int], Scores | NotFiniteError] = {}
     whole = _whole_training(run)
 
     def score(choice: Choice, steps: int) -> float:
         base = choice.trained_as
         if (base, steps) not in scored:
             twin = maker if any(other.is_int8 and other.trained_as == base for other in choices) else None
-            scored[base, steps] = _scores(run, base, arm_of(plans[base]), known, steps, twin)
-        plain, small = scored[base, steps]
+            try:
+                scored[base, steps] = _scores(run, base, arm_of(plans[base]), known, steps, twin)
+            except NotFiniteError as error:
+                scored[base, steps] = error
+        found = scored[base, steps]
+        if isinstance(found, NotFiniteError):
+            raise found
+        plain, small = found
         return plain if small is None or not choice.is_int8 else small
 
     candidates = [
@@ -245,17 +259,22 @@ def _measured(
 ) -> dict[str, dict[str, float]]:
     """`ms` for one row (median, tokenising included), `rows_per_second` in batches, `bytes`; the teacher's too.
 
-    Measured by the first process alone; all get the same.
+    Measured by the first process alone; all get the same. Int8 forms that the family cannot have are missing.
     """
     box: list[dict[str, dict[str, float]]] = [{}]
+    # by all processes: what students are built from is computed together
+    students = {name: _as_trained(run, arm["build"](run.seeds[0])) for name, arm in arms.items()}
     if is_main_process():
-        students = {name: arm["build"](run.seeds[0]) for name, arm in arms.items()}
-        students = {name: _as_trained(run, student) for name, student in students.items()}
         models: dict[str, Checkpoint] = {TEACHER: teacher}
         for choice in choices:
-            student = models[choice.name] = students[choice.trained_as]
+            student = students[choice.trained_as]
             if choice.is_int8 and maker is not None:
-                models[choice.name] = replace(student, model=maker.alone(student.model, student.tokenizer))
+                try:
+                    student = replace(student, model=maker.alone(student.model, student.tokenizer))
+                except ExportError as error:
+                    logger.info("not on the ladder: %s (%s)", choice.name, error.what)
+                    continue
+            models[choice.name] = student
         times = latency_facts(
             {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
         )

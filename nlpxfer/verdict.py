@@ -45,7 +45,7 @@ class Judged:
     Attributes:
         arms: The table, with the time that an answer takes.
         retention: Share of the teacher's test score; None where the teacher has none.
-        missed: Targets that the student falls short of, one sentence each, for `Run.finish`.
+        missed: Targets that the student falls short of, one sentence each, for `nlpxfer.result.finish`.
     """
 
     arms: list[Arm]

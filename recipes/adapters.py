@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         facts = {"model": parent["weights"]}
 
         def arm(plan: AdapterOptions) -> dict[str, Any]:
-            if not plan.adapter_dropout:
+            if plan.full_arm or not plan.adapter_dropout:
                 check_r_drop(start, plan.r_drop_weight, run.options.dropout)
             made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
             return made | {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
@@ -145,6 +145,7 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
         if options.pooling == "mean":
             raise ConfigError("pooling: mean adds a layer, which cannot be made in 8 or 4 bits; leave out load_in_...")
         check_quantised(plan.bits)
+        options.pooling = "own"  # also of the full arm, so that the two differ in the adapter alone
     if options.wanted_learning_rate is None:
         options.learning_rate = method.kind.learning_rate
 

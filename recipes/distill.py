@@ -31,8 +31,8 @@ from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.config.teachers import TeacherOptions
 from nlpxfer.errors import ConfigError
-from nlpxfer.export.graph import require_onnx
 from nlpxfer.int8 import Int8Maker, check_int8, has_onnx, int8_student
+from nlpxfer.methods.base import is_sharded
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
@@ -170,7 +170,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | {"method": method}
 
         plan = run.search("distilled", arm, plan)
-        ladder = rungs(run, plan, source.model, int8=plan.search and has_onnx())
+        int8 = plan.search and not is_sharded(options) and has_onnx()
+        ladder = rungs(run, plan, source.model, int8=int8)
         plan = find_smallest(run, plan, ladder, arm, source, Int8Maker(run))
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {last.name}")
@@ -277,10 +278,9 @@ def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[C
     layers = int(student.model.config.num_hidden_layers) if cut else None
     check_assistants(plan, layer_count(run, source), layers)
     if plan.student_int8:
-        require_onnx()
+        check_int8(student)
+        arms += 3  # the room of its ONNX files, and of the copy that they are made from
     run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
-    if plan.student_int8:
-        check_int8(run, student)
 
 
 def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:
@@ -320,7 +320,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         return student_of(run, plan, source)(seed)
 
     def arm(plan: DistillOptions) -> dict[str, Any]:
-        return {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+        given = {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+        return given | ({} if whole else training_of(run, plan))
 
     methods_for(run, plan)[0].check(run.options)
     run.begin(build(run.seeds[0]), arms=2)
@@ -330,7 +331,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     models = {"distilled": student[0]}
     verdict = Verdict.unmeasured("the control arm was switched off")
     if run.options.control_arm:
-        control = run.train("control", build, methods_for(run, plan)[1], max_steps=student[0].steps)
+        training = {} if whole else training_of(run, plan)
+        control = run.train("control", build, methods_for(run, plan)[1], **training | {"max_steps": student[0].steps})
         arms.insert(0, run.arm(control, "the same student and number of steps, from labels alone"))
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")

@@ -312,7 +312,7 @@ def test_a_finished_seed_is_not_trained_again(bert, tiny_data, tmp_path, monkeyp
     words += ["--num_seeds", "2"]
     whole = finished("adapters", tmp_path / "whole", *words)
     with monkeypatch.context() as patch:
-        patch.setattr("nlpxfer.run.Run.finish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("nlpxfer.result._write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert call("adapters", tmp_path / "out", *words).code == 75
     caplog.clear()
     resumed = finished("adapters", tmp_path / "out", *words, *RESUME)

@@ -189,8 +189,9 @@ def test_auto_is_the_mean_where_the_folder_says_so_and_the_family_can(load, enco
         wants_mean(checkpoint, "max")
 
 
-def test_auto_knows_a_model_that_reads_the_mean_already(load, tmp_path):
-    checkpoint = load("bert")
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_auto_knows_a_model_that_reads_the_mean_already(family, load, tmp_path):
+    checkpoint = load(family)
     save_classifier(use_mean_pooling(checkpoint.model), checkpoint.tokenizer, SCHEMA, tmp_path / "pooled")
     assert wants_mean(load_classifier(str(tmp_path / "pooled"), schema=SCHEMA), "auto")
 

@@ -289,11 +289,13 @@ def test_hub_snapshot_is_pinned_and_takes_no_pickles(monkeypatch, tmp_path):
     from huggingface_hub.utils import filter_repo_objects
 
     offered = ["config.json", "model.safetensors", "pytorch_model.bin", "code.py", "vocab.txt", "a.pkl",
-               "onnx/model.safetensors", "training_args.bin", "spiece.model", "merges.txt"]  # fmt: skip
+               "onnx/model.safetensors", "training_args.bin", "spiece.model", "merges.txt", "1_Pooling/config.json",
+               "1_Dense/model.safetensors", "10_Pooling/config.json", "2_Normalize/config.json"]  # fmt: skip
     taken = filter_repo_objects(
         offered, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
     )
-    assert list(taken) == ["config.json", "model.safetensors", "vocab.txt", "spiece.model", "merges.txt"]
+    expected = ["config.json", "model.safetensors", "vocab.txt", "spiece.model", "merges.txt"]
+    assert list(taken) == [*expected, "1_Pooling/config.json"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """The real checkpoint on real text, small enough for a laptop: scores within the bands recorded here.
 
-Bands: what was measured 2026-11 with torch 2.13 and transformers 5.23 on a CPU, three points wider than the lowest and
-the highest of the seeds 42 to 44; of the distilled student five points around seed 42 (0.713, bfloat16).
+Bands: what was measured 2026-11 with torch 2.13 and transformers 5.23 on a CPU in bfloat16, three points wider than the
+lowest and the highest of the seeds 42 to 44.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ pytestmark = pytest.mark.real
 DATA = ROOT / "data" / "debian-sections"
 BANDS = {
     "probe": (0.57, 0.64),
-    "fine-tuned": (0.68, 0.76),
+    "fine-tuned": (0.67, 0.75),
     "no transfer (TF-IDF)": (0.59, 0.65),
-    "distilled": (0.66, 0.76),
+    "distilled": (0.63, 0.73),
 }
 """Accuracy on 348 test rows; of the probe on 185 validation rows."""
 
@@ -38,11 +38,11 @@ def every_fourth(name: str, folder: Path) -> str:
 
 
 def run_both(folder: Path, seed: int = 42) -> dict[str, float]:
-    """Fine-tune on 600 rows for one epoch, and distil that into three layers; accuracy by arm."""
-    shared = ["--train_file", str(DATA / "train.jsonl"), "--max_train_samples", "600", "--num_train_epochs", "1"]
+    """Fine-tune on 600 rows for three epochs, and distil that into three layers; accuracy by arm."""
+    shared = ["--train_file", str(DATA / "train.jsonl"), "--max_train_samples", "600", "--num_train_epochs", "3"]
     shared += ["--validation_file", every_fourth("validation.jsonl", folder)]
     shared += ["--test_file", every_fourth("test.jsonl", folder)]
-    shared += ["--max_length", "32", "--seed", str(seed), "--learning_rate", "2e-4"]  # 19 steps are few
+    shared += ["--max_length", "32", "--seed", str(seed)]
     teacher = finished("finetune", folder / "teacher", *shared)
     given = ["--teacher_name_or_path", str(folder / "teacher"), "--control_arm", "false"]
     student = finished("distill", folder / "student", *shared, *given)

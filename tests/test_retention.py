@@ -307,7 +307,7 @@ def test_a_run_reports_what_is_kept(tiny_data, teacher, tmp_path):
 def test_the_gate_fails_a_finished_run(tiny_data, tiny_checkpoint, teacher, tmp_path, monkeypatch):
     """Everything is written, nothing is pushed."""
     pushed = []
-    monkeypatch.setattr("nlpxfer.run.push_folder", lambda *words, **options: pushed.append(words))
+    monkeypatch.setattr("nlpxfer.result.push_folder", lambda *words, **options: pushed.append(words))
     monkeypatch.setattr("nlpxfer.start.check_push_request", lambda *words, **options: None)
     words = [*tiny_words(tiny_data, rate="1e-6"), "--teacher_name_or_path", teacher, "--control_arm", "false"]
     words += ["--student_name_or_path", tiny_checkpoint("bert"), "--linear_probe", "false"]

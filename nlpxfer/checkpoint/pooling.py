@@ -88,7 +88,8 @@ def wants_mean(checkpoint: Checkpoint, pooling: str) -> bool:
         return pooling == "mean"
     if getattr(checkpoint.model, "is_quantized", False) or not can_read_mean(checkpoint.model):
         return False
-    return checkpoint.is_mean_encoder or has_mean_layer(checkpoint.model)
+    made_so = getattr(checkpoint.model.config, "classifier_pooling", None) == "mean"
+    return made_so or checkpoint.is_mean_encoder or has_mean_layer(checkpoint.model)
 
 
 def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:

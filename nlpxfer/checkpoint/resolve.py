@@ -32,6 +32,8 @@ ALLOWED_PATTERNS: Final = (
     "*.jinja",
     "bpe.codes",
 )
+# Subfolders hold other exports (onnx/, original/) that no classifier loads; 1_Pooling/ says how an encoder is read.
+IGNORED_PATTERNS: Final = ("[!1]*/*", "1[!_]*/*", "1_[!P]*/*")
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")
 
 
@@ -143,9 +145,8 @@ def _resolve_hub(name: str, revision: str | None) -> ResolvedCheckpoint:
     from huggingface_hub import errors as hub_errors
 
     try:
-        # Subfolders hold other exports (onnx/, original/) that no classifier loads.
-        patterns = list(ALLOWED_PATTERNS)
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]))
+        allowed, ignored = list(ALLOWED_PATTERNS), list(IGNORED_PATTERNS)
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
     except hub_errors.GatedRepoError as error:
         raise CheckpointNotFoundError(
             f"{name} is gated on the Hub, and this machine has no access to it.",

@@ -145,7 +145,7 @@ def train_arm(
     options = copy.copy(options)
     folder = Path(str(options.output_dir)) / "checkpoints" / f"{name}-{seed}"
     options.output_dir, options.seed = str(folder), seed
-    options.push_to_hub = False  # `Run.finish` pushes, once; the Trainer would make the repository at once
+    options.push_to_hub = False  # `nlpxfer.result.finish` pushes, once; the Trainer would make the repository at once
     identity = RunIdentity({**facts, "arm": name, "seed": seed}, topology(options))
     finished = folder / FINISHED
     if options.resume and finished.is_dir() and not damage(finished):

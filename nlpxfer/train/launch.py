@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import contextvars
 import io
 import logging
 import os
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,26 @@ from nlpxfer.errors import LaunchError
 logger = logging.getLogger(__name__)
 
 
+_BY_ITSELF: contextvars.ContextVar[bool] = contextvars.ContextVar("by_itself", default=False)
+
+
 def world() -> tuple[int, int]:
-    """Rank of this process and number of processes; (0, 1) without a process group."""
+    """Rank of this process and number of processes; (0, 1) without a process group, and inside `by_itself`."""
+    if _BY_ITSELF.get():
+        return 0, 1
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+@contextlib.contextmanager
+def by_itself() -> Iterator[None]:
+    """Inside, this process shares no work with the others, which meanwhile do something else or wait."""
+    token = _BY_ITSELF.set(True)
+    try:
+        yield
+    finally:
+        _BY_ITSELF.reset(token)
 
 
 def is_main_process() -> bool:
