@@ -13,6 +13,7 @@ import yaml
 from nlpxfer.errors import LaunchError
 from nlpxfer.train import launch
 from nlpxfer.train.launch import (
+    by_itself,
     check_process_count,
     is_main_process,
     processes_asked_for,
@@ -188,3 +189,15 @@ def test_threads(monkeypatch, threads, caplog, wanted, cores, processes, expecte
     assert caplog.messages == [f"using {expected} CPU threads instead of 9"]
     assert use_threads(wanted) == expected
     assert len(caplog.messages) == 1
+
+
+def test_a_process_by_itself_shares_no_work(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: pytest.fail("nobody comes"))
+    assert world() == (1, 2)
+    with by_itself():
+        assert world() == (0, 1)
+        wait_for_everyone()
+    assert world() == (1, 2)
