@@ -1,7 +1,7 @@
 """The real checkpoint on real text, small enough for a laptop: scores within the bands recorded here.
 
-Bands: what was measured 2026-11 with torch 2.13 and transformers 5.23 on a CPU in bfloat16, three points wider than the
-lowest and the highest of the seeds 42 to 44.
+Bands: what was measured 2026-11 with torch 2.13 and transformers 5.23 on a CPU in bfloat16, three points wider than
+the lowest and the highest of the seeds 42 to 44.
 """
 
 from pathlib import Path
