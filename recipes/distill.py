@@ -169,6 +169,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             method = replace(made["method"], teacher_labels=run.data.schema.names, states=states.guide(plan))
             return made | {"method": method}
 
+        if "learning_rate" in options.ranges:
+            options.learning_rate = training_of(run, plan)["learning_rate"]  # of the first trial
         plan = run.search("distilled", arm, plan)
         int8 = plan.search and not is_sharded(options) and has_onnx()
         ladder = rungs(run, plan, source.model, int8=int8)

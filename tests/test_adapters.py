@@ -286,9 +286,8 @@ def test_a_copy_of_a_decoder_with_a_prompt_reads_its_own_rows(bundle):
         ({"num_virtual_tokens": 4}, ["num_virtual_tokens: the adapter lora has no use for it; it has adapter_rank"]),
         ({"adapter": "bitfit", "adapter_dropout": 0.1}, ["the adapter bitfit has no use for it; it has no option"]),
         (
-            {"adapter_alpha": float("inf"), "adapter_dropout": 1.0, "label_smoothing": -1,
-             "adapter_target_modules": ("",)},
-            ["adapter_alpha: inf", "adapter_dropout: 1.0", "label_smoothing_factor: -1", "a name is empty"],
+            {"adapter_alpha": float("inf"), "adapter_dropout": 1.0, "adapter_target_modules": ("",)},
+            ["adapter_alpha: inf", "adapter_dropout: 1.0", "a name is empty"],
         ),
     ],
 )  # fmt: skip
