@@ -317,7 +317,8 @@ def label_rows(
             texts, pairs, known = texts_of(reader, window, rows, *columns)
             found = iter(answers(texts, pairs) if texts else ())
             for number, (row, has_text) in enumerate(zip(window, known, strict=True), start=rows + 1):
-                refuse_taken(f"{reader.path}, row {number}", row, types)
+                if reader.columns is None:  # else `row_writer` has looked
+                    refuse_taken(f"{reader.path}, row {number}", row, types)
                 row.update(next(found) if has_text else dict.fromkeys(types))
                 blank += not has_text
             writer.write(window)

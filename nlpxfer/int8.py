@@ -26,13 +26,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from nlpxfer.backends import INT8_FILE, LOGITS, ONNX_FILE, onnx_session
 from nlpxfer.checkpoint.save import save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
+from nlpxfer.config.student import INT8
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import ACCELERATE_MARKS, TrainedArm
-from nlpxfer.evaluate.cost import parameter_count, stored_bytes
-from nlpxfer.evaluate.parity import parity
+from nlpxfer.evaluate.cost import parameter_count
 from nlpxfer.export.folder import ExportRequest, export_classifier, write_graphs
 from nlpxfer.export.graph import require_onnx
 from nlpxfer.report.report import Arm
+from nlpxfer.result import int8_facts
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.launch import by_itself, is_main_process, wait_for_everyone
@@ -161,7 +162,7 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
     answers = {split: run.predict(model, student.tokenizer, split) for split in ("validation", "test")}
     arm = replace(
         student,
-        name=f"{student.name}, int8",
+        name=student.name + INT8,
         model=model,
         validation_logits=answers["validation"],
         test_logits=answers["test"],
@@ -169,7 +170,5 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
     )
     row = run.arm([arm], "the same student with int8 weights, run by onnxruntime")
     row = replace(row, parameters=parameter_count(student.model), bytes=model.file_bytes, details={})
-    found = parity(student.validation_logits, answers["validation"], run.problem_type)
-    sizes = {"bytes": model.file_bytes, "float32_bytes": stored_bytes(student.model)}
-    run.checks["int8"] = vars(found) | sizes
+    run.checks["int8"] = int8_facts(run, student, answers["validation"], model.file_bytes)
     return arm, row, {FOLDER: out}

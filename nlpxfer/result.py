@@ -168,8 +168,13 @@ def _int8_of(run: Run, arm: TrainedArm) -> PreTrainedModel:
 def _int8_check(run: Run, arm: TrainedArm) -> dict[str, Any]:
     """Size of the static student's int8 form, and how far it answers the validation rows as the student does."""
     small = _int8_of(run, arm)
-    found = parity(arm.validation_logits, run.predict(small, arm.tokenizer, "validation"), run.problem_type)
-    return vars(found) | {"bytes": stored_bytes(small), "float32_bytes": stored_bytes(arm.model)}
+    return int8_facts(run, arm, run.predict(small, arm.tokenizer, "validation"), stored_bytes(small))
+
+
+def int8_facts(run: Run, arm: TrainedArm, small_logits: Array, size: int) -> dict[str, Any]:
+    """For the report: how far an int8 form of an arm answers the validation rows as the arm does, and both sizes."""
+    found = parity(arm.validation_logits, small_logits, run.problem_type)
+    return vars(found) | {"bytes": size, "float32_bytes": stored_bytes(arm.model)}
 
 
 def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:

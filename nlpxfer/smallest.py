@@ -29,13 +29,12 @@ from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.narrow import narrow_widths
 from nlpxfer.checkpoint.pooling import has_mean_layer, with_pooling
 from nlpxfer.config.ranges import with_values
-from nlpxfer.config.student import STATIC, StudentOptions
+from nlpxfer.config.student import INT8, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import CheckpointError, ConfigError, ExportError, NotFiniteError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.cost import stored_bytes
 from nlpxfer.evaluate.latency import latency_facts
-from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.evaluate.trials import short_run
 from nlpxfer.report.ladder import LADDER_FILE, ladder_table, write_ladder
 from nlpxfer.run import Run
@@ -52,8 +51,8 @@ logger = logging.getLogger(__name__)
 KEEP: Final = 0.98
 BUDGET: Final = 3.0
 MOST_SLICES: Final = 6
+Array = np.ndarray[Any, Any]
 TEACHER: Final = "teacher"
-INT8: Final = ", int8"
 Plan = TypeVar("Plan", bound=TargetOptions)
 ArmOf = Callable[[Plan], Mapping[str, Any]]
 Scores = tuple[float, float | None]
@@ -234,7 +233,11 @@ def _search(
         )
         for choice in choices
     ]
-    target = Target(reference=_teachers_score(run), keep=plan.keep or KEEP, max_latency_ms=plan.max_latency_ms)
+    target = Target(
+        reference=_score_of(run, run.answers[TEACHER][0].validation),
+        keep=plan.keep or KEEP,
+        max_latency_ms=plan.max_latency_ms,
+    )
     budget = math.ceil((plan.search_budget or BUDGET) * whole)
     result = climb(candidates, target, total_steps=budget, max_steps=whole)
     _tell(run, result, {name: each["rows_per_second"] for name, each in measured.items()})
@@ -306,10 +309,9 @@ def _whole_training(run: Run) -> int:
     return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
 
 
-def _teachers_score(run: Run) -> float:
-    logits = run.answers[TEACHER][0].validation
-    metrics = task_metrics(run.problem_type, logits, run.labels("validation"))
-    return float(metrics[str(run.options.metric_for_best_model)])
+def _score_of(run: Run, logits: Array) -> float:
+    """The validation score that logits get."""
+    return run.scores(logits, "validation")[str(run.options.metric_for_best_model)]
 
 
 def _scores(
@@ -326,8 +328,7 @@ def _scores(
 
     def look(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         if maker is not None:
-            logits = run.predict(maker.together(model, tokenizer), tokenizer, "validation")
-            small.append(run.scores(logits, "validation")[str(run.options.metric_for_best_model)])
+            small.append(_score_of(run, run.predict(maker.together(model, tokenizer), tokenizer, "validation")))
 
     run.searching = True
     try:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.config.student import INT8
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
@@ -104,7 +105,7 @@ def judge(
     if teacher not in run.answers:
         asked = plan.min_retention is not None or plan.min_class_retention is not None
         return Judged(arms=timed, retention=None, missed=["the teacher has no test score to keep"] if asked else [])
-    small = f"{student.name}, int8"
+    small = student.name + INT8
     names = [student.name, *(name for name in (small, "control") if name in run.answers)]
     found = run.checks["retention"] = _retention(run, teacher, names, timed)
     kept = found["students"][student.name]

@@ -31,7 +31,7 @@ from nlpxfer.checkpoint.deciding_token import read_last_text_token_
 from nlpxfer.checkpoint.fingerprint import weights_fingerprint
 from nlpxfer.checkpoint.head import head_of
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
-from nlpxfer.checkpoint.pooling import use_mean_pooling
+from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.checkpoint.resolve import BUNDLED, resolve_checkpoint
 from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 from nlpxfer.checkpoint.save import move_staged, refuse_not_finite
@@ -312,8 +312,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
             fix=f"--base FOLDER, with the weights of {facts.name}"
             + (f" at {facts.revision}" if facts.revision else ""),
         )
-    model = use_mean_pooling(checkpoint.model) if facts.pooling == "mean" else checkpoint.model
-    wrapped = _with_weights(model, found)
+    wrapped = _with_weights(with_pooling(checkpoint, facts.pooling), found)
     _refuse_uncovered(wrapped, checkpoint, found)
     wrapped.requires_grad_(False)
     nn.Module.eval(wrapped)

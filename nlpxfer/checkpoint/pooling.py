@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from nlpxfer.checkpoint.student import check_reload, model_layers, renumber_
+from nlpxfer.config.options import POOLINGS
 from nlpxfer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -34,9 +35,6 @@ if TYPE_CHECKING:
     from nlpxfer.checkpoint.load import Checkpoint
 
 logger = logging.getLogger(__name__)
-
-POOLINGS: Final = ("auto", "own", "mean")
-"""What a head may be asked to read."""
 
 MEAN_SCALE: Final = 2048.0
 _POOLING_FILE: Final = "1_Pooling/config.json"

@@ -91,6 +91,9 @@ ANY_VALUE = {
 """Switch of which any value will do -> what to type, for the message."""
 
 
+POOLINGS = ("auto", "own", "mean")
+"""What a head may be asked to read."""
+
 DEFAULT_LEARNING_RATE = 3e-5
 """Where all weights learn."""
 
@@ -302,7 +305,7 @@ class RunOptions(TrainingArguments):
                 fault = f"{f.name}: has no effect here: {self.without_effect[f.name]}"
                 require(faults, getattr(self, f.name) == default, fault)
         for name, choices in (
-            ("pooling", ("auto", "own", "mean")),
+            ("pooling", POOLINGS),
             ("train_sampling_strategy", ("group_by_length", "random")),
         ):
             value = getattr(self, name)

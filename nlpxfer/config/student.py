@@ -9,6 +9,8 @@ from typing import ClassVar, Final
 from nlpxfer.config.options import option
 
 LAYERS, STATIC = "layers", "static"
+INT8: Final = ", int8"
+"""What the name of a student's int8 form ends with."""
 CUTS: Final[Mapping[str, object]] = {
     "student_num_layers": None,
     "student_layers": "even",
