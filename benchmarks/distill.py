@@ -146,10 +146,11 @@ class Bench:
         def build(seed: int) -> Checkpoint:
             return load_classifier(self.model, schema=self.run.data.schema, seed=seed)
 
-        arm = self.run.train("teacher", build, FineTune(), seeds=self.run.seeds[:1])[0]
+        rate = self.run.learning_rate_for(build(0).hidden_size)
+        arm = self.run.train("teacher", build, FineTune(), seeds=self.run.seeds[:1], learning_rate=rate)[0]
         shutil.rmtree(self.teacher_folder, ignore_errors=True)
         save_classifier(arm.model, arm.tokenizer, self.run.data.schema, self.teacher_folder)
-        return self._cell(arm) | {"learning_rate": self.run.options.learning_rate}
+        return self._cell(arm) | {"learning_rate": rate}
 
     def nlpxfer(self, seed: int) -> dict[str, Any]:
         """The distilling recipe's student, from an empty cache of teacher logits."""
@@ -160,7 +161,7 @@ class Bench:
         method = Distill(temperature=self.plan.temperature, kd_weight=self.plan.kd_weight)
         facts = {"teacher": self.taught.weights_sha256}
         split = rows.split(self.plan)
-        training = training_of(self.run, self.plan) | {"split": split, "seeds": [seed], "facts": facts}
+        training = training_of(self.run, self.plan, self.taught) | {"split": split, "seeds": [seed], "facts": facts}
         arm = self.run.train("distilled", self.student, method, **training)[0]
         found = self._cell(arm)
         return found | {"teacher_seconds": teacher_seconds, "seconds": teacher_seconds + arm.train_seconds}
@@ -175,14 +176,14 @@ class Bench:
         def build(seed: int) -> Checkpoint:
             return self.student(seed, base)
 
-        training = training_of(self.run, self.plan) | {"seeds": [seed], "max_steps": treated["steps"]}
+        training = training_of(self.run, self.plan, self.taught) | {"seeds": [seed], "max_steps": treated["steps"]}
         return self._cell(self.run.train("control", build, FineTune(), **training)[0])
 
     def _cell(self, arm: TrainedArm) -> dict[str, Any]:
         shutil.rmtree(self.scratch, ignore_errors=True)
         return {
             "seed": arm.seed,
-            "learning_rate": training_of(self.run, self.plan)["learning_rate"],
+            "learning_rate": training_of(self.run, self.plan, self.taught)["learning_rate"],
             "train_seconds": arm.train_seconds,
             "probe": vars(arm.probe) if arm.probe else None,
             "steps": arm.steps,

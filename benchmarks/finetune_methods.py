@@ -29,7 +29,8 @@ from peers import STOCK, stock_arguments, stock_model, stock_trainer
 from nlpxfer.checkpoint.adapter_kinds import KINDS
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.cli import run_main
-from nlpxfer.config import DEFAULT_LEARNING_RATE, DataOptions, RunOptions
+from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.config.options import DEFAULT_HEAD_SIZE, LEARNING_RATES
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.recipes import load_recipe
@@ -39,7 +40,7 @@ from nlpxfer.train.predict import predict
 
 ALL_DATA = "banking77,clinc150,scicite,pubmedqa,unfair_tos,debian-sections,debian-tags"
 METHODS: dict[str, tuple[str, list[str]]] = {
-    "full": ("finetune", ["--linear_probe", "false", "--learning_rate", "3e-4"]),
+    "full": ("finetune", ["--linear_probe", "false"]),
     "lp-ft": ("finetune", []),
     "features": ("features", []),
     "lora": ("adapters", ["--adapter", "lora"]),
@@ -47,10 +48,10 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "layernorm": ("adapters", ["--adapter", "layernorm"]),
     "bitfit": ("adapters", ["--adapter", "bitfit"]),
 }
-"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read. A random
-head needs the higher rate: the best of three for the stock Trainer."""
+"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read."""
 DEFAULTS = {
-    "learning_rate": DEFAULT_LEARNING_RATE,
+    "learning_rate": LEARNING_RATES[0][1],
+    "linear_probe_size": DEFAULT_HEAD_SIZE,
     "adapters": {name: kind.learning_rate for name, kind in KINDS.items() if name in METHODS},
 }
 """Of the recipes; cells that were measured with others are not taken over."""
@@ -78,12 +79,12 @@ class Size:
 LARGE = ("lp-ft", "features", "lora", "full")
 SMOOTHED = ("--label_smoothing_factor", "0.1")
 LARGE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "lp-ft": ("--learning_rate", "2e-4", *SMOOTHED),
-    "lora": ("--learning_rate", "1e-3", *SMOOTHED),
+    "lp-ft": ("--linear_probe_size", "inf", "--learning_rate", "2e-4", *SMOOTHED),
+    "lora": ("--linear_probe_size", "inf", "--learning_rate", "1e-3", *SMOOTHED),
     "full": SMOOTHED,
 }
-"""With all rows there are many steps: smoothed labels and higher rates. Chosen on validation rows of banking77, where
-3e-5, 1e-4 and 2e-4 were tried for all weights."""
+"""Many rows are many steps: smoothed labels. Chosen on validation rows of banking77, where 3e-5, 1e-4 and 2e-4
+were tried for all weights, with the probe at its own size (94.4 %) and scaled down (93.7 % at 3e-4)."""
 SMALL = Size(rows=1000, epochs=4, seeds=(42, 43, 44))
 SIZES: dict[str, dict[str, Size]] = {
     "small": dict.fromkeys(ALL_DATA.split(","), SMALL)

@@ -158,37 +158,46 @@ class Bench:
 
     def textbrewer(self) -> dict[str, Any]:
         """Layers of the teacher with a new head, trained by TextBrewer."""
-        found = []
-        for rate in LEARNING_RATES:
-            with self._data() as run:
-                teacher, made = self._layers(run)
-                rows, scratch = run.tokenise(teacher.tokenizer, "train"), run.folder / "checkpoints"
-                weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL.kd_weight}
-                shared = {"learning_rate": rate, "epochs": self.size.epochs, "cached": True, "seed": 42, **weights}
-                parts = made.model, teacher.model, rows, teacher.tokenizer, scratch
-                seconds = textbrewer_seconds(*parts, **shared)
-                collator = Collator.for_tokenizer(teacher.tokenizer)
-                logits = [
-                    predict(made.model, run.tokenise(teacher.tokenizer, split), collator)
-                    for split in ("validation", "test")
-                ]
-                scores = measuring.scores(run, *logits)
-            found.append({"learning_rate": rate, "train_seconds": seconds, **scores})
-        return max(found, key=lambda each: each["validation_accuracy"])
+
+        def trained(run: Run, rate: float) -> tuple[float, dict[str, Any]]:
+            teacher, made = self._layers(run)
+            rows, scratch = run.tokenise(teacher.tokenizer, "train"), run.folder / "checkpoints"
+            weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL.kd_weight}
+            shared = {"learning_rate": rate, "epochs": self.size.epochs, "cached": True, "seed": 42, **weights}
+            seconds = textbrewer_seconds(made.model, teacher.model, rows, teacher.tokenizer, scratch, **shared)
+            collator = Collator.for_tokenizer(teacher.tokenizer)
+            logits = [
+                predict(made.model, run.tokenise(teacher.tokenizer, split), collator)
+                for split in ("validation", "test")
+            ]
+            return seconds, measuring.scores(run, *logits)
+
+        return self._at_best_rate(trained)
 
     def sentence_transformers(self) -> dict[str, Any]:
         """The regression on vectors of fewer layers that sentence-transformers trained to be the teacher's vectors."""
+
+        def trained(run: Run, rate: float) -> tuple[float, dict[str, Any]]:
+            teacher, made = self._layers(run)
+            texts = {split: run.texts(split)[0] for split in ("train", "validation", "test")}
+            shutil.rmtree(self.folder / "peer", ignore_errors=True)
+            encode, seconds = embedding_student(
+                teacher, made, texts["train"], self.folder / "peer", learning_rate=rate, epochs=self.size.epochs
+            )
+            return seconds, self._regression(run, {split: encode(texts[split]) for split in texts})
+
+        return self._at_best_rate(trained)
+
+    def _at_best_rate(self, trained: Callable[[Run, float], tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+        """What a student of another tool scores at the learning rate that is best for it on validation rows.
+
+        Args:
+            trained: From the data and a learning rate to seconds of training and scores.
+        """
         found = []
         for rate in LEARNING_RATES:
             with self._data() as run:
-                teacher, made = self._layers(run)
-                texts = {split: run.texts(split)[0] for split in ("train", "validation", "test")}
-                shutil.rmtree(self.folder / "peer", ignore_errors=True)
-                encode, seconds = embedding_student(
-                    teacher, made, texts["train"], self.folder / "peer", learning_rate=rate, epochs=self.size.epochs
-                )
-                vectors = {split: encode(texts[split]) for split in texts}
-                scores = self._regression(run, vectors)
+                seconds, scores = trained(run, rate)
             found.append({"learning_rate": rate, "train_seconds": seconds, **scores})
         return max(found, key=lambda each: each["validation_accuracy"])
 

@@ -23,7 +23,7 @@ from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
-from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.config import DataOptions, RunOptions, default_learning_rate
 from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.config.options import plain_value
@@ -227,6 +227,14 @@ class Run:
         """What a resumed run must share: options and data."""
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
         return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
+
+    def learning_rate_for(self, hidden_size: int) -> float:
+        """The learning rate that was asked for, or else that of a model of this width."""
+        return self.options.learning_rate_or(default_learning_rate(hidden_size, self.problem_type))
+
+    def settle_learning_rate(self, default: float) -> None:
+        """Take this learning rate for the run, if none was asked for."""
+        self.options.learning_rate = self.config["learning_rate"] = self.options.learning_rate_or(default)
 
     def label_method(self, plan: LabelLossOptions) -> FineTune:
         """The loss with the gold labels, with weights and offsets counted on the training rows.

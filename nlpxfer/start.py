@@ -118,7 +118,8 @@ def start_run(
 
 
 def _refuse_for_other_tasks(options: RunOptions, problem_type: ProblemType) -> None:
-    asked = [name for name in ("num_folds", "error_report", "abstain_precision") if getattr(options, name)]
+    names = "num_folds", "error_report", "abstain_precision", "linear_probe_size"
+    asked = [name for name in names if getattr(options, name)]
     if asked and problem_type != SINGLE_LABEL:
         raise ConfigError.from_faults([f"{name}: is for tasks with one label per row" for name in asked])
 

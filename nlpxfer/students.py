@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, narrow_student
+from nlpxfer.checkpoint.load import Checkpoint, hidden_size, layer_student, load_classifier, narrow_student
 from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
 from nlpxfer.checkpoint.pooling import has_mean_layer, wants_mean
 from nlpxfer.checkpoint.static import is_static
@@ -25,12 +25,6 @@ from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
 from nlpxfer.train.width_scores import parts_by_activation
-
-CUT_LEARNING_RATE: Final = 2e-4
-"""Where none is asked for, of a student that is a part of its teacher: what is left has to learn much anew."""
-
-NAMED_LEARNING_RATE: Final = 1e-4
-"""Where none is asked for, of a student that is a checkpoint of its own."""
 
 STATIC_LEARNING_RATE: Final = 0.01
 """Where none is asked for, of a static one: each token's vector learns from the few rows that it stands in."""
@@ -70,11 +64,17 @@ def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> Non
         raise ConfigError.from_faults(faults)
 
 
-def training_of(run: Run, plan: StudentOptions) -> dict[str, Any]:
-    """Options in which the training of the student and its control differs from that of the run."""
+def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str, Any]:
+    """Options in which the training of the student and its control differs from that of the run.
+
+    Args:
+        run: Its options.
+        plan: What the student is.
+        source: What it is cut from, if it is.
+    """
     if plan.student != STATIC:
-        default = NAMED_LEARNING_RATE if plan.student_name_or_path else CUT_LEARNING_RATE
-        return {"learning_rate": run.options.learning_rate_or(default)}
+        width = hidden_size(plan.student_name_or_path) if plan.student_name_or_path else source.hidden_size
+        return {"learning_rate": run.learning_rate_for(width)}
     rate = run.options.learning_rate_or(STATIC_LEARNING_RATE)
     return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
 

@@ -21,7 +21,7 @@ from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.checkpoint.quantised import Bits, check_quantised
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
-from nlpxfer.config import DEFAULT_LEARNING_RATE, DataOptions, RunOptions, option, parse
+from nlpxfer.config import DataOptions, RunOptions, default_learning_rate, option, parse
 from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
@@ -54,7 +54,7 @@ class AdapterOptions(LabelLossOptions):
     num_virtual_tokens: int | None = option(None, "Length of a learnt prompt or prefix. Default: 20.")
     load_in_8bit: bool = option(False, "Train on a base in 8 bits; needs an NVIDIA GPU and bitsandbytes.")
     load_in_4bit: bool = option(False, "Train on a base in 4 bits (QLoRA); needs the same.")
-    full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at a learning rate of 3e-5.")
+    full_arm: bool = option(False, "Also fine-tune all weights for as many epochs, at its own default learning rate.")
 
     def __post_init__(self) -> None:
         faults = self.label_loss_faults()
@@ -89,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     name = plan.model_name_or_path
 
     with start_run("adapters", data_options, options, plan, folds=True, searches=True) as run:
+        run.settle_learning_rate(plan.method().kind.learning_rate_for(run.problem_type))
 
         def build(seed: int, bits: Bits | None = None) -> Checkpoint:
             revision = plan.model_revision
@@ -113,7 +114,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
-            whole: dict[str, Any] = {"facts": facts, "learning_rate": DEFAULT_LEARNING_RATE}
+            rate = default_learning_rate(start.hidden_size, run.problem_type)
+            whole: dict[str, Any] = {"facts": facts, "learning_rate": rate}
             full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
             arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))
             models["full"] = full[0]
@@ -134,7 +136,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def prepare(plan: AdapterOptions, options: RunOptions) -> None:
-    """Check all that the options alone can tell, and set the learning rate where none was given.
+    """Check all that the options alone can tell.
 
     Raises:
         ConfigError: Options that do not fit together, or bits that this machine cannot load.
@@ -146,8 +148,6 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
             raise ConfigError("pooling: mean adds a layer, which cannot be made in 8 or 4 bits; leave out load_in_...")
         check_quantised(plan.bits)
         options.pooling = "own"  # also of the full arm, so that the two differ in the adapter alone
-    if options.wanted_learning_rate is None:
-        options.learning_rate = method.kind.learning_rate
 
 
 def tried(start: Checkpoint, method: Adapters, options: RunOptions) -> Checkpoint:

@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         def untaught(plan: DistillOptions, source: Checkpoint) -> dict[str, Any]:
             build, (method, _) = student_of(run, plan, source), methods_for(run, plan)
-            return {"build": build, "method": method} | training_of(run, plan)
+            return {"build": build, "method": method} | training_of(run, plan, source)
 
         first = TransferRows(run, panel)
         states = TeacherStates(plan.asked(options.ranges), source, run.options, first.tokenise)
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | {"method": method}
 
         if "learning_rate" in options.ranges:
-            options.learning_rate = training_of(run, plan)["learning_rate"]  # of the first trial
+            options.learning_rate = training_of(run, plan, source)["learning_rate"]  # of the first trial
         plan = run.search("distilled", arm, plan)
         int8 = plan.search and not is_sharded(options) and has_onnx()
         ladder = rungs(run, plan, source.model, int8=int8)
@@ -188,7 +188,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
             build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
-            control = run.train("control", build, alone, **training_of(run, plan) | {"max_steps": student[0].steps})
+            training = training_of(run, plan, source) | {"max_steps": student[0].steps}
+            control = run.train("control", build, alone, **training)
             description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
@@ -258,7 +259,7 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
     begin(run, plan, base, [base], arms=3 + plan.teacher_folds)
     training = {
         "num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs,
-        "learning_rate": plan.teacher_learning_rate or run.options.learning_rate,
+        "learning_rate": plan.teacher_learning_rate or run.learning_rate_for(base.hidden_size),
     }
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
     held_out = train_on_folds(run, folds, build, method, **training)
@@ -322,9 +323,9 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         return student_of(run, plan, source)(seed)
 
     def arm(plan: DistillOptions) -> dict[str, Any]:
-        given = {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
-        return given | ({} if whole else training_of(run, plan))
+        return {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
 
+    run.settle_learning_rate(run.learning_rate_for(source.hidden_size))
     methods_for(run, plan)[0].check(run.options)
     run.begin(build(run.seeds[0]), arms=2)
     plan = run.search("distilled", arm, plan)
@@ -333,8 +334,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     models = {"distilled": student[0]}
     verdict = Verdict.unmeasured("the control arm was switched off")
     if run.options.control_arm:
-        training = {} if whole else training_of(run, plan)
-        control = run.train("control", build, methods_for(run, plan)[1], **training | {"max_steps": student[0].steps})
+        control = run.train("control", build, methods_for(run, plan)[1], max_steps=student[0].steps)
         arms.insert(0, run.arm(control, "the same student and number of steps, from labels alone"))
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")

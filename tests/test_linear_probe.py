@@ -1,5 +1,8 @@
 """A model that starts from a linear probe predicts what the probe predicts, and the rest of it is untouched."""
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import sklearn.linear_model
@@ -142,6 +145,21 @@ def test_embeddings_and_body_are_untouched(task, family):
     assert not {name for name, _ in embedding_parameters(model)} & changed
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_probe_that_is_scaled_down_gives_the_same_classes(task, family):
+    found = []
+    for size in (math.inf, 0.02, 1e6):
+        model, train, validation, collator = task(family)
+        probe = start_from_linear_probe_(model, train, validation, collator, size=size)
+        weight = head_of(model).final.weight.detach().double()
+        found.append((probe, weight.square().mean().sqrt().item(), predict(model, validation, collator)))
+    (whole, large, logits), (scaled, small, fewer), (_, same, _) = found
+    assert large == same > 0.02, "a limit above it changes nothing"
+    assert small == pytest.approx(0.02, rel=1e-4)
+    np.testing.assert_allclose(centre(fewer), centre(logits) * 0.02 / large, rtol=1e-3, atol=1e-5)
+    assert replace(whole, seconds=0) == replace(scaled, seconds=0), "what is told is the probe, not the start"
 
 
 def test_rows_without_a_label_are_left_out(task):

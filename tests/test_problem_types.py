@@ -517,6 +517,7 @@ def test_a_head_of_another_kind_is_not_kept(files, tiny_checkpoint, tmp_path):
     [
         ([*MULTI, "--logit_adjustment", "1"], "logit_adjustment: is for tasks with one class per row"),
         ([*NUMBERS, "--class_weights", "balanced"], "class_weights: means nothing for a regression"),
+        ([*NUMBERS, "--linear_probe_size", "0.1"], "linear_probe_size: is for tasks with one label per row"),
         ([*NUMBERS, "--metric_for_best_model", "accuracy"], "has no accuracy"),
         ([*MULTI, "--metric_for_best_model", "spearman"], "has no spearman"),
     ],

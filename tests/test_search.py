@@ -78,7 +78,7 @@ def test_the_run_has_the_options_of_the_best_trial(whole):
     search, config = whole.report["search"], whole.run["config"]
     trials = search["trials"]
     assert [trial["number"] for trial in trials] == [1, 2, 3, 4, 5]
-    first = {"learning_rate": 3e-5, "num_train_epochs": 2.0, "label_smoothing_factor": 0.0}
+    first = {"learning_rate": 3e-4, "num_train_epochs": 2.0, "label_smoothing_factor": 0.0}
     assert trials[0]["options"] == first, "the recipe's own"
     complete = [trial for trial in trials if trial["state"] == "complete"]
     best = max(complete, key=lambda trial: trial["value"])
@@ -202,7 +202,7 @@ def test_distill_searches_for_the_student(words, tmp_path, monkeypatch):
     run = finished("distill", tmp_path / "out", *words(**ONE_EPOCH, **student))
     search = run.report["search"]
     assert list(search["ranges"]) == ["student_num_layers", "temperature", "learning_rate"]
-    assert search["trials"][0]["options"]["learning_rate"] == 2e-4, "that of a student cut from its teacher"
+    assert search["trials"][0]["options"]["learning_rate"] == 3e-4, "that of a student of its width"
     best = search["best"]["options"]
     assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == best["student_num_layers"]
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
@@ -215,7 +215,7 @@ def test_adapters_search_from_the_defaults_of_their_kind(words, tmp_path):
     plan = words(**ONE_EPOCH, adapter_rank="{choices: [2, 4]}")
     run = finished("adapters", tmp_path / "out", *plan)
     first, second = run.report["search"]["trials"]
-    assert first["options"]["learning_rate"] == 3e-4, "LoRA's own"
+    assert first["options"]["learning_rate"] == 1e-3, "LoRA's own"
     assert {first["options"]["adapter_rank"], second["options"]["adapter_rank"]} <= {2, 4}
     config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     best = run.report["search"]["best"]

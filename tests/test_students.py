@@ -3,6 +3,8 @@
 import csv
 import json
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +19,8 @@ from nlpxfer.config import RunOptions
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import StudentOptions
 from nlpxfer.hub.folder import finished_files
+from nlpxfer.problem import SINGLE_LABEL
+from nlpxfer.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -187,25 +191,35 @@ def test_the_control_is_cut_where_the_teacher_says(
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
 
 
+def run_of(options):
+    """What the learning rate of an arm is decided by."""
+    run = SimpleNamespace(options=options, problem_type=SINGLE_LABEL)
+    run.learning_rate_for = partial(Run.learning_rate_for, run)
+    return run
+
+
 @pytest.mark.parametrize(
-    ("plan", "rate", "more"),
+    ("plan", "width", "rate", "more"),
     [
-        (StudentOptions(student="static", static_num_train_epochs=3), 0.01, {"num_train_epochs": 3}),
-        (StudentOptions(student_num_layers=3), 2e-4, {}),
-        (StudentOptions(student_name_or_path="other"), 1e-4, {}),
+        (StudentOptions(student="static", static_num_train_epochs=3), 768, 0.01, {"num_train_epochs": 3}),
+        (StudentOptions(student_num_layers=3), 384, 3e-4, {}),
+        (StudentOptions(student_num_layers=3), 768, 5e-5, {}),
+        (StudentOptions(student_name_or_path="NARROW"), 768, 3e-4, {}),
     ],
 )
-def test_students_learn_at_rates_of_their_own(plan, rate, more):
+def test_students_learn_at_rates_of_their_own(plan, width, rate, more, tiny_checkpoint):
+    if plan.student_name_or_path:
+        plan = replace(plan, student_name_or_path=str(tiny_checkpoint("distilbert")))
     for asked, used in ((None, rate), (0.5, 0.5)):
-        run = SimpleNamespace(options=RunOptions(learning_rate=asked))
-        assert students.training_of(run, plan) == {"learning_rate": used, **more}
+        found = students.training_of(run_of(RunOptions(learning_rate=asked)), plan, SimpleNamespace(hidden_size=width))
+        assert found == {"learning_rate": used, **more}
 
 
 def test_a_rate_that_a_search_draws_is_the_students():
     """A static student's own default once hid the drawn one."""
     options, _ = with_values(RunOptions(), StudentOptions(), {"learning_rate": 0.5})
-    run = SimpleNamespace(options=options)
-    assert students.training_of(run, StudentOptions(student="static"))["learning_rate"] == 0.5
+    found = students.training_of(run_of(options), StudentOptions(student="static"), SimpleNamespace(hidden_size=384))
+    assert found["learning_rate"] == 0.5
 
 
 def test_a_family_whose_parts_are_not_known_is_refused(tiny_data, tiny_checkpoint, tmp_path):

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from nlpxfer.problem import SINGLE_LABEL, ProblemType
+
 RANK: Final = "adapter_rank"
 ALPHA: Final = "adapter_alpha"
 DROPOUT: Final = "adapter_dropout"
@@ -34,7 +36,7 @@ class AdapterKind:
         fixed: Further fields of `config`.
         defaults: Option -> its default.
         alpha_per_rank: Default of alpha over the rank.
-        learning_rate: Default of the peak learning rate.
+        learning_rate: Default of the peak learning rate in a task with one class per row; see `learning_rate_for`.
         wraps_conv1d: Whether it can wrap the `Conv1D` layers that GPT-2 has in place of linear ones.
         transposes: Whether `config` must be told of `Conv1D`, whose weight is stored transposed.
         merges: Whether it can be folded into the weights of its base.
@@ -49,12 +51,16 @@ class AdapterKind:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, int | float] = field(default_factory=dict)
     alpha_per_rank: float = 2.0
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     wraps_conv1d: bool = True
     transposes: bool = True
     merges: bool = True
     quantised: bool = False
     source: str = ""
+
+    def learning_rate_for(self, problem_type: ProblemType) -> float:
+        """Default of the peak learning rate; lower where the head starts from a probe of its own size."""
+        return self.learning_rate * (1.0 if problem_type == SINGLE_LABEL else 0.3)
 
 
 _LORA_OPTIONS = {RANK: "r", ALPHA: "lora_alpha", DROPOUT: "lora_dropout", TARGETS: "target_modules"}

@@ -76,6 +76,11 @@ class Checkpoint:
         """sha256 over what decides how the tokenizer maps a text to ids."""
         return tokenizer_fingerprint(self.tokenizer)
 
+    @property
+    def hidden_size(self) -> int:
+        """Numbers per token between the layers."""
+        return int(self.model.config.get_text_config().hidden_size)
+
 
 def load_classifier(
     name: str,
@@ -280,6 +285,11 @@ def load_teacher(
 def _shown(names: Sequence[str], limit: int = 40) -> str:
     more = f", and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "none") + more
+
+
+def hidden_size(name: str) -> int:
+    """Numbers per token between the layers of a checkpoint, from its config alone; raises as `load_classifier`."""
+    return int(_open(name, None)[1].get_text_config().hidden_size)
 
 
 def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[ResolvedCheckpoint, PreTrainedConfig]:

@@ -11,11 +11,11 @@ nearest known name, and all faults are shown at once.
 """
 
 from nlpxfer.config.options import (
-    DEFAULT_LEARNING_RATE,
     NEEDED_SWITCHES,
     REFUSED_OPTIONS,
     DataOptions,
     RunOptions,
+    default_learning_rate,
     option,
     resolved,
 )
@@ -23,12 +23,12 @@ from nlpxfer.config.parse import parse
 from nlpxfer.config.ranges import Range
 
 __all__ = [
-    "DEFAULT_LEARNING_RATE",
     "NEEDED_SWITCHES",
     "REFUSED_OPTIONS",
     "DataOptions",
     "Range",
     "RunOptions",
+    "default_learning_rate",
     "option",
     "parse",
     "resolved",

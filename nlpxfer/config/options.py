@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.errors import ConfigError
-from nlpxfer.problem import LOWER_IS_BETTER, METRICS
+from nlpxfer.problem import LOWER_IS_BETTER, METRICS, SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
     from nlpxfer.config.ranges import Range
@@ -63,6 +63,7 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "activation_checkpointing_kwargs": ("activation_checkpointing", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
     "liger_kernel_config": ("use_liger_kernel", True),
+    "linear_probe_size": ("linear_probe", True),
     "hub_private_repo": ("push_to_hub", True),
     "run_name": ("report_to", None),
     "project": ("report_to", None),
@@ -94,8 +95,26 @@ ANY_VALUE = {
 POOLINGS = ("auto", "own", "mean")
 """What a head may be asked to read."""
 
-DEFAULT_LEARNING_RATE = 3e-5
-"""Where all weights learn."""
+LEARNING_RATES = ((512, 3e-4), (768, 5e-5))
+"""Where all weights learn: up to this hidden size -> the default."""
+WIDEST_LEARNING_RATE = 2e-5
+DEFAULT_HEAD_SIZE = 0.02
+"""Where all weights learn: the deviation of a random head's weights in BERT and GPT-2."""
+
+
+def default_learning_rate(hidden_size: int, problem_type: ProblemType = SINGLE_LABEL) -> float:
+    """Peak learning rate where all weights of a model of this width learn and none was asked for.
+
+    The wider, the lower: 3e-4 was chosen on validation rows for MiniLM, and is that of ELECTRA-Small; for BERT-Base
+    and BERT-Large 5e-5 and 2e-5 are the ends of the published range. Sources: Clark et al. 2020, arXiv:2003.10555,
+    table 7; Devlin et al. 2019, arXiv:1810.04805, A.3. Where the head starts with the probe's weights at their own
+    size, as for several labels per row and for numbers, a tenth suits.
+
+    >>> default_learning_rate(384), default_learning_rate(768)
+    (0.0003, 5e-05)
+    """
+    rate = next((rate for widest, rate in LEARNING_RATES if hidden_size <= widest), WIDEST_LEARNING_RATE)
+    return rate if problem_type == SINGLE_LABEL else rate / 10
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:  # noqa: A002, ANN401
@@ -207,6 +226,10 @@ class RunOptions(TrainingArguments):
     num_seeds: int = option(1, "Repeat with seed, seed+1, ... and report mean and spread; the first model is saved.")
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
+    linear_probe_size: float | None = option(
+        None,
+        "Root mean square to scale the probe's weights down to. Default: 0.02, or not at all (inf) where that cannot be.",
+    )
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
     num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
     layer_decay: float = option(1.0, "Learning rate of a layer over that of the layer above it.")
@@ -233,7 +256,7 @@ class RunOptions(TrainingArguments):
     )
     # None where it was not given: an adapter has a default of its own
     learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "Peak learning rate of AdamW. Default: 3e-5; students and adapters have their own."
+        None, "Peak learning rate of AdamW. Default: by the model's width, 3e-4 to 2e-5; adapters have their own."
     )
     num_train_epochs: float = option(2.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -268,7 +291,7 @@ class RunOptions(TrainingArguments):
         self.set_best_metric(self.wanted_metric or "accuracy")
         self.wanted_learning_rate = self.learning_rate
         if self.learning_rate is None:
-            self.learning_rate = DEFAULT_LEARNING_RATE
+            self.learning_rate = LEARNING_RATES[0][1]  # until the model is known
         self.ranges: dict[str, Range] = {}
         """Options that a search varies; `parse` puts them here."""
         if self.bf16 is None:
@@ -336,6 +359,8 @@ class RunOptions(TrainingArguments):
             require(faults, not (value and self.fp16), f"{name}: does not work with fp16; use bf16")
         rate, decay = self.learning_rate, self.weight_decay
         require(faults, rate is None or rate > 0, f"learning_rate: {rate} is not positive")
+        size = self.linear_probe_size
+        require(faults, size is None or size > 0, f"linear_probe_size: {size} is not positive")
         require(faults, decay is None or decay >= 0, f"weight_decay: {decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(faults, getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")

@@ -65,7 +65,7 @@ class TeacherOptions:
         None, "Passes over the training rows for a teacher made on the spot. Default: num_train_epochs."
     )
     teacher_learning_rate: float | None = option(
-        None, "Its learning rate. Default: learning_rate if that is given, else 3e-5."
+        None, "Its learning rate. Default: learning_rate if that is given, else by its width."
     )
     teacher_folds: int = option(
         0, "Train it on so many folds as well, so that each training row is taught by a model that has not seen it."

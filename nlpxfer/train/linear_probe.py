@@ -5,7 +5,12 @@ and the last linear layer are made transparent (a scaled identity), the features
 computed once, and multinomial logistic regression on them gives its weights; for multi-label one logistic regression
 per label, for numbers a ridge regression. The start is exact: the model's first predictions are those of the probe.
 
-Source: Kumar et al. 2022, arXiv:2202.10054 (LP-FT).
+A probe's weights are many times as large as those of a random head, and the larger they are, the less the features
+have to change until all training rows are right: little is learnt, and the model is too sure (Tomihari and Sato 2024,
+section 4). Where layers learn, a head of classes therefore starts with the probe's weights at the size of a random
+head's. Not so one of several labels or of numbers, whose answers depend on the size.
+
+Sources: Kumar et al. 2022, arXiv:2202.10054 (LP-FT); Tomihari and Sato 2024, arXiv:2405.16747.
 
 Shapes: N rows, H features, C classes.
 """
@@ -13,6 +18,7 @@ Shapes: N rows, H features, C classes.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +85,7 @@ def start_from_linear_probe_(
     collator: Collator,
     *,
     problem_type: ProblemType = SINGLE_LABEL,
+    size: float = math.inf,
     bf16: bool = False,
     quiet: bool = True,
 ) -> Probe:
@@ -90,6 +97,7 @@ def start_from_linear_probe_(
         validation_rows: Rows that choose the penalty.
         collator: Pads a batch.
         problem_type: What the labels are.
+        size: Root mean square that the final layer's weights are scaled down to; see `FittedProbe.of_size`.
         bf16: Compute features in bfloat16.
         quiet: No progress bar.
 
@@ -116,6 +124,7 @@ def start_from_linear_probe_(
         both[1],
         validation_rows.columns["labels"],
         problem_type=problem_type,
+        size=size,
     )
     probe = Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
     logger.info("linear probe: %s, %.1f s", probe, probe.seconds)
@@ -130,8 +139,9 @@ def fit_final_(
     validation_labels: Array,
     *,
     problem_type: ProblemType = SINGLE_LABEL,
+    size: float = math.inf,
 ) -> FittedProbe:
-    """Set the final layer of `model` in place to the solution of `fit_probe` on what it reads."""
+    """Set the final layer of `model` to `fit_probe` of what it reads, scaled down to `size`; returns it whole."""
     head = head_of(model)
     fitted = fit_probe(
         train_NH,
@@ -142,7 +152,8 @@ def fit_final_(
         intercept=head.has_bias,
         problem_type=problem_type,
     )
-    set_final_(model, torch.from_numpy(fitted.weight_CH), torch.from_numpy(fitted.bias_C) if head.has_bias else None)
+    start = fitted.of_size(size)
+    set_final_(model, torch.from_numpy(start.weight_CH), torch.from_numpy(start.bias_C) if head.has_bias else None)
     return fitted
 
 
@@ -180,6 +191,15 @@ class FittedProbe:
     loss: float
     accuracy: float | None
     penalty: float
+
+    def of_size(self, size: float) -> FittedProbe:
+        """The same probe with weights and bias scaled down: the same classes, less sure.
+
+        Args:
+            size: Root mean square of the weights; a probe whose weights are no larger stays as it is.
+        """
+        share = min(1.0, size / max(float(np.sqrt(np.mean(np.square(self.weight_CH)))), 1e-12))
+        return replace(self, weight_CH=share * self.weight_CH, bias_C=share * self.bias_C)
 
 
 def fit_probe(
