@@ -93,7 +93,7 @@ SIZES: dict[str, dict[str, Size]] = {
         "clinc150": Size(rows=1500, epochs=4, seeds=(42, 43, 44)),
         "pubmedqa": Size(rows=None, epochs=4, seeds=(42, 43, 44)),
         "debian-sections": Size(rows=800, epochs=3, seeds=(42, 43, 44)),
-        "debian-tags": Size(rows=800, epochs=6, seeds=(42, 43, 44)),
+        "debian-tags": Size(rows=800, epochs=4, seeds=(42, 43, 44)),
     },
     "full": dict.fromkeys(
         ALL_DATA.split(","), Size(rows=None, epochs=6, seeds=(42,), methods=LARGE, options=LARGE_OPTIONS)

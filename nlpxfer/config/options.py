@@ -228,7 +228,7 @@ class RunOptions(TrainingArguments):
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     linear_probe_size: float | None = option(
         None,
-        "Root mean square to scale the probe's weights down to. Default: 0.02, or not at all (inf) where that cannot be.",
+        "Root mean square to scale the probe's weights down to. Default: 0.02, or inf where that cannot be.",
     )
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
     num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
