@@ -88,7 +88,7 @@ SMALL = Size(rows=1000, epochs=4, seeds=1)
 SIZES: dict[str, dict[str, Size]] = {
     "small": dict.fromkeys(DATA.split(","), SMALL)
     | {
-        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770, students=tuple(STUDENTS)),
+        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770),
         "clinc150": Size(rows=1500, epochs=4, seeds=1),
     },
     "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5))
