@@ -92,7 +92,7 @@ SIZES: dict[str, dict[str, Size]] = {
         "clinc150": Size(rows=1500, epochs=4, seeds=1),
     },
     "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5))
-    | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770)},
+    | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770, students=tuple(STUDENTS))},
 }
 MOST = {"small": {"validation": 500, "test": 2000}}
 """Scale -> rows that are kept of a split of a set that is not bundled."""
