@@ -10,6 +10,8 @@ evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and w
 - `trainer/<seed>`, `textbrewer/<seed>`, `textbrewer-cached/<seed>` (with its own cache of teacher logits)
 - `sweep-trainer/<rate>`, `sweep-textbrewer/<rate>`: their learning rates, chosen on validation rows
 - `speed`: rows per second of student and teacher, in turns, float32
+- `cost/<student>/cached`, `cost/<student>/each step`: distilling over 5 epochs with one pass of the teacher over all rows,
+  and the same in nlpxfer's own engine with the teacher run on each batch
 
 nlpxfer's seconds hold the teacher's pass with tokenising and an empty cache, probe, training, validation after each
 epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rates.
@@ -26,9 +28,12 @@ from typing import Any
 
 import measuring
 import numpy as np
+import torch
 from data_sets import data_sets
 from measuring import Results, judged, mean_and_deviation, median_and_range
 from peers import LEARNING_RATES, STOCK, TeacherInTheLoop, stock_arguments, stock_trainer, textbrewer_seconds
+from torch import nn
+from transformers import PreTrainedModel
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier, load_teacher
 from nlpxfer.checkpoint.pooling import with_pooling
@@ -38,6 +43,7 @@ from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.interval import paired_gain
+from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.recipes import load_recipe
@@ -52,6 +58,35 @@ TIME_TARGET = 1 / 3
 RETENTION_TARGET = 0.98
 SPEED_TARGET = 1.8
 PEERS = ("trainer", "textbrewer", "textbrewer-cached")
+COST_TARGET = 0.5
+COST_EPOCHS = 5
+COST_STUDENTS: dict[str, dict[str, Any]] = {
+    "3 layers": {"student_num_layers": 3},
+    "2 layers": {"student_num_layers": 2},
+    "static": {"student": "static", "student_num_layers": None, "static_num_train_epochs": COST_EPOCHS},
+}
+"""Student -> options of the recipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaughtEachStep(Method):
+    """Distillation without a cache: the teacher runs on each batch, in the precision of the student."""
+
+    distill: Distill
+    teacher: PreTrainedModel
+
+    def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
+        """Those of `distill`."""
+        return self.distill.loss_terms(model, self._taught(batch))
+
+    def counts(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Those of `distill`; the teacher answers all rows."""
+        rows = torch.zeros(len(batch["labels"]), 1, device=batch["labels"].device)
+        return self.distill.counts({**batch, "teacher_logits": rows})
+
+    def _taught(self, batch: Batch) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {**batch, "teacher_logits": self.teacher(**model_inputs(batch)).logits.float()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +169,11 @@ class Bench:
             peers[f"textbrewer-cached/{seed}"] = self._bound(self.textbrewer_cached, seed)
         found = {"teacher": self.teacher, **sweeps, **_in_between(ours, peers)}
         found |= {f"control/{seed}": self._bound(self.control, seed) for seed in self.size.seeds}
-        return {f"{self.name}/{key}": cell for key, cell in (found | {"speed": self.speed}).items()}
+        found |= {"speed": self.speed}
+        for student in COST_STUDENTS:
+            found[f"cost/{student}/each step"] = lambda s=student: self.cost(s, cached=False)
+            found[f"cost/{student}/cached"] = lambda s=student: self.cost(s, cached=True)
+        return {f"{self.name}/{key}": cell for key, cell in found.items()}
 
     @staticmethod
     def _bound(method: Callable[[Any], dict[str, Any]], value: float) -> Callable[[], dict[str, Any]]:
@@ -165,6 +204,25 @@ class Bench:
         arm = self.run.train("distilled", self.student, method, **training)[0]
         found = self._cell(arm)
         return found | {"teacher_seconds": teacher_seconds, "seconds": teacher_seconds + arm.train_seconds}
+
+    def cost(self, student: str, *, cached: bool) -> dict[str, Any]:
+        """Seconds of a distillation over five epochs, from an empty cache of teacher logits or without one."""
+        plan = replace(self.plan, **COST_STUDENTS[student])
+        method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight)
+        shutil.rmtree(self.cache, ignore_errors=True)
+        start = time.perf_counter()
+        if cached:
+            rows = TransferRows(self.run, Panel([ModelTeacher(self.taught, str(self.cache))]))
+            training: dict[str, Any] = {"method": method, "split": rows.split(plan)}
+        else:
+            training = {"method": TaughtEachStep(distill=method, teacher=self.taught.model)}
+        teacher_seconds = time.perf_counter() - start
+        training |= {"num_train_epochs": COST_EPOCHS} | training_of(self.run, plan, self.taught)
+        build = student_of(self.run, plan, self.taught)
+        arm = self.run.train("cost", build, seeds=[42], facts={"cached": cached}, **training)[0]
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        accuracy = measuring.scores(self.run, arm.validation_logits, arm.test_logits)["validation_accuracy"]
+        return {"seconds": teacher_seconds + arm.train_seconds, "steps": arm.steps, "validation_accuracy": accuracy}
 
     def control(self, seed: int) -> dict[str, Any]:
         """The same layers of the pretrained checkpoint and the same steps, without a teacher."""
@@ -281,6 +339,11 @@ class Bench:
             found["retention"] = judged(kept, RETENTION_TARGET)
         if speed := self.results.get(f"{self.name}/speed"):
             found["speed_ratio"] = judged(speed["ratio"]["median"], SPEED_TARGET)
+        for student in COST_STUDENTS:
+            cells = [self.results.get(f"{self.name}/cost/{student}/{kind}") for kind in ("cached", "each step")]
+            if all(cells):
+                ratio = judged(cells[0]["seconds"] / cells[1]["seconds"], COST_TARGET, at_most=True)
+                found.setdefault("cost", {})[student] = ratio | {"seconds": [cell["seconds"] for cell in cells]}
         if under["nlpxfer"] and len(under["nlpxfer"]) == len(under["control"]):
             pairs = [[measuring.correctness(cell) for cell in under[key]] for key in ("nlpxfer", "control")]
             found["gain"] = vars(paired_gain(pairs[0], pairs[1]))

@@ -146,7 +146,14 @@ def distill_tables(found: Mapping[str, Any]) -> str:
                 interval,
             ]
         )
-    return text + table(heads, rows)
+    text += table(heads, rows)
+    rows = []
+    for name, item in found["summary"].items():
+        for student, cost in item.get("cost", {}).items():
+            spent = [f"{value:.0f} s" for value in cost["seconds"]]
+            rows.append([name, student, *spent, verdict(cost, percent)])
+    heads = ["data", "student, 5 epochs", "teacher runs once, cached", "teacher runs at each step", "share"]
+    return text + ("\n" + table(heads, rows) if rows else "")
 
 
 def gpu_tables(found: Mapping[str, Any]) -> str:

@@ -149,11 +149,17 @@ def test_finished_cells_of_other_rows_are_refused(load, sets, words):
 
 def test_distill_measures_all_cells(load, sets, words):
     path = load("distill").main([*words, "--only", "teacher", "--only", "nlpxfer", "--only", "control",
-                                 "--only", "trainer", "--only", "speed"], sets=sets)  # fmt: skip
+                                 "--only", "trainer", "--only", "speed", "--only", "cost"], sets=sets)  # fmt: skip
     found = read(path)
     assert {key.split("/")[1] for key in found["cells"]} == {
-        "teacher", "sweep-trainer", "nlpxfer", "trainer", "control", "speed",
+        "teacher", "sweep-trainer", "nlpxfer", "trainer", "control", "speed", "cost",
     }  # fmt: skip
+    for student in ("3 layers", "2 layers", "static"):
+        cached, each_step = (found["cells"][f"tiny/cost/{student}/{kind}"] for kind in ("cached", "each step"))
+        assert cached["steps"] == each_step["steps"] == 15
+        assert found["summary"]["tiny"]["cost"][student]["value"] == pytest.approx(
+            cached["seconds"] / each_step["seconds"], rel=1e-4
+        )
     treated, control = found["cells"]["tiny/nlpxfer/42"], found["cells"]["tiny/control/42"]
     assert treated["steps"] == control["steps"]
     assert treated["seconds"] > treated["train_seconds"]
