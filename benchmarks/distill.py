@@ -10,8 +10,8 @@ evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and w
 - `trainer/<seed>`, `textbrewer/<seed>`, `textbrewer-cached/<seed>` (with its own cache of teacher logits)
 - `sweep-trainer/<rate>`, `sweep-textbrewer/<rate>`: their learning rates, chosen on validation rows
 - `speed`: rows per second of student and teacher, in turns, float32
-- `cost/<student>/cached`, `cost/<student>/each step`: distilling over 5 epochs with one pass of the teacher over all rows,
-  and the same in nlpxfer's own engine with the teacher run on each batch
+- `cost/<student>/cached`, `cost/<student>/each step`: distilling over 5 epochs with one pass of the teacher over all
+  rows, and the same in nlpxfer's own engine with the teacher run on each batch
 
 nlpxfer's seconds hold the teacher's pass with tokenising and an empty cache, probe, training, validation after each
 epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rates.
