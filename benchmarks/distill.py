@@ -52,6 +52,7 @@ from nlpxfer.start import start_run
 from nlpxfer.students import student_of, training_of
 from nlpxfer.teachers import ModelTeacher, Panel, TransferRows
 from nlpxfer.train.launch import seed_everything
+from nlpxfer.train.precision import autocast_type
 from nlpxfer.train.predict import predict
 
 TIME_TARGET = 1 / 3
@@ -74,6 +75,7 @@ class TaughtEachStep(Method):
 
     distill: Distill
     teacher: PreTrainedModel
+    autocast: torch.dtype | None
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Those of `distill`."""
@@ -85,7 +87,8 @@ class TaughtEachStep(Method):
         return self.distill.counts({**batch, "teacher_logits": rows})
 
     def _taught(self, batch: Batch) -> dict[str, torch.Tensor]:
-        with torch.no_grad():
+        device = batch["input_ids"].device.type
+        with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
             return {**batch, "teacher_logits": self.teacher(**model_inputs(batch)).logits.float()}
 
 
@@ -185,7 +188,7 @@ class Bench:
         def build(seed: int) -> Checkpoint:
             return load_classifier(self.model, schema=self.run.data.schema, seed=seed)
 
-        rate = self.run.learning_rate_for(build(0).hidden_size)
+        rate = self.run.learning_rate_for(build(0))
         arm = self.run.train("teacher", build, FineTune(), seeds=self.run.seeds[:1], learning_rate=rate)[0]
         shutil.rmtree(self.teacher_folder, ignore_errors=True)
         save_classifier(arm.model, arm.tokenizer, self.run.data.schema, self.teacher_folder)
@@ -215,7 +218,13 @@ class Bench:
             rows = TransferRows(self.run, Panel([ModelTeacher(self.taught, str(self.cache))]))
             training: dict[str, Any] = {"method": method, "split": rows.split(plan)}
         else:
-            training = {"method": TaughtEachStep(distill=method, teacher=self.taught.model)}
+            training = {
+                "method": TaughtEachStep(
+                    distill=method,
+                    teacher=self.taught.model.to(self.run.options.device),
+                    autocast=autocast_type(self.run.options),
+                )
+            }
         teacher_seconds = time.perf_counter() - start
         training |= {"num_train_epochs": COST_EPOCHS} | training_of(self.run, plan, self.taught)
         build = student_of(self.run, plan, self.taught)

@@ -36,7 +36,7 @@ from measuring import Array, Results, judged, median_and_range
 from peers import LEARNING_RATES, STOCK, Curve, epoch_seconds, stock_arguments, stock_model, stock_trainer
 
 from nlpxfer.checkpoint.head import embedding_parameters
-from nlpxfer.checkpoint.load import Checkpoint, hidden_size, load_classifier
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
@@ -483,8 +483,8 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
         )
         with start_run("finetune", DataOptions(**{**values, "max_train_samples": size.rows}), options) as run:
             results.use_data(name, run.data.fingerprint)
-            run.settle_learning_rate(run.learning_rate_for(hidden_size(asked.model)))
             bench = Bench(name, run, size, asked.model, results)
+            run.settle_learning_rate(run.learning_rate_for(bench.build(0)))
             results.measure(bench.cells())
             summary[name] = bench.summary() | {"bf16": vars(run.precision), "threads": torch.get_num_threads()}
     return results.write(summary)

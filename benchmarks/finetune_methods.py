@@ -30,7 +30,6 @@ from nlpxfer.checkpoint.adapter_kinds import KINDS
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
-from nlpxfer.config.options import DEFAULT_HEAD_SIZE, LEARNING_RATES
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.recipes import load_recipe
@@ -50,8 +49,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
 }
 """Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read."""
 DEFAULTS = {
-    "learning_rate": LEARNING_RATES[0][1],
-    "linear_probe_size": DEFAULT_HEAD_SIZE,
+    **measuring.DEFAULTS,
     "adapters": {name: kind.learning_rate for name, kind in KINDS.items() if name in METHODS},
 }
 """Of the recipes; cells that were measured with others are not taken over."""
@@ -79,8 +77,8 @@ class Size:
 LARGE = ("lp-ft", "features", "lora", "full")
 SMOOTHED = ("--label_smoothing_factor", "0.1")
 LARGE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "lp-ft": ("--linear_probe_size", "inf", "--learning_rate", "2e-4", *SMOOTHED),
-    "lora": ("--linear_probe_size", "inf", "--learning_rate", "1e-3", *SMOOTHED),
+    "lp-ft": ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED),
+    "lora": ("--linear_probe_size", "0", "--learning_rate", "1e-3", *SMOOTHED),
     "full": SMOOTHED,
 }
 """Many rows are many steps: smoothed labels. Chosen on validation rows of banking77, where 3e-5, 1e-4 and 2e-4

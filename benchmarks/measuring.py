@@ -27,6 +27,8 @@ from accelerate.state import AcceleratorState
 from data_sets import BUNDLED, EXTERNAL
 from tqdm.auto import tqdm
 
+from nlpxfer.config import default_learning_rate
+from nlpxfer.config.options import DEFAULT_HEAD_SIZE
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.run import Run
@@ -49,6 +51,8 @@ PACKAGES = (
     "model2vec",
 )
 MODEL = "all-MiniLM-L6-v2"
+DEFAULTS = {"learning_rate": default_learning_rate(384), "linear_probe_size": DEFAULT_HEAD_SIZE}
+"""Of the recipes, for a model as wide as `MODEL`; cells that were measured with others are not taken over."""
 
 
 class Skipped(Exception):  # noqa: N818
@@ -89,7 +93,8 @@ class Results:
         self.path = asked.results / f"{name}_{asked.scale}.json"
         self.partial = asked.results / f"{name}_{asked.scale}.partial.json"
         asked.results.mkdir(parents=True, exist_ok=True)
-        self.facts = {"settings": json.loads(json.dumps(settings)), "versions": versions(), "machine": machine()}
+        chosen = json.loads(json.dumps({"defaults": DEFAULTS, **settings}))
+        self.facts = {"settings": chosen, "versions": versions(), "machine": machine()}
         self.cells: dict[str, Any] = {}
         self.data: dict[str, str] = {}
         self.skipped: dict[str, str] = {}

@@ -41,8 +41,6 @@ from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.classify import Classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
-from nlpxfer.config.options import DEFAULT_HEAD_SIZE
-from nlpxfer.config.options import LEARNING_RATES as LEARNING_RATES_BY_WIDTH
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.evaluate.cost import alternate_rates
 from nlpxfer.recipes import load_recipe
@@ -337,9 +335,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     known = data_sets(asked.data, asked.work, MOST.get(asked.scale)) if sets is None else sets
     sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in known}
     settings = {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()}
-    defaults = {"learning_rate": LEARNING_RATES_BY_WIDTH[0][1], "linear_probe_size": DEFAULT_HEAD_SIZE}
-    shared = {"model": asked.model, "students": STUDENTS, "defaults": defaults}
-    results = Results("students", asked, shared | settings)
+    results = Results("students", asked, {"model": asked.model, "students": STUDENTS} | settings)
     summary = {}
     for name, values in known.items():
         bench = Bench(name, values, sizes[name], asked, results)

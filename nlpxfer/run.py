@@ -228,9 +228,14 @@ class Run:
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
         return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
 
-    def learning_rate_for(self, hidden_size: int) -> float:
-        """The learning rate that was asked for, or else that of a model of this width."""
-        return self.options.learning_rate_or(default_learning_rate(hidden_size, self.problem_type))
+    def starts_large(self, checkpoint: Checkpoint) -> bool:
+        """Whether the head is large from the start: it comes with the checkpoint, or from a probe of its own size."""
+        return checkpoint.head_kept or (self.options.linear_probe and not self.options.probe_size(self.problem_type))
+
+    def learning_rate_for(self, checkpoint: Checkpoint) -> float:
+        """The learning rate that was asked for, or else that of such a model where all weights learn."""
+        default = default_learning_rate(checkpoint.hidden_size, gently=self.starts_large(checkpoint))
+        return self.options.learning_rate_or(default)
 
     def settle_learning_rate(self, default: float) -> None:
         """Take this learning rate for the run, if none was asked for."""
@@ -266,6 +271,8 @@ class Run:
         options, ranges = self.options, self.options.ranges
         if not ranges:
             return plan
+        if "linear_probe_size" in ranges:
+            options.linear_probe_size = options.probe_size(self.problem_type)  # of the first trial
         logger.info("%s: searching %s in %d trials", name, ", ".join(ranges), options.num_trials)
         fixed = {key: value for key, value in self._facts().items() if key not in ranges}
         drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}

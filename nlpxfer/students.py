@@ -16,7 +16,7 @@ from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
 from nlpxfer.checkpoint.pooling import has_mean_layer, wants_mean
 from nlpxfer.checkpoint.static import is_static
 from nlpxfer.checkpoint.student import parse_layers, slice_layers
-from nlpxfer.config import RunOptions
+from nlpxfer.config import RunOptions, default_learning_rate
 from nlpxfer.config.student import STATIC, StudentOptions
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.errors import ConfigError
@@ -73,8 +73,12 @@ def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str,
         source: What it is cut from, if it is.
     """
     if plan.student != STATIC:
-        width = hidden_size(plan.student_name_or_path) if plan.student_name_or_path else source.hidden_size
-        return {"learning_rate": run.learning_rate_for(width)}
+        name = plan.student_name_or_path
+        if name:
+            width = run.once(("hidden size", name), lambda: hidden_size(name))
+        else:
+            width = plan.student_hidden_size or source.hidden_size
+        return {"learning_rate": run.options.learning_rate_or(default_learning_rate(width))}
     rate = run.options.learning_rate_or(STATIC_LEARNING_RATE)
     return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
 

@@ -89,7 +89,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
     name = plan.model_name_or_path
 
     with start_run("adapters", data_options, options, plan, folds=True, searches=True) as run:
-        run.settle_learning_rate(plan.method().kind.learning_rate_for(run.problem_type))
 
         def build(seed: int, bits: Bits | None = None) -> Checkpoint:
             revision = plan.model_revision
@@ -97,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         base = resolve_checkpoint(name, revision=plan.model_revision)
         start = build(options.seed)
+        gently, width = run.starts_large(start), start.hidden_size
+        run.settle_learning_rate(plan.method().kind.learning_rate_for(width, gently=gently))
         parent = run.parent_facts(start)
         facts = {"model": parent["weights"]}
 
@@ -114,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
-            rate = default_learning_rate(start.hidden_size, run.problem_type)
+            rate = default_learning_rate(width, gently=gently)
             whole: dict[str, Any] = {"facts": facts, "learning_rate": rate}
             full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
             arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))

@@ -198,6 +198,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         judged = judge(run, plan, arms, models, student[0], first.by_split())
         run.checks["teacher"] = rows.facts | {"retention": judged.retention}
         run.checks["preflight"] = student[0].preflight
+        run.config["learning_rate"] = training_of(run, plan, source)["learning_rate"]
         return finish(
             run,
             student,
@@ -259,7 +260,7 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
     begin(run, plan, base, [base], arms=3 + plan.teacher_folds)
     training = {
         "num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs,
-        "learning_rate": plan.teacher_learning_rate or run.learning_rate_for(base.hidden_size),
+        "learning_rate": plan.teacher_learning_rate or run.learning_rate_for(base),
     }
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
     held_out = train_on_folds(run, folds, build, method, **training)
@@ -325,7 +326,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     def arm(plan: DistillOptions) -> dict[str, Any]:
         return {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
 
-    run.settle_learning_rate(run.learning_rate_for(source.hidden_size))
+    rate = run.learning_rate_for(source) if whole else training_of(run, plan, source)["learning_rate"]
+    run.settle_learning_rate(rate)
     methods_for(run, plan)[0].check(run.options)
     run.begin(build(run.seeds[0]), arms=2)
     plan = run.search("distilled", arm, plan)

@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         base = resolve_checkpoint(name, revision=model_options.model_revision)
         start = build(options.seed)
-        run.settle_learning_rate(run.learning_rate_for(start.hidden_size))
+        run.settle_learning_rate(run.learning_rate_for(start))
         parent = run.parent_facts(start)
 
         def arm(plan: FineTuneOptions) -> dict[str, Any]:

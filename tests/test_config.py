@@ -334,7 +334,7 @@ def test_faults_that_transformers_finds_are_told_too():
 
 def test_defaults_of_a_run():
     (options,) = parse([RunOptions], [])
-    assert (options.learning_rate, options.num_train_epochs, options.warmup_steps) == (3e-4, 2.0, 0.1)
+    assert (options.learning_rate, options.num_train_epochs, options.warmup_steps) == (2e-5, 2.0, 0.1)
     assert (options.eval_strategy, options.save_strategy, options.report_to) == ("epoch", "epoch", [])
     assert (options.wanted_bf16, options.bf16, options.resume) == (None, False, False)
 
@@ -522,7 +522,7 @@ def test_resolved_is_strict_json_without_tokens(monkeypatch):
     assert record["train_file"] == "a.csv"
     assert record["lr_scheduler_type"] == "cosine"
     assert record["eval_strategy"] == "epoch"
-    assert record["learning_rate"] == 3e-4
+    assert record["learning_rate"] == 2e-5
     assert record["lr_scheduler_kwargs"] == {"floor": "inf", "of": [1, 2]}
     names = {field.name for cls in (DataOptions, RunOptions) for field in dataclasses.fields(cls)}
     assert set(record) == names - {"hub_token"}

@@ -1,6 +1,5 @@
 """A model that starts from a linear probe predicts what the probe predicts, and the rest of it is untouched."""
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -150,7 +149,7 @@ def test_embeddings_and_body_are_untouched(task, family):
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_a_probe_that_is_scaled_down_gives_the_same_classes(task, family):
     found = []
-    for size in (math.inf, 0.02, 1e6):
+    for size in (0.0, 0.02, 1e6):
         model, train, validation, collator = task(family)
         probe = start_from_linear_probe_(model, train, validation, collator, size=size)
         weight = head_of(model).final.weight.detach().double()

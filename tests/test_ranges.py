@@ -82,7 +82,7 @@ def test_an_option_with_a_range_has_its_default(config):
     _, plan, options = parse(
         FINETUNE, [config(f"learning_rate: {RATE}\nfocal_gamma: {{low: 1, high: 2}}\nnum_trials: 3")]
     )
-    assert (options.learning_rate, plan.focal_gamma, options.num_trials) == (3e-4, 0.0, 3)
+    assert (options.learning_rate, plan.focal_gamma, options.num_trials) == (2e-5, 0.0, 3)
 
 
 def test_the_command_line_wins_over_the_file(config):

@@ -4,7 +4,6 @@ import csv
 import json
 import sys
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,8 +18,6 @@ from nlpxfer.config import RunOptions
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import StudentOptions
 from nlpxfer.hub.folder import finished_files
-from nlpxfer.problem import SINGLE_LABEL
-from nlpxfer.run import Run
 
 
 @pytest.fixture(autouse=True)
@@ -192,10 +189,8 @@ def test_the_control_is_cut_where_the_teacher_says(
 
 
 def run_of(options):
-    """What the learning rate of an arm is decided by."""
-    run = SimpleNamespace(options=options, problem_type=SINGLE_LABEL)
-    run.learning_rate_for = partial(Run.learning_rate_for, run)
-    return run
+    """What the learning rate of a student is decided by."""
+    return SimpleNamespace(options=options, once=lambda key, compute: compute())
 
 
 @pytest.mark.parametrize(
@@ -204,6 +199,7 @@ def run_of(options):
         (StudentOptions(student="static", static_num_train_epochs=3), 768, 0.01, {"num_train_epochs": 3}),
         (StudentOptions(student_num_layers=3), 384, 3e-4, {}),
         (StudentOptions(student_num_layers=3), 768, 5e-5, {}),
+        (StudentOptions(student_hidden_size=384), 768, 3e-4, {}),
         (StudentOptions(student_name_or_path="NARROW"), 768, 3e-4, {}),
     ],
 )

@@ -13,13 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from nlpxfer.problem import SINGLE_LABEL, ProblemType
-
 RANK: Final = "adapter_rank"
 ALPHA: Final = "adapter_alpha"
 DROPOUT: Final = "adapter_dropout"
 TARGETS: Final = "adapter_target_modules"
 VIRTUAL_TOKENS: Final = "num_virtual_tokens"
+WIDE: Final = 768
 NO_TARGETS: Final = "dummy-target-modules"
 """What peft calls a LoRA that targets nothing."""
 
@@ -36,7 +35,7 @@ class AdapterKind:
         fixed: Further fields of `config`.
         defaults: Option -> its default.
         alpha_per_rank: Default of alpha over the rank.
-        learning_rate: Default of the peak learning rate in a task with one class per row; see `learning_rate_for`.
+        learning_rate: Default of the peak learning rate up to a hidden size of 768; see `learning_rate_for`.
         wraps_conv1d: Whether it can wrap the `Conv1D` layers that GPT-2 has in place of linear ones.
         transposes: Whether `config` must be told of `Conv1D`, whose weight is stored transposed.
         merges: Whether it can be folded into the weights of its base.
@@ -58,9 +57,15 @@ class AdapterKind:
     quantised: bool = False
     source: str = ""
 
-    def learning_rate_for(self, problem_type: ProblemType) -> float:
-        """Default of the peak learning rate; lower where the head starts from a probe of its own size."""
-        return self.learning_rate * (1.0 if problem_type == SINGLE_LABEL else 0.3)
+    def learning_rate_for(self, hidden_size: int, *, gently: bool) -> float:
+        """Default of the peak learning rate.
+
+        Args:
+            hidden_size: Numbers per token between the layers; beyond 768 the rate is 0.3 times as high.
+            gently: Whether the head is large from the start, so that a small step changes the answers: 0.3 times too.
+        """
+        share = (0.3 if hidden_size > WIDE else 1.0) * (0.3 if gently else 1.0)
+        return float(f"{self.learning_rate * share:.3g}")
 
 
 _LORA_OPTIONS = {RANK: "r", ALPHA: "lora_alpha", DROPOUT: "lora_dropout", TARGETS: "target_modules"}

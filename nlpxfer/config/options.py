@@ -95,26 +95,30 @@ ANY_VALUE = {
 POOLINGS = ("auto", "own", "mean")
 """What a head may be asked to read."""
 
-LEARNING_RATES = ((512, 3e-4), (768, 5e-5))
-"""Where all weights learn: up to this hidden size -> the default."""
-WIDEST_LEARNING_RATE = 2e-5
+LEARNING_RATES = ((512, 3e-4, 3e-5), (768, 5e-5, 5e-6))
+"""Up to this hidden size -> default learning rates where all weights learn, and where they learn gently."""
+WIDEST_LEARNING_RATES = (2e-5, 2e-6)
+"""The same for all wider models."""
 DEFAULT_HEAD_SIZE = 0.02
-"""Where all weights learn: the deviation of a random head's weights in BERT and GPT-2."""
+"""That of a random head: the deviation of its weights in BERT and GPT-2."""
 
 
-def default_learning_rate(hidden_size: int, problem_type: ProblemType = SINGLE_LABEL) -> float:
+def default_learning_rate(hidden_size: int, *, gently: bool = False) -> float:
     """Peak learning rate where all weights of a model of this width learn and none was asked for.
 
     The wider, the lower: 3e-4 was chosen on validation rows for MiniLM, and is that of ELECTRA-Small; for BERT-Base
     and BERT-Large 5e-5 and 2e-5 are the ends of the published range. Sources: Clark et al. 2020, arXiv:2003.10555,
-    table 7; Devlin et al. 2019, arXiv:1810.04805, A.3. Where the head starts with the probe's weights at their own
-    size, as for several labels per row and for numbers, a tenth suits.
+    table 7; Devlin et al. 2019, arXiv:1810.04805, A.3.
 
-    >>> default_learning_rate(384), default_learning_rate(768)
-    (0.0003, 5e-05)
+    Args:
+        hidden_size: Numbers per token between the layers.
+        gently: Whether the head is large from the start, so that a small step of the layers changes the answers.
+
+    >>> default_learning_rate(384), default_learning_rate(768), default_learning_rate(384, gently=True)
+    (0.0003, 5e-05, 3e-05)
     """
-    rate = next((rate for widest, rate in LEARNING_RATES if hidden_size <= widest), WIDEST_LEARNING_RATE)
-    return rate if problem_type == SINGLE_LABEL else rate / 10
+    known = (rates for widest, *rates in LEARNING_RATES if hidden_size <= widest)
+    return next(known, [*WIDEST_LEARNING_RATES])[gently]
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:  # noqa: A002, ANN401
@@ -227,8 +231,7 @@ class RunOptions(TrainingArguments):
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     linear_probe_size: float | None = option(
-        None,
-        "Root mean square to scale the probe's weights down to. Default: 0.02, or inf where that cannot be.",
+        None, "Root mean square that the probe's weights are scaled down to; 0: not at all. Default: 0.02 for classes."
     )
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
     num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
@@ -254,9 +257,9 @@ class RunOptions(TrainingArguments):
     bf16: bool | None = option(  # type: ignore[assignment]
         None, "Train in bfloat16. Default: where a measurement finds it faster."
     )
-    # None where it was not given: an adapter has a default of its own
+    # None where it was not given: the default is that of the model, the adapter or the student
     learning_rate: float | None = option(  # type: ignore[assignment]
-        None, "Peak learning rate of AdamW. Default: by the model's width, 3e-4 to 2e-5; adapters have their own."
+        None, "Peak learning rate of AdamW. Default: by the model's width; adapters, static students: their own."
     )
     num_train_epochs: float = option(2.0, "Passes over the training rows.")
     warmup_steps: float = option(0.1, "Warm-up: a share of all steps if below 1, else a number of steps.")
@@ -291,7 +294,7 @@ class RunOptions(TrainingArguments):
         self.set_best_metric(self.wanted_metric or "accuracy")
         self.wanted_learning_rate = self.learning_rate
         if self.learning_rate is None:
-            self.learning_rate = LEARNING_RATES[0][1]  # until the model is known
+            self.learning_rate = WIDEST_LEARNING_RATES[0]  # until the model is known
         self.ranges: dict[str, Range] = {}
         """Options that a search varies; `parse` puts them here."""
         if self.bf16 is None:
@@ -305,6 +308,15 @@ class RunOptions(TrainingArguments):
     def learning_rate_or(self, default: float) -> float:
         """The learning rate, or this one if none was given."""
         return default if self.wanted_learning_rate is None else float(self.learning_rate or 0)
+
+    def probe_size(self, problem_type: ProblemType) -> float:
+        """Root mean square that a probe's weights are scaled down to; 0: they stay.
+
+        By default small where more than the head learns and only the order of the answers counts.
+        """
+        if self.linear_probe_size is not None:
+            return self.linear_probe_size
+        return 0.0 if self.num_trained_layers == 0 or problem_type != SINGLE_LABEL else DEFAULT_HEAD_SIZE
 
     @property
     def is_private(self) -> bool:
@@ -360,7 +372,7 @@ class RunOptions(TrainingArguments):
         rate, decay = self.learning_rate, self.weight_decay
         require(faults, rate is None or rate > 0, f"learning_rate: {rate} is not positive")
         size = self.linear_probe_size
-        require(faults, size is None or size > 0, f"linear_probe_size: {size} is not positive")
+        require(faults, size is None or size >= 0, f"linear_probe_size: {size} is negative")
         require(faults, decay is None or decay >= 0, f"weight_decay: {decay} is negative")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             require(faults, getattr(self, name) >= 1, f"{name}: {getattr(self, name)} is below 1")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -36,13 +35,12 @@ from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import wants_mean, with_pooling
 from nlpxfer.checkpoint.save import refuse_not_finite, save_classifier
 from nlpxfer.config import RunOptions
-from nlpxfer.config.options import DEFAULT_HEAD_SIZE
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.methods.base import Method
-from nlpxfer.problem import SINGLE_LABEL, ProblemType
+from nlpxfer.problem import ProblemType
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
@@ -231,7 +229,9 @@ def prepare_arm(
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
     start = time.perf_counter()
-    probe = _prepare_(model, checkpoint, splits, collator, options, schema.problem_type)
+    probe = _prepare_(
+        model, checkpoint, splits, collator, options, schema.problem_type, whole_head=method.compares_sizes
+    )
     seed_everything(options.seed)
     trainer = TransferTrainer(
         model,
@@ -263,6 +263,8 @@ def _prepare_(
     collator: Collator,
     options: RunOptions,
     problem_type: ProblemType,
+    *,
+    whole_head: bool,
 ) -> Probe | None:
     """Start the head from a probe and freeze the embeddings, as asked for; nothing new may stay frozen.
 
@@ -277,7 +279,7 @@ def _prepare_(
             splits.validation,
             collator,
             problem_type=problem_type,
-            size=_probe_size(options, problem_type),
+            size=0.0 if whole_head else options.probe_size(problem_type),
             bf16=bool(options.bf16),
             quiet=bool(options.disable_tqdm),
         )
@@ -296,13 +298,6 @@ def _prepare_(
             fix="--freeze_embeddings false",
         )
     return probe
-
-
-def _probe_size(options: RunOptions, problem_type: ProblemType) -> float:
-    """What was asked for; else small where more than the head learns and only the order of the answers counts."""
-    if options.linear_probe_size is not None:
-        return options.linear_probe_size
-    return math.inf if options.num_trained_layers == 0 or problem_type != SINGLE_LABEL else DEFAULT_HEAD_SIZE
 
 
 def topology(options: RunOptions) -> dict[str, int]:

@@ -54,6 +54,8 @@ class Method(ABC):
     """Kind of adapter that learns in place of the weights; empty for none."""
     ema_decay: float | None = None
     """Decay of a moving average of the weights that teaches the model (`teacher_logits` of each batch); None: none."""
+    compares_sizes: bool = False
+    """Whether the loss depends on the size of the logits, so that a head must not start small."""
     has_preflight: bool = False
     """Whether the terms of the loss are looked at before the first step."""
 

@@ -89,6 +89,11 @@ class Distill(Method):
         if faults:
             raise ConfigError.from_faults(faults)
 
+    @property
+    def compares_sizes(self) -> bool:  # type: ignore[override]
+        """Whether logits are compared as they are."""
+        return self.kd_loss == "mse"
+
     def check(self, options: RunOptions) -> None:
         """Refuse what goes round the hooks that states are read by, or shards the weights that are averaged."""
         sharded = is_sharded(options)

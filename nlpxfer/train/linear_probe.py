@@ -3,7 +3,8 @@
 A random head sends noise into the pretrained weights during its first steps. Here the layers between the pooled state
 and the last linear layer are made transparent (a scaled identity), the features that the last layer then reads are
 computed once, and multinomial logistic regression on them gives its weights; for multi-label one logistic regression
-per label, for numbers a ridge regression. The start is exact: the model's first predictions are those of the probe.
+per label, for numbers a ridge regression. The start is exact: the model's first classes are those of the probe, and at
+the probe's own size its first logits too.
 
 A probe's weights are many times as large as those of a random head, and the larger they are, the less the features
 have to change until all training rows are right: little is learnt, and the model is too sure (Tomihari and Sato 2024,
@@ -18,7 +19,6 @@ Shapes: N rows, H features, C classes.
 from __future__ import annotations
 
 import logging
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -85,7 +85,7 @@ def start_from_linear_probe_(
     collator: Collator,
     *,
     problem_type: ProblemType = SINGLE_LABEL,
-    size: float = math.inf,
+    size: float = 0.0,
     bf16: bool = False,
     quiet: bool = True,
 ) -> Probe:
@@ -97,7 +97,7 @@ def start_from_linear_probe_(
         validation_rows: Rows that choose the penalty.
         collator: Pads a batch.
         problem_type: What the labels are.
-        size: Root mean square that the final layer's weights are scaled down to; see `FittedProbe.of_size`.
+        size: Root mean square that the final layer's weights are scaled down to (`FittedProbe.of_size`); 0: they stay.
         bf16: Compute features in bfloat16.
         quiet: No progress bar.
 
@@ -139,7 +139,7 @@ def fit_final_(
     validation_labels: Array,
     *,
     problem_type: ProblemType = SINGLE_LABEL,
-    size: float = math.inf,
+    size: float = 0.0,
 ) -> FittedProbe:
     """Set the final layer of `model` to `fit_probe` of what it reads, scaled down to `size`; returns it whole."""
     head = head_of(model)
@@ -152,7 +152,7 @@ def fit_final_(
         intercept=head.has_bias,
         problem_type=problem_type,
     )
-    start = fitted.of_size(size)
+    start = fitted.of_size(size) if size else fitted
     set_final_(model, torch.from_numpy(start.weight_CH), torch.from_numpy(start.bias_C) if head.has_bias else None)
     return fitted
 

@@ -1,0 +1,130 @@
+"""Which learning rate an arm has where none was asked for, and how large its head starts."""
+
+from types import SimpleNamespace
+
+import pytest
+from gradients import step_rows
+from recipe_runs import finished, tiny_words
+from tiny import LABELS
+
+import nlpxfer.run
+from nlpxfer.checkpoint.adapter_kinds import KINDS
+from nlpxfer.checkpoint.head import head_of
+from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.config import RunOptions, default_learning_rate
+from nlpxfer.data.schema import LabelSchema
+from nlpxfer.evaluate import arms
+from nlpxfer.methods.distill import Distill
+from nlpxfer.methods.finetune import FineTune
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
+from nlpxfer.run import Run
+from nlpxfer.train.checkpoints import RunIdentity
+
+SCHEMA = LabelSchema(tuple(sorted(LABELS)))
+
+
+@pytest.mark.parametrize(
+    ("width", "rate"), [(128, 3e-4), (512, 3e-4), (513, 5e-5), (768, 5e-5), (1024, 2e-5), (4096, 2e-5)]
+)
+def test_the_wider_the_lower(width, rate):
+    assert default_learning_rate(width) == rate
+    assert default_learning_rate(width, gently=True) == pytest.approx(rate / 10)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem_type", "size"),
+    [
+        ({}, SINGLE_LABEL, 0.02),
+        ({}, MULTI_LABEL, 0),
+        ({}, REGRESSION, 0),
+        ({"num_trained_layers": 0}, SINGLE_LABEL, 0),
+        ({"num_trained_layers": 1}, SINGLE_LABEL, 0.02),
+        ({"linear_probe_size": 0.0}, SINGLE_LABEL, 0),
+        ({"linear_probe_size": 0.5, "num_trained_layers": 0}, SINGLE_LABEL, 0.5),
+    ],
+)
+def test_how_large_a_probe_starts(given, problem_type, size):
+    assert RunOptions(**given).probe_size(problem_type) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "problem_type", "head_kept", "rate"),
+    [
+        ({}, SINGLE_LABEL, False, 3e-4),
+        ({}, SINGLE_LABEL, True, 3e-5),
+        ({}, MULTI_LABEL, False, 3e-5),
+        ({"linear_probe": False}, MULTI_LABEL, False, 3e-4),
+        ({"linear_probe_size": 0.0}, SINGLE_LABEL, False, 3e-5),
+        ({"learning_rate": 0.5}, SINGLE_LABEL, True, 0.5),
+    ],
+)
+def test_a_large_head_wants_a_low_rate(given, problem_type, head_kept, rate):
+    run = SimpleNamespace(options=RunOptions(**given), problem_type=problem_type)
+    run.starts_large = lambda checkpoint: Run.starts_large(run, checkpoint)
+    assert Run.learning_rate_for(run, SimpleNamespace(hidden_size=384, head_kept=head_kept)) == rate
+
+
+@pytest.mark.parametrize(("width", "gently", "rate"), [(384, False, 1e-3), (768, True, 3e-4), (2048, True, 9e-5)])
+def test_rates_of_adapters(width, gently, rate):
+    assert KINDS["lora"].learning_rate_for(width, gently=gently) == rate
+
+
+@pytest.fixture
+def rates(monkeypatch):
+    """Learning rate of each arm that is trained, by its name."""
+    seen = {}
+
+    def train_arm(name, *, options, **rest):
+        seen[name] = options.learning_rate
+        return arms.train_arm(name, options=options, **rest)
+
+    monkeypatch.setattr(nlpxfer.run, "train_arm", train_arm)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("recipe", "own", "expected"),
+    [
+        ("finetune", [], {"fine-tuned": 3e-4}),
+        ("adapters", ["--adapter", "lora", "--full_arm", "true"], {"adapter": 1e-3, "full": 3e-4}),
+        ("distill", ["--student_num_layers", "1"], {"teacher": 3e-4, "distilled": 3e-4, "control": 3e-4}),
+        ("distill", ["--student", "static"], {"teacher": 3e-4, "distilled": 0.01, "control": 0.01}),
+        ("distill", ["--self_distillation", "ema"], {"distilled": 3e-4, "control": 3e-4}),
+    ],
+)
+def test_the_rate_that_is_told_is_the_one_that_was_used(
+    recipe, own, expected, rates, tiny_data, tiny_checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), *own]
+    at = words.index("--learning_rate")
+    run = finished(recipe, tmp_path / "out", *words[:at], *words[at + 2 :], "--max_steps", "2")
+    assert rates == expected
+    told = next(name for name in ("distilled", "adapter", "fine-tuned") if name in expected)
+    assert run.run["config"]["learning_rate"] == expected[told]
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "small"),
+    [
+        (FineTune(), {}, True),
+        (FineTune(), {"linear_probe_size": 0.0}, False),
+        (Distill(), {}, True),
+        (Distill(kd_loss="mse"), {}, False),
+    ],
+)
+def test_a_probe_is_scaled_down_where_sizes_do_not_matter(method, given, small, tiny_checkpoint, tmp_path):
+    shared = {"use_cpu": True, "bf16": False, "disable_tqdm": True, "output_dir": str(tmp_path)}
+    rows = step_rows("bert")
+    prepared = arms.prepare_arm(
+        build=lambda: load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA),
+        method=method,
+        split=lambda tokenizer: arms.Splits(rows, rows, rows),
+        schema=SCHEMA,
+        options=RunOptions(**shared, **given),
+        identity=RunIdentity({}, {}),
+        sampling="natural",
+    )
+    weight = head_of(prepared.trainer.model).final.weight
+    size = weight.detach().square().mean().sqrt().item()
+    assert size == pytest.approx(0.02, rel=1e-3) if small else size > 0.05
