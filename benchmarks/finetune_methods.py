@@ -41,6 +41,7 @@ ALL_DATA = "banking77,clinc150,scicite,pubmedqa,unfair_tos,debian-sections,debia
 METHODS: dict[str, tuple[str, list[str]]] = {
     "full": ("finetune", ["--linear_probe", "false"]),
     "lp-ft": ("finetune", []),
+    "whole-probe": ("finetune", ["--linear_probe_size", "0"]),
     "features": ("features", []),
     "lora": ("adapters", ["--adapter", "lora"]),
     "prefix": ("adapters", ["--adapter", "prefix"]),
@@ -206,7 +207,7 @@ class Bench:
 
     def _targets(self, methods: Mapping[str, Any], metric: str) -> dict[str, Any]:
         score = {name: item["test"][metric]["mean"] for name, item in methods.items()}
-        best_full = max((score[name] for name in ("full", "lp-ft") if name in score), default=None)
+        best_full = max((score[name] for name in ("full", "lp-ft", "whole-probe") if name in score), default=None)
         targets: dict[str, Any] = {}
         if best_full is not None and "features" in score:
             targets["features: points lost"] = judged(best_full - score["features"], FEATURE_POINTS, at_most=True)

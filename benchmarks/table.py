@@ -18,6 +18,7 @@ SCORES = {"accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1"
 METHODS = {
     "full": "all weights, random head",
     "lp-ft": "all weights, head from a linear probe",
+    "whole-probe": "the same, the probe at its own size",
     "features": "frozen features, logistic regression",
     "lora": "LoRA",
     "prefix": "prefix tuning",

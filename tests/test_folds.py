@@ -227,7 +227,7 @@ def noisy(tmp_path_factory, small):
         arms[name] = plain(name, **options)
         return arms[name]
 
-    words = [*WORDS, *small, *files(data)]
+    words = [*WORDS, *small, *files(data), "--linear_probe_size", "0"]  # few steps, which start from a sure probe
     own = ["--num_folds", "3", "--abstain_precision", "0.9", "--error_report", "true", "--save_predictions", "true"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nlpxfer.run, "train_arm", train_arm)
