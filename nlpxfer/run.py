@@ -230,7 +230,7 @@ class Run:
 
     def starts_large(self, checkpoint: Checkpoint) -> bool:
         """Whether the head is large from the start: it comes with the checkpoint, or from a probe of its own size."""
-        return checkpoint.head_kept or (self.options.linear_probe and not self.options.probe_size(self.problem_type))
+        return checkpoint.head_kept or (self.options.linear_probe and not self.options.linear_probe_size)
 
     def learning_rate_for(self, checkpoint: Checkpoint) -> float:
         """The learning rate that was asked for, or else that of such a model where all weights learn."""
@@ -271,8 +271,6 @@ class Run:
         options, ranges = self.options, self.options.ranges
         if not ranges:
             return plan
-        if "linear_probe_size" in ranges:
-            options.linear_probe_size = options.probe_size(self.problem_type)  # of the first trial
         logger.info("%s: searching %s in %d trials", name, ", ".join(ranges), options.num_trials)
         fixed = {key: value for key, value in self._facts().items() if key not in ranges}
         drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}

@@ -44,18 +44,31 @@ def test_the_wider_the_lower(width, rate):
     ],
 )
 def test_how_large_a_probe_starts(given, problem_type, size):
-    assert RunOptions(**given).probe_size(problem_type) == size
+    assert RunOptions(**given).probe_size(problem_type, rows=10_000) == size
+
+
+@pytest.mark.parametrize(
+    ("given", "rows", "small"),
+    [
+        ({"num_train_epochs": 2.0}, 50 * 32, True),
+        ({"num_train_epochs": 2.0}, 49 * 32, False),
+        ({"num_train_epochs": 2.0, "gradient_accumulation_steps": 2}, 50 * 32, False),
+        ({"max_steps": 99}, 10_000, False),
+        ({"max_steps": 100}, 10, True),
+    ],
+)
+def test_few_steps_start_from_a_sure_probe(given, rows, small):
+    assert RunOptions(**given).probe_size(SINGLE_LABEL, rows) == (0.02 if small else 0)
 
 
 @pytest.mark.parametrize(
     ("given", "problem_type", "head_kept", "rate"),
     [
-        ({}, SINGLE_LABEL, False, 3e-4),
-        ({}, SINGLE_LABEL, True, 3e-5),
-        ({}, MULTI_LABEL, False, 3e-5),
-        ({"linear_probe": False}, MULTI_LABEL, False, 3e-4),
+        ({"linear_probe_size": 0.02}, SINGLE_LABEL, False, 3e-4),
+        ({"linear_probe_size": 0.02}, SINGLE_LABEL, True, 3e-5),
+        ({"linear_probe": False, "linear_probe_size": None}, MULTI_LABEL, False, 3e-4),
         ({"linear_probe_size": 0.0}, SINGLE_LABEL, False, 3e-5),
-        ({"learning_rate": 0.5}, SINGLE_LABEL, True, 0.5),
+        ({"learning_rate": 0.5, "linear_probe_size": 0.0}, SINGLE_LABEL, True, 0.5),
     ],
 )
 def test_a_large_head_wants_a_low_rate(given, problem_type, head_kept, rate):
@@ -98,8 +111,10 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
     monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
     words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), *own]
     at = words.index("--learning_rate")
-    run = finished(recipe, tmp_path / "out", *words[:at], *words[at + 2 :], "--max_steps", "2")
+    rest = ["--max_steps", "2", "--linear_probe_size", "0.02"]
+    run = finished(recipe, tmp_path / "out", *words[:at], *words[at + 2 :], *rest)
     assert rates == expected
+    assert run.run["config"]["linear_probe_size"] == 0.02
     told = next(name for name in ("distilled", "adapter", "fine-tuned") if name in expected)
     assert run.run["config"]["learning_rate"] == expected[told]
 
@@ -107,10 +122,10 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
 @pytest.mark.parametrize(
     ("method", "given", "small"),
     [
-        (FineTune(), {}, True),
-        (FineTune(), {"linear_probe_size": 0.0}, False),
-        (Distill(), {}, True),
-        (Distill(kd_loss="mse"), {}, False),
+        (FineTune(), {"max_steps": 100}, True),
+        (FineTune(), {"max_steps": 99}, False),
+        (Distill(), {"linear_probe_size": 0.02}, True),
+        (Distill(kd_loss="mse"), {"linear_probe_size": 0.02}, False),
     ],
 )
 def test_a_probe_is_scaled_down_where_sizes_do_not_matter(method, given, small, tiny_checkpoint, tmp_path):

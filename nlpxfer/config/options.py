@@ -101,6 +101,9 @@ WIDEST_LEARNING_RATES = (2e-5, 2e-6)
 """The same for all wider models."""
 DEFAULT_HEAD_SIZE = 0.02
 """That of a random head: the deviation of its weights in BERT and GPT-2."""
+STEPS_FOR_SMALL_HEAD = 100
+"""Fewer leave a head that starts small unsure of all answers. With 30 steps (450 rows of clinc150) the validation loss
+was 2.9 against 0.6 of a probe of its own size, the accuracy alike; from 125 steps on the accuracy was higher."""
 
 
 def default_learning_rate(hidden_size: int, *, gently: bool = False) -> float:
@@ -309,14 +312,22 @@ class RunOptions(TrainingArguments):
         """The learning rate, or this one if none was given."""
         return default if self.wanted_learning_rate is None else float(self.learning_rate or 0)
 
-    def probe_size(self, problem_type: ProblemType) -> float:
+    def probe_size(self, problem_type: ProblemType, rows: int) -> float:
         """Root mean square that a probe's weights are scaled down to; 0: they stay.
 
-        By default small where more than the head learns and only the order of the answers counts.
+        By default small where more than the head learns, only the order of the answers counts, and there are enough
+        steps to grow sure again.
+
+        Args:
+            problem_type: What the labels are.
+            rows: Training rows with labels.
         """
         if self.linear_probe_size is not None:
             return self.linear_probe_size
-        return 0.0 if self.num_trained_layers == 0 or problem_type != SINGLE_LABEL else DEFAULT_HEAD_SIZE
+        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        steps = self.max_steps if self.max_steps > 0 else math.ceil(rows / step) * self.num_train_epochs
+        small = problem_type == SINGLE_LABEL and self.num_trained_layers != 0 and steps >= STEPS_FOR_SMALL_HEAD
+        return DEFAULT_HEAD_SIZE if small else 0.0
 
     @property
     def is_private(self) -> bool:

@@ -279,7 +279,7 @@ def _prepare_(
             splits.validation,
             collator,
             problem_type=problem_type,
-            size=0.0 if whole_head else options.probe_size(problem_type),
+            size=0.0 if whole_head else options.probe_size(problem_type, len(splits.train)),
             bf16=bool(options.bf16),
             quiet=bool(options.disable_tqdm),
         )
