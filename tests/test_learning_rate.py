@@ -50,11 +50,11 @@ def test_how_large_a_probe_starts(given, problem_type, size):
 @pytest.mark.parametrize(
     ("given", "rows", "small"),
     [
-        ({"num_train_epochs": 2.0}, 50 * 32, True),
-        ({"num_train_epochs": 2.0}, 49 * 32, False),
-        ({"num_train_epochs": 2.0, "gradient_accumulation_steps": 2}, 50 * 32, False),
-        ({"max_steps": 99}, 10_000, False),
-        ({"max_steps": 100}, 10, True),
+        ({"num_train_epochs": 2.0}, 30 * 32, True),
+        ({"num_train_epochs": 2.0}, 29 * 32, False),
+        ({"num_train_epochs": 2.0, "gradient_accumulation_steps": 2}, 30 * 32, False),
+        ({"max_steps": 59}, 10_000, False),
+        ({"max_steps": 60}, 10, True),
     ],
 )
 def test_few_steps_start_from_a_sure_probe(given, rows, small):
@@ -122,8 +122,8 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
 @pytest.mark.parametrize(
     ("method", "given", "small"),
     [
-        (FineTune(), {"max_steps": 100}, True),
-        (FineTune(), {"max_steps": 99}, False),
+        (FineTune(), {"max_steps": 60}, True),
+        (FineTune(), {"max_steps": 59}, False),
         (Distill(), {"linear_probe_size": 0.02}, True),
         (Distill(kd_loss="mse"), {"linear_probe_size": 0.02}, False),
     ],
