@@ -235,7 +235,8 @@ class RunOptions(TrainingArguments):
     control_arm: bool = option(True, "Also measure the same budget without the transfer.")
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     linear_probe_size: float | None = option(
-        None, "Root mean square to scale the probe's weights down to; 0: not at all. Default: 0.02 for classes, 60 steps on."
+        None,
+        "Root mean square to scale the probe's weights down to; 0: not at all. Default: 0.02 for classes, 60 steps on.",
     )
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
     num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
