@@ -236,7 +236,7 @@ class RunOptions(TrainingArguments):
     linear_probe: bool = option(True, "Start a new head from a linear probe on frozen features (LP-FT).")
     linear_probe_size: float | None = option(
         None,
-        "Root mean square to scale the probe's weights down to; 0: not at all. Default: 0.02 for classes, 60 steps on.",
+        "Root mean square to scale the probe's weights down to; 0: not at all. Default: 0.02, if the task allows it.",
     )
     freeze_embeddings: bool = option(True, "Keep the embedding tables as they were pretrained.")
     num_trained_layers: int | None = option(None, "Train only so many top layers and the head. Default: all.")
