@@ -43,7 +43,7 @@ from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.interval import paired_gain
-from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs
+from nlpxfer.methods.base import Batch, LossTerm, Method, row_logits
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.recipes import load_recipe
@@ -89,7 +89,7 @@ class TaughtEachStep(Method):
     def _taught(self, batch: Batch) -> dict[str, torch.Tensor]:
         device = batch["input_ids"].device.type
         with torch.no_grad(), torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-            return {**batch, "teacher_logits": self.teacher(**model_inputs(batch)).logits.float()}
+            return {**batch, "teacher_logits": row_logits(self.teacher, batch).float()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -523,8 +523,7 @@ def trained(key, folder, data, checkpoint, *words):
     ids=["head", "head_tail", "sliding_window"],
 )
 def test_a_word_at_the_end_decides(words, succeeds, end_decides, tiny_checkpoint, tmp_path, caplog):
-    start = ["--linear_probe_size", "0"]  # few steps, which start from a sure probe
-    run = trained("finetune", tmp_path / "out", end_decides, tiny_checkpoint("gpt2"), *words, *start)
+    run = trained("finetune", tmp_path / "out", end_decides, tiny_checkpoint("gpt2"), *words)
     scored = run.report["metrics"]["test"]["accuracy"]
     assert scored > 0.8 if succeeds else scored < 0.45
     told = run.report["data"]["long_texts"]

@@ -250,7 +250,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 def teacher(tiny_checkpoint, tiny_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("teacher") / "bert"
     words = tiny_words(tiny_data, tiny_checkpoint("bert"), epochs=6, rate="2e-3")
-    words += ["--freeze_embeddings", "false", "--control_arm", "false", "--linear_probe_size", "0"]
+    words += ["--freeze_embeddings", "false", "--control_arm", "false"]
     run = finished("finetune", folder, *words)
     assert run.report["metrics"]["test"]["accuracy"] > 0.5
     return run.folder

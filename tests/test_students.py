@@ -43,7 +43,6 @@ def test_a_static_student_from_training_to_predictions(tiny_data, tiny_checkpoin
     words = tiny_words(tiny_data, tiny_checkpoint("bert"), rate="2e-2")
     words += ["--student", "static", "--static_dim", "16", "--static_num_train_epochs", "4", "--unlabelled_file"]
     words += [str(tiny_data.unlabelled), "--teacher_num_train_epochs", "2", "--teacher_learning_rate", "3e-3"]
-    words += ["--linear_probe_size", "0"]  # few steps, which start from a sure probe
     run = finished("distill", tmp_path / "out", *words, "--save_predictions", "true")
     distilled, control = run.arm("distilled"), run.arm("control")
     assert distilled["details"]["steps"] == control["details"]["steps"] == 4 * (-(-360 // 32))
