@@ -2,10 +2,12 @@
 
 python benchmarks/table.py benchmarks/results/finetune_small.json benchmarks/results/distill_small.json
 python benchmarks/table.py                    all finished results that are not of smoke size
+python benchmarks/table.py --page docs/measured.md    also puts them in the place of the tables at the end of the page
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -304,14 +306,22 @@ def caption(found: Mapping[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> str:
     """Write the tables of the named files (default: all in results/) and return them."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, metavar="FILE", help="default: all finished ones")
+    parser.add_argument("--page", type=Path, help="a Markdown page: all from its first heading ### on is replaced")
+    asked = parser.parse_args(argv)
     default = [p for p in sorted(RESULTS.glob("*.json")) if not p.name.endswith((".partial.json", "_smoke.json"))]
-    text = ""
-    for path in [Path(word) for word in words] or default:
+    tables = []
+    for path in asked.results or default:
         found = json.loads(path.read_text(encoding="utf-8"))
-        text += (
-            f"### {found['benchmark']}, {found['scale']}\n\n{TABLES[found['benchmark']](found)}\n{caption(found)}\n"
-        )
+        heading = f"### {found['benchmark']}, {found['scale']}"
+        tables.append(f"{heading}\n\n{TABLES[found['benchmark']](found)}\n{caption(found)}")
+    text = "\n".join(tables)
+    if asked.page:
+        above, heading, _ = asked.page.read_text(encoding="utf-8").partition("\n### ")
+        if not heading:
+            parser.error(f"{asked.page} has no heading ### that its tables begin with")
+        asked.page.write_text(f"{above}\n{text}", encoding="utf-8")
     sys.stdout.write(text)
     return text
 

@@ -309,6 +309,18 @@ def test_no_data_is_said(load, monkeypatch, tmp_path):
         load("data_sets").data_sets(["banking77"], tmp_path)
 
 
+def test_tables_take_the_place_of_those_of_a_page(load, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n\nText.\n\n### old, small\n\nfigures\n", encoding="utf-8")
+    tables = load("table").main(["--page", str(page)])
+    assert page.read_text(encoding="utf-8") == f"# Title\n\nText.\n\n{tables}"
+    page.write_text("# Title\n", encoding="utf-8")
+    with pytest.raises(SystemExit):
+        load("table").main(["--page", str(page)])
+    assert "no heading" in capsys.readouterr().err
+    assert page.read_text(encoding="utf-8") == "# Title\n"
+
+
 def test_gpu_benchmark_refuses_without_a_gpu(load, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match="GPU"):
@@ -319,7 +331,7 @@ def test_figures_of_the_pages_are_those_of_the_results(load: Callable[[str], Mod
     """docs/measured.md holds the tables as they are made from benchmarks/results, the README some of their rows."""
     tables = load("table").main([])
     page = (BENCHMARKS.parent / "docs" / "measured.md").read_text(encoding="utf-8")
-    assert page.endswith(tables.rstrip("\n") + "\n")
+    assert page.endswith(f"\n{tables}"), "python benchmarks/table.py --page docs/measured.md"
     readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
     measured = readme.partition("## Measured")[2].partition("\nMore: ")[0]
     rows = [line for line in measured.splitlines() if line.startswith("|")]
