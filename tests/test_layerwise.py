@@ -11,6 +11,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from nlpxfer.checkpoint.head import head_of
 from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.checkpoint.pooling import use_mean_pooling
 from nlpxfer.checkpoint.student import model_layers
 from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
@@ -223,3 +224,21 @@ def test_bad_values(changes, message, tmp_path):
     with pytest.raises(ConfigError) as raised:
         options_for(tmp_path, **changes)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_layer_that_computes_the_mean_is_none_of_the_trained_layers(tiny_checkpoint, count):
+    """It comes after the blocks, as a pooler does; where only the head learns it stays the mean."""
+    model = use_mean_pooling(classifier(tiny_checkpoint, "bert"))
+    prefix, blocks = model_layers(model)
+    total = len(blocks) - 1
+    depths = parameter_depths(model)
+    assert {depths[name] for name in depths if name.startswith(f"{prefix}.{total}.")} == {total + 1}
+    assert {depths[name] for name in depths if name.startswith(f"{prefix}.{total - 1}.")} == {total}
+    freeze_below_(model, count)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    inside = {index for index in range(total + 1) if any(name.startswith(f"{prefix}.{index}.") for name in trained)}
+    assert inside == (set(range(total - count, total + 1)) if count else set())
+    assert {"classifier.weight", "classifier.bias"} <= trained
+    with pytest.raises(ConfigError, match=f"more than the {total} layers"):
+        freeze_below_(model, total + 1)

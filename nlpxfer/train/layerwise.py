@@ -1,7 +1,7 @@
 """Training that depends on how deep a weight lies: top layers only, decaying rates, gradual unfreezing, and L2-SP.
 
 A model of L blocks has the depths 0 (embeddings), 1 to L (its blocks), and L + 1 (what comes after them: final norm,
-pooler, head).
+pooler, head). A block that was added to compute the mean (`nlpxfer.checkpoint.pooling`) counts as a pooler.
 
 Sources: gradual unfreezing and rates per layer, Howard and Ruder 2018, arXiv:1801.06146 (sections 3.2 and 3.3);
 penalty on the way from the start (L2-SP), Li, Grandvalet and Davoine 2018, arXiv:1802.01483 (equation 2).
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from nlpxfer.checkpoint.head import head_of
+from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.student import model_layers
 from nlpxfer.errors import ConfigError
 from nlpxfer.methods.states import STUDENT_STATES
@@ -43,18 +44,19 @@ def parameter_depths(model: PreTrainedModel) -> dict[str, int]:
         CheckpointError: The model has no list of blocks (ALBERT repeats a single one).
     """
     prefix, blocks = model_layers(model)
+    top = len(blocks) + 1 - has_mean_layer(model)
     block = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     depths = {}
     for name, _ in model.named_parameters():
         if found := block.match(name):
-            depths[name] = int(found[1]) + 1
+            depths[name] = min(int(found[1]) + 1, top)
         else:
-            depths[name] = 0 if re.search(r"embed|\bwte\b|\bwpe\b", name) else len(blocks) + 1
+            depths[name] = 0 if re.search(r"embed|\bwte\b|\bwpe\b", name) else top
     return depths
 
 
 def freeze_below_(model: PreTrainedModel, count: int) -> None:
-    """Leave only the top `count` blocks, and what comes after them, to be trained.
+    """Leave only the top `count` blocks, and what comes after them, to be trained; with 0 the mean stays a mean.
 
     Raises:
         ConfigError: The model has fewer blocks.
@@ -67,8 +69,9 @@ def freeze_below_(model: PreTrainedModel, count: int) -> None:
             f"num_trained_layers: {count} is more than the {total} layers that {type(model).__name__} has here.",
             fix=f"--num_trained_layers {total}",
         )
+    blocks = f"{model_layers(model)[0]}."
     for name, parameter in model.named_parameters():
-        if depths[name] <= total - count:
+        if depths[name] <= total - count or (count == 0 and name.startswith(blocks)):
             parameter.requires_grad_(False)
 
 
