@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import DECODERS, FAMILIES, LABELS, MAIN_FAMILIES
+from tiny import DECODERS, FAMILIES, LABELS, MAIN_FAMILIES, edit_json
 
 from nlpxfer.checkpoint import (
     load_classifier,
@@ -30,12 +29,6 @@ def probabilities_by_name(checkpoint):
     with torch.no_grad():
         shares = checkpoint.model(**batch).logits.softmax(-1)
     return {checkpoint.model.config.id2label[i]: shares[:, i] for i in range(shares.shape[1])}
-
-
-def edit_json(file, **changes):
-    content = json.loads(file.read_text())
-    content.update(changes)
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 FRESH = {
@@ -182,6 +175,15 @@ def test_family_without_classifier_lists_those_with_one(tiny_copy):
     with pytest.raises(CheckpointError, match=r"'clip'.*no sequence classification class") as caught:
         load_classifier(str(folder), schema=SCHEMA)
     assert "bert" in str(caught.value)
+
+
+def test_family_that_reads_the_last_position_is_refused(tiny_copy):
+    """XLNet's classifier reads padding behind a shorter text."""
+    folder = tiny_copy("bert")
+    (folder / "config.json").unlink()
+    edit_json(folder / "config.json", model_type="xlnet")
+    with pytest.raises(CheckpointError, match="'xlnet', whose classifier reads the last position"):
+        load_classifier(str(folder), schema=SCHEMA)
 
 
 def test_unknown_family_is_refused(tiny_copy):

@@ -12,18 +12,13 @@ import types
 import huggingface_hub
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny import LABELS
+from tiny import LABELS, edit_json
 
 from nlpxfer.checkpoint import check_folder, load_classifier, resolve_checkpoint
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, CheckpointNotFoundError, UnsafeCheckpointError
 
 SCHEMA = LabelSchema(LABELS)
-
-
-def edit_json(file, **changes):
-    content = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**content, **changes}))
 
 
 def shard(folder, names=("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")):

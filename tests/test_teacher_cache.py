@@ -12,7 +12,7 @@ import pytest
 from cache_processes import ask_together, die_in_the_third_part
 from processes import TIMEOUT
 from safetensors.numpy import load_file
-from tiny import LABELS, make_rows
+from tiny import LABELS, edit_json, make_rows
 
 from nlpxfer.checkpoint import load_teacher
 from nlpxfer.data.schema import LabelSchema
@@ -316,6 +316,19 @@ def test_a_changed_weight_makes_it_another_teacher(teacher, tiny_checkpoint, tmp
             teacher_logits(teacher, TINY_TEXTS, **{**options, **change})
     with pytest.raises(StaleCacheError, match="labels"):
         teacher_logits(teacher, TINY_TEXTS, **{**options, "labels": LABELS[::-1]})
+
+
+def test_a_changed_config_makes_it_another_teacher(teacher, tiny_copy, tmp_path):
+    options = {"labels": LABELS, "max_length": 32, "folder": tmp_path / "a"}
+    before, _ = teacher_logits(teacher, TINY_TEXTS, **options)
+    folder = tiny_copy("bert", "classifier")
+    edit_json(folder / "config.json", hidden_dropout_prob=0.3, transformers_version="4.0.0")
+    same, facts = teacher_logits(load_teacher(str(folder), schema=LabelSchema(LABELS)), TINY_TEXTS, **options)
+    assert facts["computed"] == 0
+    np.testing.assert_array_equal(same, before)
+    edit_json(folder / "config.json", hidden_act="relu")
+    with pytest.raises(StaleCacheError, match="weights: cached"):
+        teacher_logits(load_teacher(str(folder), schema=LabelSchema(LABELS)), TINY_TEXTS, **options)
 
 
 def test_default_folder(teacher, tmp_path, monkeypatch):

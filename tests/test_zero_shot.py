@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import LABELS, make_rows
+from tiny import LABELS, edit_json, make_rows
 
 from nlpxfer.checkpoint.entailment import entailment_columns, hypotheses, load_entailment
 from nlpxfer.errors import CheckpointError, ConfigError, DataNotFoundError, LabelError, StaleCacheError
@@ -84,6 +84,24 @@ def test_logits_are_those_of_each_pair(kind, names, tiny_checkpoint, tmp_path):
     other = {**options, "hypotheses": hypotheses("It is {}.", LABELS)}
     with pytest.raises(StaleCacheError, match="hypotheses: cached"):
         zero_shot_logits(scorer, TEXTS, folder=tmp_path / "a", **other)
+
+
+def test_renamed_columns_are_another_teacher(tiny_copy, tmp_path):
+    """Who mends the names in config.json gets other logits, though no weight has changed."""
+    folder = tiny_copy("bert", "classifier", labels=NLI)
+    found = []
+    for names in (NLI, NLI[::-1]):
+        edit_json(
+            folder / "config.json", id2label=dict(enumerate(names)), label2id={n: i for i, n in enumerate(names)}
+        )
+        scorer = load_entailment(str(folder), problem_type=SINGLE_LABEL)
+        options = {"labels": LABELS, "hypotheses": hypotheses(TEMPLATE, LABELS), "problem_type": SINGLE_LABEL}
+        found.append((scorer, options | {"max_length": 48}))
+    first, _ = zero_shot_logits(found[0][0], TEXTS, folder=tmp_path / "a", **found[0][1])
+    with pytest.raises(StaleCacheError, match="columns: cached"):
+        zero_shot_logits(found[1][0], TEXTS, folder=tmp_path / "a", **found[1][1])
+    other, _ = zero_shot_logits(found[1][0], TEXTS, folder=tmp_path / "b", **found[1][1])
+    assert np.abs(other - first).max() > 1e-4
 
 
 def test_models_and_tasks_that_do_not_fit(tiny_checkpoint):

@@ -223,3 +223,10 @@ def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> Path:
         writer.writeheader()
         writer.writerows(rows)
     return path
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    """Change entries of a JSON file, which need not be there; None takes an entry out."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    kept = {key: value for key, value in {**content, **changes}.items() if value is not None}
+    path.write_text(json.dumps(kept), encoding="utf-8")

@@ -15,8 +15,9 @@ from nlpxfer.checkpoint.head import head_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_NOT_OF_THE_BODY: Final = frozenset(
+_WITHOUT_EFFECT: Final = frozenset(
     {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path", "transformers_version"}
+    | {"dtype"}  # which the weights say themselves
 )
 
 
@@ -32,13 +33,20 @@ def body_fingerprint(model: PreTrainedModel) -> str:
     names of labels, where the checkpoint came from and dropout do not count.
     """
     head = head_parameters(model)
+    weights = {name: value for name, value in model.state_dict().items() if name not in head}
+    return _sha256_of(weights, _config_facts(model))
+
+
+def model_fingerprint(model: PreTrainedModel) -> str:
+    """sha256 (hex) over all that the logits of given tokens depend on: `body_fingerprint` and the head."""
+    return _sha256_of(model.state_dict(), _config_facts(model))
+
+
+def _config_facts(model: PreTrainedModel) -> bytes:
     config = {
-        key: value
-        for key, value in model.config.to_dict().items()
-        if key not in _NOT_OF_THE_BODY and "drop" not in key
+        key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT and "drop" not in key
     }
-    facts = json.dumps(config, sort_keys=True, default=str).encode()
-    return _sha256_of({name: value for name, value in model.state_dict().items() if name not in head}, facts)
+    return json.dumps(config, sort_keys=True, default=str).encode()
 
 
 def _sha256_of(state: Mapping[str, Any], facts: bytes = b"") -> str:

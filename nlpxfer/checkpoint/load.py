@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
+from nlpxfer.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
 from nlpxfer.checkpoint.narrow import Kept, narrow_model
 from nlpxfer.checkpoint.pooling import is_mean_encoder
@@ -70,6 +70,11 @@ class Checkpoint:
     def weights_sha256(self) -> str:
         """sha256 over names, types, shapes and bytes of the model's present weights."""
         return weights_fingerprint(self.model)
+
+    @property
+    def model_sha256(self) -> str:
+        """sha256 over all that the logits of given tokens depend on: weights, and the config beside names."""
+        return model_fingerprint(self.model)
 
     @property
     def tokenizer_sha256(self) -> str:
@@ -311,6 +316,12 @@ def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[Res
             f"{name} is of the family {config.model_type!r}, which has no sequence classification class.",
             fix="use a checkpoint of a family with one",
             available=known,
+        )
+    if getattr(config, "summary_type", None) == "last":
+        raise CheckpointError(
+            f"{name} is of the family {config.model_type!r}, whose classifier reads the last position of the batch.",
+            why="Behind a shorter text that is padding, so its answer would depend on the texts beside it.",
+            fix="use a checkpoint of another family",
         )
     return resolved, config
 

@@ -71,7 +71,7 @@ class Panel:
         """What a resumed run must share."""
         only = self.teachers[0]
         if isinstance(only, ModelTeacher) and len(self.teachers) == 1:
-            return only.classifier.weights_sha256
+            return only.classifier.model_sha256
         weights = () if self.mixture is None else (*self.mixture.weights, *self.mixture.temperatures)
         return fingerprint(list(self.parents(run).values()), [round(weight, 4) for weight in weights])
 

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 FORMAT_VERSION = 4
-PART_ROWS = 8192
+PART_ROWS = 1024
 """Rows per part: what an interruption can lose."""
 
 
@@ -43,13 +43,14 @@ class TeacherIdentity:
     """All that the logits of a text depend on.
 
     Attributes:
-        weights: sha256 over the teacher's weights.
+        weights: sha256 over the teacher's weights and its config.
         tokenizer: sha256 over its tokenizer.
         labels: Label names in the order of the logits' columns.
         max_length: Tokens after which a text is cut.
         precision: "float32" or "bfloat16".
         long_texts: How longer texts are read: `LongTexts.describe`.
         hypotheses: What an entailment model is asked of each text, in the order of the labels; empty for a classifier.
+        columns: The columns of an entailment model that say yes and no, as numbers; empty for a classifier.
     """
 
     weights: str
@@ -59,12 +60,13 @@ class TeacherIdentity:
     precision: str
     long_texts: str = "head"
     hypotheses: tuple[str, ...] = ()
+    columns: tuple[int | None, ...] = ()
 
     def as_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""
         facts = {"weights": self.weights, "tokenizer": self.tokenizer, "labels": list(self.labels)}
         reading = {"max_length": self.max_length, "long_texts": self.long_texts, "precision": self.precision}
-        asked = {"hypotheses": list(self.hypotheses)} if self.hypotheses else {}
+        asked = {"hypotheses": list(self.hypotheses), "columns": list(self.columns)} if self.hypotheses else {}
         return {"version": FORMAT_VERSION, **facts, **reading, **asked}
 
     @property
@@ -137,7 +139,7 @@ def teacher_logits(
     start = time.perf_counter()
     plan = long_texts or LongTexts()
     identity = TeacherIdentity(
-        weights=teacher.weights_sha256,
+        weights=teacher.model_sha256,
         tokenizer=teacher.tokenizer_sha256,
         labels=tuple(labels),
         max_length=max_length,

@@ -45,13 +45,14 @@ def zero_shot_identity(
 ) -> TeacherIdentity:
     """All that the logits depend on."""
     return TeacherIdentity(
-        weights=scorer.checkpoint.weights_sha256,
+        weights=scorer.checkpoint.model_sha256,
         tokenizer=scorer.checkpoint.tokenizer_sha256,
         labels=tuple(labels),
         max_length=max_length,
         precision="bfloat16" if bf16 else "float32",
         long_texts=f"entailment, {problem_type}",
         hypotheses=tuple(hypotheses),
+        columns=(scorer.entails, scorer.against),
     )
 
 
