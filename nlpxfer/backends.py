@@ -31,6 +31,7 @@ from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.hub.folder import digest
 from nlpxfer.methods.base import MODEL_INPUTS
+from nlpxfer.report.run import recorded_options
 from nlpxfer.train.launch import use_threads
 from nlpxfer.train.precision import choose_precision, padding_multiple
 from nlpxfer.train.predict import batches_by_length, mean_of_windows, predict
@@ -234,7 +235,7 @@ def open_onnx(file: Path) -> OnnxBackend:
         tokenizer=described.tokenizer,
         folder=described.folder,
         max_positions=positions,
-        trained=_training_options(described.folder),
+        trained=recorded_options(described.folder),
         default_batch_size=ONNX_BATCH,
         session=session,
         file=file,
@@ -283,21 +284,12 @@ def _read(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, dict[s
         checkpoint = Checkpoint(
             model=plain, tokenizer=adapter.tokenizer, name=model, folder=bundle, fresh=(), head_kept=True
         )
-        return adapter.schema, checkpoint, _training_options(bundle) | {"max_length": adapter.base.max_length}
+        return adapter.schema, checkpoint, recorded_options(bundle) | {"max_length": adapter.base.max_length}
     if base is not None:
         raise ConfigError(f"base: {model} is a whole model and needs none", fix="leave --base out")
     schema = stored_schema(model)
     checkpoint = load_teacher(model, schema=schema)
-    return schema, checkpoint, _training_options(checkpoint.folder)
-
-
-def _training_options(folder: Path | None) -> dict[str, Any]:
-    """The options of the training, if the folder says."""
-    file = None if folder is None else folder / "run.json"
-    if file is None or not file.is_file():
-        return {}
-    options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("config", {})
-    return options
+    return schema, checkpoint, recorded_options(checkpoint.folder)
 
 
 def _exported_positions(file: Path) -> int:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
-from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
@@ -52,6 +51,7 @@ from nlpxfer.teachers import (
     folds_of_teacher,
     measure_panel,
     open_teachers,
+    start_of,
     taught_by_each_other,
     train_on_folds,
     transfer_curve,
@@ -190,7 +190,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
             training = training_of(run, plan, source) | {"max_steps": student[0].steps}
             control = run.train("control", build, alone, **training)
-            description = f"the same student and number of steps, without a teacher; from {pretrained.name}"
+            start = f"the teacher's own weights ({pretrained.name})" if pretrained is source else pretrained.name
+            description = f"the same student and number of steps, without a teacher; from {start}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
@@ -232,7 +233,7 @@ def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Pane
 
     Teachers are those that were given, or one is fine-tuned on the spot and saved in `teacher/` of the output folder.
     The student is cut from the first that is a classifier, or else from the pretrained checkpoint; the control student
-    from the pretrained checkpoint, or from the same teacher if that is not known.
+    from the pretrained checkpoint (`start_of`).
     """
     given = open_teachers(run, plan)
     if not given:
@@ -241,7 +242,8 @@ def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Pane
     if source is None:
         source = base = load_classifier(str(plan.pretrained), schema=run.data.schema, seed=run.seeds[0])
     else:
-        base = source if plan.pretrained is None else start_of(source, plan.pretrained, run)
+        named, needless = plan.model_name_or_path, plan.student_name_or_path or not run.options.control_arm
+        base = source if needless and not named else start_of(source, named, run.data.schema)
     models = [teacher.model for teacher in given if teacher.model]
     begin(run, plan, source, models, arms=2)
     for model in models:
@@ -291,25 +293,6 @@ def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:
     """The plan of a student that is an assistant of so many layers, spread over the teacher."""
     whole = {**CUTS, "student_num_layers": layers, "student": LAYERS, "student_name_or_path": None}
     return replace(plan, **whole)
-
-
-def start_of(teacher: Checkpoint, pretrained: str, run: Run) -> Checkpoint:
-    """The pretrained checkpoint of a given teacher.
-
-    Raises:
-        ConfigError: The teacher cannot have started from it: the weights of its body have other shapes.
-    """
-    base = load_classifier(pretrained, schema=run.data.schema)
-    ours, theirs = (
-        {name: tuple(weight.shape) for name, weight in checkpoint.model.base_model.named_parameters()}
-        for checkpoint in (base, teacher)
-    )
-    known = {name: shape for name, shape in theirs.items() if name in ours} == ours
-    if not known or (len(theirs) > len(ours) and not has_mean_layer(teacher.model)):
-        raise ConfigError(
-            f"model_name_or_path: {teacher.name} did not start from {pretrained}: their weights have other shapes."
-        )
-    return base
 
 
 def distil_itself(run: Run, plan: DistillOptions) -> Report:

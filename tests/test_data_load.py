@@ -17,6 +17,7 @@ from nlpxfer.errors import ConfigError, DataError, LabelError
 ROOT = Path(__file__).resolve().parents[1]
 LONG = " ".join(f"w{i}" for i in range(25))
 LONG_NEAR = " ".join(f"w{i}" for i in range(1, 25))
+LONG_FREE = " ".join(f"w{i}" for i in range(24))
 
 
 def write(path, rows, columns=("text", "label")):
@@ -180,7 +181,7 @@ def leaky(three, tmp_path):
     rewrite(three, "train", [*rows(5, "train"), ("Leaked  EXACTLY here", "a"), (LONG, "b"), ("also validated", "a")])
     rewrite(three, "test", [("fresh", "b"), ("leaked exactly here", "b"), (LONG_NEAR, "a")])
     rewrite(three, "validation", [("also Validated", "a"), ("leaked exactly here", "b")])
-    (tmp_path / "free.txt").write_text(f"free\n{LONG}\nFRESH\nalso validated\n", encoding="utf-8")
+    (tmp_path / "free.txt").write_text(f"free\n{LONG_FREE}\nFRESH\nalso validated\n{LONG}\n", encoding="utf-8")
     return {**three, "unlabelled_file": str(tmp_path / "free.txt")}
 
 
@@ -194,12 +195,23 @@ def test_leaks_are_counted(leaky):
     assert len(data.train) == 13
 
 
-def test_unlabelled_texts_of_evaluation_rows_always_go(leaky):
+def test_unlabelled_texts_of_labelled_rows_always_go(leaky):
     data = load_data(DataRequest(**leaky))
-    assert data.unlabelled["text"][:] == ["free", LONG]
+    assert data.unlabelled["text"][:] == ["free", LONG_FREE]
     assert data.unlabelled["row"][:] == [1, 2]
-    assert data.removed == {"unlabelled_exact": 2}
+    assert data.removed == {"unlabelled_exact": 3}
     assert data.facts()["rows"]["unlabelled"] == 2
+
+
+def test_unlabelled_texts_may_be_training_rows_that_were_not_drawn(leaky, tmp_path):
+    """Few labels: all texts of the training file may serve without theirs, each of them once."""
+    texts = [*(text for text, _ in rows(5, "train")), "free"]
+    (tmp_path / "free.txt").write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
+    data = load_data(DataRequest(**leaky, max_train_samples=4))
+    both = [*data.train["text"][:], *data.unlabelled["text"][:]]
+    assert len(both) == len(set(both))
+    assert set(texts) <= set(both)
+    assert len(data.unlabelled) > 1
 
 
 def test_dropping_leaks_leaves_evaluation_rows_alone(leaky):
@@ -207,7 +219,7 @@ def test_dropping_leaks_leaves_evaluation_rows_alone(leaky):
     assert data.train["row"][:] == list(range(1, 11))
     assert data.unlabelled["text"][:] == ["free"]
     assert (len(data.validation), len(data.test)) == (2, 3)
-    assert data.removed == {"unlabelled_exact": 2, "train_leaks": 3, "unlabelled_leaks": 1}
+    assert data.removed == {"unlabelled_exact": 2, "train_leaks": 3, "unlabelled_leaks": 2}
     assert {pair: found["rows"] for pair, found in data.leaks.items() if found["rows"]} == {"validation_test": [1]}
 
 
@@ -220,7 +232,7 @@ def test_losing_a_class_or_everything_to_leaks_is_an_error(leaky, three, tmp_pat
     rewrite(three, "train", [*rows(5, "train"), ("fresh", "c"), ("leaked exactly here", "c")])
     assert "train.csv: every training row of 'c' also stands" in fault(DataError, **three, drop_leaks=True)
     (tmp_path / "free.txt").write_text("FRESH\n", encoding="utf-8")
-    assert "free.txt: all 1 rows also stand in validation or test" in fault(DataError, **leaky)
+    assert "free.txt: all 1 rows also stand in train, validation or test" in fault(DataError, **leaky)
 
 
 def test_contradictions_are_counted_once_per_text(three):

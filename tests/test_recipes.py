@@ -172,10 +172,11 @@ def test_the_order_of_the_teachers_labels_does_not_matter(tiny_data, teacher, tm
     assert sliced[0].report["verdict"] == sliced[1].report["verdict"]
 
 
-def test_the_control_student_starts_from_what_the_teacher_started_from(tiny_data, teacher, bert, tmp_path):
+def test_the_control_student_starts_from_what_the_teacher_started_from(tiny_data, teacher, bert, tmp_path, caplog):
     unknown = distil(tiny_data, tmp_path / "unknown", teacher)
     known = distil(tiny_data, tmp_path / "known", teacher, "--model_name_or_path", bert)
-    assert unknown.arm("control")["description"].endswith("from bert")
+    assert unknown.arm("control")["description"].endswith("from the teacher's own weights (bert)")
+    assert "bert-base, which its run.json names, cannot be loaded, so its layers come from the teacher" in caplog.text
     assert known.arm("control")["description"].endswith("from bert-base")
     assert sha256(unknown.folder) == sha256(known.folder), "the taught student is a slice of the teacher in both"
     assert unknown.arm("control")["metrics"] != known.arm("control")["metrics"]
@@ -184,6 +185,23 @@ def test_the_control_student_starts_from_what_the_teacher_started_from(tiny_data
     assert "did not start from" in refused("distill", tmp_path / "out", *words, other)
     message = refused("distill", tmp_path / "out", *words, bert, "--student_name_or_path", bert)
     assert "model_name_or_path: does nothing beside teacher_name_or_path and student_name_or_path" in message
+
+
+@pytest.mark.parametrize("layers", [None, 5])
+def test_run_json_says_what_a_teacher_started_from(tiny_data, teacher, bert, tmp_path, layers, caplog):
+    """As `recipes/finetune.py` leaves it; a checkpoint that does not fit is not taken."""
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    start = build_checkpoint(tmp_path / "deeper", "bert", layers=layers) if layers else bert
+    (folder / "run.json").write_text(json.dumps({"config": {"model_name_or_path": str(start)}}), encoding="utf-8")
+    found = distil(tiny_data, tmp_path / "found", folder)
+    description = found.arm("control")["description"]
+    if layers:
+        assert description.endswith("from the teacher's own weights (teacher)")
+        assert "which its run.json names, have other shapes" in caplog.text
+    else:
+        named = distil(tiny_data, tmp_path / "named", folder, "--model_name_or_path", bert)
+        assert description == named.arm("control")["description"]
+        assert found.arm("control")["metrics"] == named.arm("control")["metrics"]
 
 
 def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teacher, tmp_path):

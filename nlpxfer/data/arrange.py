@@ -206,13 +206,17 @@ def _strata(rows: Rows, problem_type: str) -> Sequence[Any]:
 
 
 def keep_apart(unlabelled: Rows, splits: Mapping[str, Rows]) -> Rows:
-    """Take out the unlabelled texts that stand exactly in validation or test.
+    """Take out the unlabelled texts that stand exactly in a split.
+
+    Those of training rows are taught with their labels already; a second time, they would be taught by a teacher that
+    has learnt them by heart, whatever answers the training rows themselves get.
 
     Raises:
         DataError: None is left.
     """
-    evaluated = {*splits["validation"].keys(), *splits["test"].keys()}
-    return _left(unlabelled, [index for index, key in enumerate(unlabelled.keys()) if key not in evaluated])
+    labelled = {key for rows in splits.values() for key in rows.keys()}
+    left = [index for index, key in enumerate(unlabelled.keys()) if key not in labelled]
+    return _left(unlabelled, left, "train, validation or test")
 
 
 def drop_leaks(rows: Rows, splits: Mapping[str, Rows]) -> Rows:
@@ -223,12 +227,12 @@ def drop_leaks(rows: Rows, splits: Mapping[str, Rows]) -> Rows:
     """
     evaluated = [*splits["validation"].keys(), *splits["test"].keys()]
     leaking = set(find_leaks(rows.keys(), evaluated).reference_rows)
-    return _left(rows, [index for index in range(len(rows)) if index not in leaking])
+    return _left(rows, [index for index in range(len(rows)) if index not in leaking], "validation or test")
 
 
-def _left(rows: Rows, indices: Sequence[int]) -> Rows:
+def _left(rows: Rows, indices: Sequence[int], where: str) -> Rows:
     if not indices:
-        raise DataError(f"{rows.source}: all {len(rows)} rows also stand in validation or test; none is left.")
+        raise DataError(f"{rows.source}: all {len(rows)} rows also stand in {where}; none is left.")
     return rows.take(indices)
 
 

@@ -254,30 +254,30 @@ def _freeze(
 def _reduce(
     splits: dict[str, Rows], unlabelled: Rows | None, request: DataRequest, schema: LabelSchema
 ) -> tuple[Rows, Rows | None, dict[str, int]]:
-    """Take out what may not be learnt from, then draw the sample; also how many rows each step took out."""
+    """Take out what may not be learnt from, and draw the samples; also how many rows each step took out."""
     train, removed = splits["train"], {}
-    if unlabelled is not None:
-        rest = keep_apart(unlabelled, splits)
-        removed["unlabelled_exact"] = len(unlabelled) - len(rest)
-        unlabelled = rest
     if request.drop_leaks:
         clean = drop_leaks(train, splits)
         if schema.problem_type == SINGLE_LABEL:
             check_classes_left(clean, schema)
         removed["train_leaks"] = len(train) - len(clean)
         train = clean
-        if unlabelled is not None:
-            rest = drop_leaks(unlabelled, splits)
-            removed["unlabelled_leaks"] = len(unlabelled) - len(rest)
-            unlabelled = rest
-    if unlabelled is not None and request.unlabelled_rows is not None:
-        rest = draw_texts(unlabelled, request.unlabelled_rows, request.seed)
-        removed["unlabelled_sample"] = len(unlabelled) - len(rest)
-        unlabelled = rest
     if request.max_train_samples is not None:
         drawn = sample(train, request.max_train_samples, request.seed, problem_type=schema.problem_type)
         removed["train_sample"] = len(train) - len(drawn)
         train = drawn
+    if unlabelled is not None:
+        rest = keep_apart(unlabelled, {**splits, "train": train})
+        removed["unlabelled_exact"] = len(unlabelled) - len(rest)
+        unlabelled = rest
+        if request.drop_leaks:
+            rest = drop_leaks(unlabelled, splits)
+            removed["unlabelled_leaks"] = len(unlabelled) - len(rest)
+            unlabelled = rest
+        if request.unlabelled_rows is not None:
+            rest = draw_texts(unlabelled, request.unlabelled_rows, request.seed)
+            removed["unlabelled_sample"] = len(unlabelled) - len(rest)
+            unlabelled = rest
     LOGGER.info("rows taken out: %s", removed or "none")
     return train, unlabelled, removed
 

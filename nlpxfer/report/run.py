@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,15 @@ def write_run(
         "facts": facts or {},
     }
     return write_json_whole(Path(folder) / RUN_FILE, scrub(plain(content, "run")))
+
+
+def recorded_options(folder: Path | None) -> dict[str, Any]:
+    """The options of the training that wrote a model's folder; empty if it does not say."""
+    file = None if folder is None else folder / RUN_FILE
+    if file is None or not file.is_file():
+        return {}
+    options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("config", {})
+    return options
 
 
 def versions() -> dict[str, str | None]:

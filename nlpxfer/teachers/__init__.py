@@ -9,6 +9,7 @@ from nlpxfer.teachers.chain import check_assistants, folds_of_teacher, taught_by
 from nlpxfer.teachers.curve import check_curve, transfer_curve
 from nlpxfer.teachers.panel import Panel, measure_panel
 from nlpxfer.teachers.rows import TransferRows, check_contradiction_weight, with_unlabelled
+from nlpxfer.teachers.start import start_of
 from nlpxfer.teachers.teacher import FileTeacher, ModelTeacher, Teacher, ZeroShotTeacher, open_teachers
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "folds_of_teacher",
     "measure_panel",
     "open_teachers",
+    "start_of",
     "taught_by_each_other",
     "train_on_folds",
     "transfer_curve",

@@ -1,0 +1,65 @@
+"""The pretrained checkpoint that a given teacher started from: there the control student has its layers from."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from nlpxfer.checkpoint.load import load_classifier
+from nlpxfer.checkpoint.pooling import has_mean_layer
+from nlpxfer.errors import CheckpointError, ConfigError
+from nlpxfer.report.run import recorded_options
+
+if TYPE_CHECKING:
+    from nlpxfer.checkpoint.load import Checkpoint
+    from nlpxfer.data.schema import LabelSchema
+
+LOGGER = logging.getLogger(__name__)
+
+
+def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Checkpoint:
+    """The pretrained checkpoint of a given teacher, or the teacher itself if it is not known.
+
+    Args:
+        teacher: A classifier that was given.
+        named: `model_name_or_path`; None for what the teacher's run.json says.
+        schema: The labels.
+
+    Raises:
+        ConfigError: The teacher cannot have started from what was named: the weights of its body have other shapes.
+        CheckpointError: What was named cannot be loaded.
+    """
+    if named is not None:
+        base = load_classifier(named, schema=schema)
+        if not _may_start_from(teacher, base):
+            raise ConfigError(
+                f"model_name_or_path: {teacher.name} did not start from {named}: their weights have other shapes."
+            )
+        return base
+    recorded = recorded_options(teacher.folder).get("model_name_or_path")
+    why = "no run.json says what it started from"
+    if recorded:
+        try:
+            base = load_classifier(str(recorded), schema=schema)
+            if _may_start_from(teacher, base):
+                LOGGER.info("control: its layers come from %s, which %s started from", base.name, teacher.name)
+                return base
+            why = f"the weights of {recorded}, which its run.json names, have other shapes"
+        except CheckpointError:
+            why = f"{recorded}, which its run.json names, cannot be loaded"
+    LOGGER.warning(
+        "control: %s, so its layers come from the teacher %s itself and know what that has learnt\n"
+        "  Try: --model_name_or_path NAME, the pretrained checkpoint",
+        why,
+        teacher.name,
+    )
+    return teacher
+
+
+def _may_start_from(teacher: Checkpoint, base: Checkpoint) -> bool:
+    ours, theirs = (
+        {name: tuple(weight.shape) for name, weight in checkpoint.model.base_model.named_parameters()}
+        for checkpoint in (base, teacher)
+    )
+    known = {name: shape for name, shape in theirs.items() if name in ours} == ours
+    return known and (len(theirs) == len(ours) or has_mean_layer(teacher.model))
