@@ -248,7 +248,7 @@ def students_tables(found: Mapping[str, Any]) -> str:
             for student, each in item[f"{prefix}students"].items():
                 gain = each["gain"]
                 shown = [100 * gain[key] for key in ("gain", "low", "high")]
-                kept = each["kept"]
+                kept, ratio = each["kept"], each["speed_ratio"]
                 rows.append(
                     [
                         name,
@@ -257,6 +257,7 @@ def students_tables(found: Mapping[str, Any]) -> str:
                         *(share(each[arm]["test_accuracy"]) for arm in ("teacher", "distilled", "control")),
                         verdict(kept, percent) if isinstance(kept, Mapping) else percent(kept),
                         f"{shown[0]:+.1f} [{shown[1]:+.1f}, {shown[2]:+.1f}] ({gain['call']})",
+                        verdict(ratio, times) if isinstance(ratio, Mapping) else times(ratio),
                         f"{each['distilled']['latency']['one_row']['total_p50_ms']:.2f} ms",
                     ]
                 )
@@ -269,6 +270,7 @@ def students_tables(found: Mapping[str, Any]) -> str:
             "control",
             "kept",
             "gain",
+            "rows per second, of the teacher's",
             "one row",
         ]
         text += table(heads, rows) + "\n" if rows else ""
