@@ -200,7 +200,7 @@ class Bench:
         start = time.perf_counter()
         rows = TransferRows(self.run, Panel([ModelTeacher(self.taught, str(self.cache))]))
         teacher_seconds = time.perf_counter() - start
-        method = Distill(temperature=self.plan.temperature, kd_weight=self.plan.kd_weight)
+        method = Distill(temperature=self.plan.temperature, kd_weight=self.plan.share_of_teacher)
         facts = {"teacher": self.taught.weights_sha256}
         split = rows.split(self.plan)
         training = training_of(self.run, self.plan, self.taught) | {"split": split, "seeds": [seed], "facts": facts}
@@ -211,7 +211,7 @@ class Bench:
     def cost(self, student: str, *, cached: bool) -> dict[str, Any]:
         """Seconds of a distillation over five epochs, from an empty cache of teacher logits or without one."""
         plan = replace(self.plan, **COST_STUDENTS[student])
-        method = Distill(temperature=plan.temperature, kd_weight=plan.kd_weight)
+        method = Distill(temperature=plan.temperature, kd_weight=plan.share_of_teacher)
         shutil.rmtree(self.cache, ignore_errors=True)
         start = time.perf_counter()
         if cached:
@@ -296,7 +296,7 @@ class Bench:
         """Train a student with one of the peers and score it in float32."""
         student = self.student(seed).model
         tokenizer, teacher = self.taught.tokenizer, self.taught.model
-        weights = {"temperature": self.plan.temperature, "kd_weight": self.plan.kd_weight}
+        weights = {"temperature": self.plan.temperature, "kd_weight": self.plan.share_of_teacher}
         folder, epochs = self.scratch / kind, self.size.epochs
         if kind == "trainer":
             seed_everything(seed)

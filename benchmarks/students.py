@@ -162,7 +162,7 @@ class Bench:
         def trained(run: Run, rate: float) -> tuple[float, dict[str, Any]]:
             teacher, made = self._layers(run)
             rows, scratch = run.tokenise(teacher.tokenizer, "train"), run.folder / "checkpoints"
-            weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL.kd_weight}
+            weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL().share_of_teacher}
             shared = {"learning_rate": rate, "epochs": self.size.epochs, "cached": True, "seed": 42, **weights}
             seconds = textbrewer_seconds(made.model, teacher.model, rows, teacher.tokenizer, scratch, **shared)
             collator = Collator.for_tokenizer(teacher.tokenizer)

@@ -61,6 +61,7 @@ from nlpxfer.train.teacher_states import TeacherStates, check_states
 from nlpxfer.verdict import check_targets, judge
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
+STATIC_KD_WEIGHT = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,9 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
         "Pretrained checkpoint the teacher starts, or started, from. Default for the first: all-MiniLM-L6-v2.",
     )
     temperature: float = option(2.0, "T: softens the distributions of teacher and student.")
-    kd_weight: float = option(0.9, "Share of the distillation loss; the rest is the label loss.")
+    kd_weight: float | None = option(
+        None, "Share of the distillation loss; the rest is the label loss. Default: 0.9, for a static student 0.5."
+    )
     kd_loss: Literal["kl", "mse"] = option("kl", "Compare logits by T^2 KL, or by their squared error.")
 
     def __post_init__(self) -> None:
@@ -100,7 +103,7 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
             shown = "teacher_name_or_path" if self.teacher_names else "the teacher that was given"
             faults.append(f"model_name_or_path: does nothing beside {shown} and student_name_or_path")
         try:
-            values = {"temperature": self.temperature, "kd_weight": self.kd_weight, "kd_loss": self.kd_loss}
+            values = {"temperature": self.temperature, "kd_weight": self.share_of_teacher, "kd_loss": self.kd_loss}
             Distill(**values, ema_decay=self.ema_decay)
         except ConfigError as error:
             faults += error.faults
@@ -111,6 +114,12 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
             faults.append("student_int8: needs another teacher; nlpxfer export --int8 writes the finished model")
         if faults:
             raise ConfigError.from_faults(faults)
+
+    @property
+    def share_of_teacher(self) -> float:
+        """`kd_weight`, or its default: a static student, which cannot follow all of it, hears more of labels."""
+        default = STATIC_KD_WEIGHT if self.student == STATIC else Distill.kd_weight
+        return default if self.kd_weight is None else self.kd_weight
 
     @property
     def one_classifier_teaches(self) -> bool:
@@ -200,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         run.checks["teacher"] = rows.facts | {"retention": judged.retention}
         run.checks["preflight"] = student[0].preflight
         run.config["learning_rate"] = training_of(run, plan, source)["learning_rate"]
+        run.config["kd_weight"] = plan.share_of_teacher
         return finish(
             run,
             student,
@@ -220,7 +230,7 @@ def methods_for(run: Run, plan: DistillOptions) -> tuple[Distill, FineTune]:
     taught = Distill(
         problem_type=kind,
         temperature=plan.temperature,
-        kd_weight=plan.kd_weight,
+        kd_weight=plan.share_of_teacher,
         kd_loss=plan.kd_loss,
         label_smoothing=smoothing,
         ema_decay=plan.ema_decay if plan.teaches_itself else None,
@@ -324,6 +334,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")
     run.checks["preflight"] = student[0].preflight
+    run.config["kd_weight"] = plan.share_of_teacher
     return finish(
         run,
         student,

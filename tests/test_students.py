@@ -86,6 +86,15 @@ def test_the_control_starts_from_the_pretrained_checkpoint(tiny_data, teacher, t
     assert other.arm("distilled")["metrics"] == alike.arm("distilled")["metrics"]
 
 
+@pytest.mark.parametrize(("words", "share"), [(["--student", "static"], 0.5), (["--student_num_layers", "1"], 0.9)])
+def test_labels_count_more_for_a_static_student(tiny_data, teacher, tmp_path, words, share):
+    words = taught(tiny_data, teacher, *words, "--control_arm", "false", "--max_steps", "2")
+    run = finished("distill", tmp_path / "out", *words)
+    weights = {name: term["weight"] for name, term in run.report["checks"]["preflight"]["terms"].items()}
+    assert weights == {"label": pytest.approx(1 - share), "soft_target": share}
+    assert run.run["config"]["kd_weight"] == share
+
+
 def test_the_shape_of_a_static_student_is_searched(tiny_data, teacher, tmp_path):
     pytest.importorskip("optuna")
     words = taught(tiny_data, teacher, "--student", "static", "--static_dim", "{choices: [4, 16]}")
