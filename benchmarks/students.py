@@ -335,7 +335,9 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     known = data_sets(asked.data, asked.work, MOST.get(asked.scale)) if sets is None else sets
     sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in known}
     settings = {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()}
-    results = Results("students", asked, {"model": asked.model, "students": STUDENTS} | settings)
+    shares = {"layers": DISTIL().share_of_teacher, "static": DISTIL(student="static").share_of_teacher}
+    shared = {"model": asked.model, "students": STUDENTS, "kd_weight": shares}
+    results = Results("students", asked, shared | settings)
     summary = {}
     for name, values in known.items():
         bench = Bench(name, values, sizes[name], asked, results)
