@@ -1,10 +1,11 @@
 """Students in int8: ONNX run by onnxruntime, called and measured like the torch model that they were made from.
 
 `--student_int8 true` writes the finished student as `nlpxfer export --int8` does, into `onnx/` of the output folder,
-and holds the int8 form against the teacher as well. On the ladder of `--search` each student of layers has such a
-twin. Its weights are rounded after the training and its activations while it runs; nothing is trained in int8.
+and holds the int8 form against the teacher as well. On the ladder of `--search` each student has such a twin. Its
+weights are rounded after the training and its activations while it runs; nothing is trained in int8.
 
-A static student has its int8 form in torch (`nlpxfer.checkpoint.static`).
+A static student has its int8 form in torch (`nlpxfer.checkpoint.static`), and in `int8/` whether it is asked for or
+not; no ONNX is needed for it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from nlpxfer.backends import INT8_FILE, LOGITS, ONNX_FILE, onnx_session
 from nlpxfer.checkpoint.save import save_classifier
+from nlpxfer.checkpoint.static import StaticForSequenceClassification, is_static, static_int8
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config.student import INT8
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import ACCELERATE_MARKS, TrainedArm
-from nlpxfer.evaluate.cost import parameter_count
+from nlpxfer.evaluate.cost import parameter_count, stored_bytes
 from nlpxfer.export.folder import ExportRequest, export_classifier, write_graphs
 from nlpxfer.export.graph import require_onnx
 from nlpxfer.report.report import Arm
-from nlpxfer.result import int8_facts
+from nlpxfer.result import int8_facts, int8_table_of
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.launch import by_itself, is_main_process, wait_for_everyone
@@ -74,6 +76,9 @@ class Int8Model(nn.Module):
         return self
 
 
+Int8Form = Int8Model | StaticForSequenceClassification
+
+
 class Int8Maker:
     """Makes int8 models of a run, in its folder for checkpoints.
 
@@ -84,18 +89,22 @@ class Int8Maker:
     def __init__(self, run: Run) -> None:
         self.run, self.made = run, Counter[str]()
 
-    def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
+    def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Form:
         """The int8 form of a model, by this process for itself.
 
         Raises:
             ExportError: The family cannot be exported or quantised.
         """
+        if isinstance(model, StaticForSequenceClassification):
+            return static_int8(model)
         folder = self._next("alone")
         _write(model, tokenizer, folder)
         return Int8Model(folder / INT8_FILE, model.config)
 
-    def together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Model:
-        """The same, made by the first process for all, which call this together."""
+    def together(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Int8Form:
+        """The same, made by the first process for all, which call this together; a static one by each."""
+        if isinstance(model, StaticForSequenceClassification):
+            return static_int8(model)
         folder = self._next("together")
         if is_main_process():
             _write(model, tokenizer, folder)
@@ -122,10 +131,14 @@ def _write(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: P
 def check_int8(student: Checkpoint) -> None:
     """See that a student can be written in int8, before anything is trained or removed: the untrained one is.
 
+    A static one always can.
+
     Raises:
         ConfigError: Packages are missing.
         ExportError: Its family cannot be exported or quantised.
     """
+    if is_static(student.model):
+        return
     require_onnx()
     with tempfile.TemporaryDirectory() as folder:
         _write(student.model, student.tokenizer, Path(folder) / FOLDER)
@@ -144,11 +157,14 @@ def has_onnx() -> bool:
 def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mapping[str, Path]]:
     """The int8 form of a trained student: as an arm that was scored, its row, and its folder for the output.
 
-    Notes in `checks.int8` how far it answers the validation rows as the student does, and both sizes.
+    That of a static student has no folder here, since `nlpxfer.result.finish` always writes it. Notes in `checks.int8`
+    how far it answers the validation rows as the student does, and both sizes.
 
     Raises:
         ExportError: It cannot be made, or its float32 form does not answer as torch does.
     """
+    if is_static(student.model):
+        return *_scored(run, student, int8_table_of(run, student), "the same student with an int8 table"), {}
     place = run.folder / "checkpoints" / "int8" / "student"
     out = place / FOLDER
     if is_main_process():
@@ -158,7 +174,13 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         with by_itself():
             export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True))
     wait_for_everyone()
-    model: Any = Int8Model(out / INT8_FILE, student.model.config)
+    model = Int8Model(out / INT8_FILE, student.model.config)
+    return *_scored(run, student, model, "the same student with int8 weights, run by onnxruntime"), {FOLDER: out}
+
+
+def _scored(run: Run, student: TrainedArm, model: Any, description: str) -> tuple[TrainedArm, Arm]:  # noqa: ANN401
+    """The int8 form of a student as an arm, and its row."""
+    size = int(getattr(model, "file_bytes", None) or stored_bytes(model))
     answers = {split: run.predict(model, student.tokenizer, split) for split in ("validation", "test")}
     arm = replace(
         student,
@@ -168,7 +190,6 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         test_logits=answers["test"],
         train_seconds=0.0,
     )
-    row = run.arm([arm], "the same student with int8 weights, run by onnxruntime")
-    row = replace(row, parameters=parameter_count(student.model), bytes=model.file_bytes, details={})
-    run.checks["int8"] = int8_facts(run, student, answers["validation"], model.file_bytes)
-    return arm, row, {FOLDER: out}
+    row = replace(run.arm([arm], description), parameters=parameter_count(student.model), bytes=size, details={})
+    run.checks["int8"] = int8_facts(run, student, answers["validation"], size)
+    return arm, row

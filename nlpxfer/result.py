@@ -160,14 +160,14 @@ def _all_checks(run: Run, treated: Sequence[TrainedArm]) -> dict[str, Any]:
     return checks | run.checks
 
 
-def _int8_of(run: Run, arm: TrainedArm) -> PreTrainedModel:
+def int8_table_of(run: Run, arm: TrainedArm) -> PreTrainedModel:
     """The static student with an int8 table, made once."""
     return run.once(("int8",), lambda: static_int8(cast("StaticForSequenceClassification", arm.model)))
 
 
 def _int8_check(run: Run, arm: TrainedArm) -> dict[str, Any]:
     """Size of the static student's int8 form, and how far it answers the validation rows as the student does."""
-    small = _int8_of(run, arm)
+    small = int8_table_of(run, arm)
     return int8_facts(run, arm, run.predict(small, arm.tokenizer, "validation"), stored_bytes(small))
 
 
@@ -243,7 +243,7 @@ def _write(
         shutil.move(place, run.folder / name)
         _copy_into(run.folder / name, run)
     if is_static(arm.model):
-        small = save_classifier(_int8_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
+        small = save_classifier(int8_table_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
         _copy_into(small, run)
     facts = CardFacts(
         model_name=run.options.hub_model_id or run.folder.name,

@@ -275,15 +275,23 @@ def test_the_gate_asks_the_int8_form_too(tiny_data, teacher, tmp_path, monkeypat
     assert ended.err.count("below min_retention") == 1
 
 
-@pytest.mark.parametrize(
-    ("words", "fault"),
-    [
-        (["--student", "static"], "student_int8: a static student always has its int8 form"),
-        (["--search"], "student_int8"),
-    ],
-)
-def test_int8_where_it_means_nothing(words, fault, tiny_data, teacher, tmp_path):
-    assert fault in refused("distill", tmp_path / "out", *taught(tiny_data, teacher, "--student_int8", "true", *words))
+def test_int8_where_it_means_nothing(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_int8", "true", "--search")
+    assert "student_int8: search tries" in refused("distill", tmp_path / "out", *words)
+
+
+def test_a_static_student_in_int8_is_measured_and_needs_no_onnx(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    words = taught(tiny_data, teacher, "--student", "static", "--student_int8", "true", "--control_arm", "false")
+    run = finished("distill", tmp_path / "out", *words)
+    plain, small = run.arm("distilled"), run.arm("distilled, int8")
+    assert small["parameters"] == plain["parameters"]
+    assert small["bytes"] < plain["bytes"] / 2
+    found = evaluate_file(Classifier.load(str(run.folder), int8=True), tiny_data.test)
+    assert found["accuracy"] == pytest.approx(small["metrics"]["test"]["accuracy"])
+    checks = run.report["checks"]
+    assert (checks["int8"]["bytes"], checks["int8"]["float32_bytes"]) == (small["bytes"], plain["bytes"])
+    assert list(checks["retention"]["students"]) == ["distilled", "distilled, int8"]
 
 
 def test_int8_needs_packages_and_says_so_before_any_work(tiny_data, teacher, tmp_path, monkeypatch):

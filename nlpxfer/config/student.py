@@ -38,7 +38,8 @@ class StudentOptions:
         None, "Neurons of its feed-forward layers. Default: in proportion to the hidden size."
     )
     student_int8: bool = option(
-        False, "Also write it with int8 weights, as ONNX, and hold that against the teacher; needs the extra onnx."
+        False,
+        "Also hold it with int8 weights against the teacher, and write that: as ONNX, which needs the extra onnx.",
     )
     static_dim: int | None = option(
         None, "Numbers per token of a static student. Default: 256, or the teacher's hidden size where that is less."
@@ -53,8 +54,6 @@ class StudentOptions:
         if self.student not in (LAYERS, STATIC):
             faults.append(f"student: {self.student!r} is not one of {LAYERS}, {STATIC}")
         cut = [name for name, default in CUTS.items() if getattr(self, name) != default]
-        if self.student == STATIC and self.student_int8:
-            faults.append("student_int8: a static student always has its int8 form, in int8/")
         if self.student == STATIC:
             named = ["student_name_or_path"] if self.student_name_or_path else []
             faults += [f"{name}: a static student has no layers, and starts from its teacher" for name in named + cut]
