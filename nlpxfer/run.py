@@ -203,7 +203,7 @@ class Run:
             changes: Options that differ in this arm.
         """
         options = changed(self.options, **changes, **({} if max_steps is None else {"max_steps": max_steps}))
-        identity = {**self._facts(), **changes, **(facts or {})}
+        identity = {**self.facts(), **changes, **(facts or {})}
         arms = []
         for seed in self.seeds if seeds is None else seeds:
             logger.info("%s, seed %d", name, seed)
@@ -223,7 +223,7 @@ class Run:
             arms.append(arm)
         return arms
 
-    def _facts(self) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """What a resumed run must share: options and data."""
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
         return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
@@ -272,7 +272,7 @@ class Run:
         if not ranges:
             return plan
         logger.info("%s: searching %s in %d trials", name, ", ".join(ranges), options.num_trials)
-        fixed = {key: value for key, value in self._facts().items() if key not in ranges}
+        fixed = {key: value for key, value in self.facts().items() if key not in ranges}
         drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}
         parents = arm_of(plan).get("facts") or {}
         search = Search(
@@ -309,7 +309,7 @@ class Run:
         """
         parts = {"split": self.split, "facts": {}, **arm}
         changes = {key: parts.pop(key) for key in [*parts] if hasattr(self.options, key)}
-        parts["facts"] = {**self._facts(), **(drawn or {}), **changes, **parts["facts"]}
+        parts["facts"] = {**self.facts(), **(drawn or {}), **changes, **parts["facts"]}
         parts["build"] = self._checked(parts["build"], self.options.seed)
         return TrialArm(schema=self.data.schema, options=changed(self.options, **changes), **parts)
 

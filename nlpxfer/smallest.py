@@ -6,8 +6,11 @@ test row is read. The recipe then trains the chosen student in full, and its rep
 test rows as any other student.
 
 A candidate is a set of option values of the recipe, so whatever the recipe can build can stand on the ladder. A
-student of layers and its int8 form are two candidates: the second is quicker and smaller and answers nearly as well.
-They differ in nothing that is trained, so one training gives the scores of both.
+student and its int8 form are two candidates: the second is smaller, with layers also quicker, and answers nearly as
+well. They differ in nothing that is trained, so one training gives the scores of both.
+
+A finished search lies in `checkpoints/ladder/search` too, sealed with what it was made for, as a training checkpoint
+is. A resumed run takes it if that is what is asked for now; if not, it searches anew, since nothing is lost but time.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,15 +35,17 @@ from nlpxfer.checkpoint.pooling import has_mean_layer, with_pooling
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import INT8, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
-from nlpxfer.errors import CheckpointError, ConfigError, ExportError, NotFiniteError
-from nlpxfer.evaluate.arms import Splits
+from nlpxfer.errors import CheckpointError, ConfigError, ExportError, NotFiniteError, ResumeError
+from nlpxfer.evaluate.arms import Splits, topology
 from nlpxfer.evaluate.cost import stored_bytes
 from nlpxfer.evaluate.latency import latency_facts
 from nlpxfer.evaluate.trials import short_run
-from nlpxfer.report.ladder import LADDER_FILE, ladder_table, write_ladder
+from nlpxfer.report.ladder import LADDER_FILE, Measured, ladder_facts, ladder_table, write_ladder
 from nlpxfer.run import Run
+from nlpxfer.strict_json import write_json_whole
 from nlpxfer.students import refuse_unused
-from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb
+from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
+from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb, least_steps, rung_count
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.verdict import stages_of
 
@@ -106,7 +112,7 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel, *, int8: bool = False)
         run: Its task and options.
         plan: The recipe's own options.
         teacher: What slices are cut from.
-        int8: Also the int8 form of each student that has layers.
+        int8: Also the int8 form of each student.
     """
     found = slices(teacher)
     if not plan.search or not found:
@@ -128,9 +134,33 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel, *, int8: bool = False)
             logger.info("not on the ladder: %s (%s)", choice.name, str(error).splitlines()[0])
         else:
             fits.append(choice)
-            if int8 and choice.values.get("student") != STATIC:
+            if int8:
                 fits.append(Choice(name=choice.name + INT8, values={**choice.values, "student_int8": True}))
     return fits
+
+
+def check_search(run: Run, plan: TargetOptions, choices: Sequence[Choice]) -> None:
+    """Refuse a search that could not begin; for the time before anything is trained or built.
+
+    The budget must do for all students, whatever `max_latency_ms` may rule out: how quick they are is not known yet.
+
+    Raises:
+        ConfigError: There is no student to choose from, or the budget is too small; says which would do.
+    """
+    if not plan.search:
+        return
+    if not choices:
+        raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
+    whole, budget = _whole_training(run), _budget(run, plan)
+    least = least_steps(len(choices), len({choice.trained_as for choice in choices}))
+    if budget < least:
+        raise ConfigError(
+            f"search_budget: {budget} steps are not enough for {len(choices)} students in "
+            f"{rung_count(len(choices))} rungs.",
+            why=f"a training of one student has {whole} steps, and each is trained in the first rung",
+            fix=f"--search_budget {math.ceil(10 * least / whole) / 10:g} ({least} steps); "
+            "a useful search takes some hundred steps for each",
+        )
 
 
 def find_smallest(
@@ -138,41 +168,37 @@ def find_smallest(
     plan: Plan,
     choices: Sequence[Choice],
     arm_of: ArmOf[Plan],
-    teacher: Checkpoint,
+    teacher: Checkpoint | None,
     maker: MakesInt8 | None = None,
 ) -> Plan:
     """With `--search`: the plan of the smallest student that reaches the target. Else the plan as it is.
 
     Writes `ladder.json`, `ladder.md` and `pareto.png` into the output folder, whether or not there is one. A resumed
-    run whose search was finished takes what was found.
+    run takes what a finished search of the same target, teacher, data, students and options has found.
 
     Args:
         run: The run; its `answers` hold the teacher's logits.
         plan: The recipe's own options.
         choices: The students.
         arm_of: From the recipe's own options to the arguments of `Run.train`.
-        teacher: The teacher.
+        teacher: The classifier that is the teacher, to be timed; None if the teacher is not one classifier.
         maker: Makes int8 forms, if there are any among the students.
 
     Raises:
         TargetMissedError: No student reaches the target; names the nearest.
-        ConfigError: There is no student to choose from, or the budget is too small.
+        ConfigError: See `check_search`.
         Interrupted: A signal asked to stop; the search starts anew when the run is resumed.
     """
     if not plan.search:
         return plan
-    if not choices:
-        raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
-    chosen = _found_before(run)
+    check_search(run, plan, choices)
+    identity = _identity(run, plan, choices, arm_of)
+    chosen = _found_before(run, identity)
     if chosen is None:
-        chosen = _search(run, plan, choices, arm_of, teacher, maker)
-    values = next((choice.values for choice in choices if choice.name == chosen), None)
-    if values is None:
-        raise ConfigError(
-            f"{LADDER_FILE} names {chosen!r}, which cannot be made here any more.",
-            why="the search that found it had other packages: int8 needs the extra onnx",
-            fix="install them, or search anew with --overwrite true",
-        )
+        result, measured = _search(run, plan, choices, arm_of, teacher, maker)
+        _tell(run, result, measured, identity)
+        chosen = result.require().name
+    values = next(choice.values for choice in choices if choice.name == chosen)
     run.config.update(values)
     return _planned(run, plan, values)
 
@@ -183,13 +209,41 @@ def _planned(run: Run, plan: Plan, values: Mapping[str, Any]) -> Plan:
     return with_values(run.options, plan, {**values, **settled})[1]
 
 
-def _found_before(run: Run) -> str | None:
-    file = run.folder / LADDER_FILE
-    if not run.options.resume or not file.is_file():
+def _budget(run: Run, plan: TargetOptions) -> int:
+    """Optimizer steps of all tries together."""
+    return math.ceil((plan.search_budget or BUDGET) * _whole_training(run))
+
+
+def _identity(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan]) -> RunIdentity:
+    """What a search must share with an earlier one whose result it takes over."""
+    taught = arm_of(_planned(run, plan, choices[0].values)).get("facts") or {}
+    asked: dict[str, Any] = {"keep": plan.keep or KEEP, "max_latency_ms": plan.max_latency_ms}
+    asked |= {"search_budget": plan.search_budget or BUDGET, "students": [choice.name for choice in choices]}
+    return RunIdentity({**run.facts(), **taught, **asked}, topology(run.options))
+
+
+def _kept(run: Run) -> Path:
+    """Where a finished search lies until the run is finished."""
+    return run.folder / "checkpoints" / "ladder" / "search"
+
+
+def _found_before(run: Run, identity: RunIdentity) -> str | None:
+    """The student that a finished search of this identity chose; None if there is none, and why where there is one."""
+    folder = _kept(run)
+    if not run.options.resume or not folder.is_dir():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
+    fault = damage(folder)
+    if not fault:
+        try:
+            require_same_run(folder, identity, run.options.allow_topology_change)
+        except ResumeError as error:
+            fault = error.what
+    if fault:
+        logger.warning("the smallest student is looked for anew: %s", fault)
+        return None
+    found = json.loads((folder / LADDER_FILE).read_text(encoding="utf-8"))
     run.checks["search"] = found
-    chosen: str | None = found["chosen"]
+    chosen: str = found["chosen"]
     return chosen
 
 
@@ -198,16 +252,16 @@ def _search(
     plan: Plan,
     choices: Sequence[Choice],
     arm_of: ArmOf[Plan],
-    teacher: Checkpoint,
+    teacher: Checkpoint | None,
     maker: MakesInt8 | None,
-) -> str:
+) -> tuple[LadderResult, Mapping[str, Measured | None]]:
     plans = {choice.name: _planned(run, plan, choice.values) for choice in choices}
     bases = dict.fromkeys(choice.trained_as for choice in choices)
     measured = _measured(run, choices, {name: arm_of(plans[name]) for name in bases}, teacher, maker)
-    choices = [choice for choice in choices if choice.name in measured]
+    students = {name: found for name, found in measured.items() if name != TEACHER and found is not None}
+    choices = [choice for choice in choices if choice.name in students]
     known: dict[str, Splits] = {}
     scored: dict[tuple[str, int], Scores | NotFiniteError] = {}
-    whole = _whole_training(run)
 
     def score(choice: Choice, steps: int) -> float:
         base = choice.trained_as
@@ -227,8 +281,8 @@ def _search(
         Candidate(
             name=choice.name,
             train=partial(score, choice),
-            latency_ms=measured[choice.name]["ms"],
-            bytes=int(measured[choice.name]["bytes"]),
+            latency_ms=students[choice.name].ms,
+            bytes=students[choice.name].bytes,
             trained_as=choice.trained_as,
         )
         for choice in choices
@@ -238,18 +292,20 @@ def _search(
         keep=plan.keep or KEEP,
         max_latency_ms=plan.max_latency_ms,
     )
-    budget = math.ceil((plan.search_budget or BUDGET) * whole)
-    result = climb(candidates, target, total_steps=budget, max_steps=whole)
-    _tell(run, result, {name: each["rows_per_second"] for name, each in measured.items()})
-    return result.require().name
+    return climb(candidates, target, total_steps=_budget(run, plan), max_steps=_whole_training(run)), measured
 
 
-def _tell(run: Run, result: LadderResult, rows_per_second: Mapping[str, float]) -> None:
-    run.checks["search"] = result.to_plain()
+def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None], identity: RunIdentity) -> None:
+    """Write and print the ladder, and keep it for a resumed run if a student was chosen."""
+    run.checks["search"] = ladder_facts(result, measured)
     if is_main_process():
-        write_ladder(run.folder, result, rows_per_second, teacher=TEACHER)
-        sys.stdout.write(f"\n{ladder_table(result, rows_per_second)}\n")
+        write_ladder(run.folder, result, measured, teacher=TEACHER)
+        sys.stdout.write(f"\n{ladder_table(result, measured, teacher=TEACHER)}\n")
         sys.stdout.flush()
+        shutil.rmtree(_kept(run), ignore_errors=True)
+        if result.chosen is not None:
+            write_json_whole(_kept(run) / LADDER_FILE, run.checks["search"])
+            seal(_kept(run), identity, result.steps)
     wait_for_everyone()
 
 
@@ -257,18 +313,18 @@ def _measured(
     run: Run,
     choices: Sequence[Choice],
     arms: Mapping[str, Mapping[str, Any]],
-    teacher: Checkpoint,
+    teacher: Checkpoint | None,
     maker: MakesInt8 | None,
-) -> dict[str, dict[str, float]]:
-    """`ms` for one row (median, tokenising included), `rows_per_second` in batches, `bytes`; the teacher's too.
+) -> dict[str, Measured | None]:
+    """How quick and large the students are, and the teacher; None for a teacher that is not one classifier.
 
     Measured by the first process alone; all get the same. Int8 forms that the family cannot have are missing.
     """
-    box: list[dict[str, dict[str, float]]] = [{}]
+    box: list[dict[str, Measured | None]] = [{}]
     # by all processes: what students are built from is computed together
     students = {name: _as_trained(run, arm["build"](run.seeds[0])) for name, arm in arms.items()}
     if is_main_process():
-        models: dict[str, Checkpoint] = {TEACHER: teacher}
+        models: dict[str, Checkpoint] = {} if teacher is None else {TEACHER: teacher}
         for choice in choices:
             student = students[choice.trained_as]
             if choice.is_int8 and maker is not None:
@@ -281,14 +337,10 @@ def _measured(
         times = latency_facts(
             {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
         )
-        box[0] = {
-            name: {
-                "ms": times[name]["one_row"]["total_p50_ms"],
-                "rows_per_second": 1000 / times[name]["batched"]["total_p50_ms"],
-                "bytes": float(getattr(model.model, "file_bytes", None) or stored_bytes(model.model)),
-            }
-            for name, model in models.items()
-        }
+        box[0] = {TEACHER: None}
+        for name, model in models.items():
+            size = int(getattr(model.model, "file_bytes", None) or stored_bytes(model.model))
+            box[0][name] = Measured(latency=times[name], bytes=size)
     if world()[1] > 1:
         torch.distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -38,7 +38,7 @@ from nlpxfer.problem import REGRESSION
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.result import finish
 from nlpxfer.run import Run
-from nlpxfer.smallest import find_smallest, rungs
+from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
 from nlpxfer.students import kind_of, layer_count, outline, refuse_unused, student_of, training_of
 from nlpxfer.teachers import (
@@ -181,9 +181,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
         if "learning_rate" in options.ranges:
             options.learning_rate = training_of(run, plan, source)["learning_rate"]  # of the first trial
         plan = run.search("distilled", arm, plan)
-        int8 = plan.search and not is_sharded(options) and has_onnx()
-        ladder = rungs(run, plan, source.model, int8=int8)
-        plan = find_smallest(run, plan, ladder, arm, source, Int8Maker(run))
+        alone_there = panel.models.get("teacher")  # of several teachers none is the teacher alone
+        plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run))
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {last.name}")
         curve = transfer_curve(run, plan, rows, arm(plan), student, distilled)
@@ -288,6 +287,7 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
 
 def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[Checkpoint], *, arms: int) -> None:
     """The last that refuses what cannot work; then start to write."""
+    check_search(run, plan, ladder_of(run, plan, source))
     student = student_of(run, outline(plan), source)(run.seeds[0])
     check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts)
     cut = plan.student == LAYERS and not plan.student_name_or_path
@@ -297,6 +297,16 @@ def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[C
         check_int8(student)
         arms += 3  # the room of its ONNX files, and of the copy that they are made from
     run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
+
+
+def ladder_of(run: Run, plan: DistillOptions, source: Checkpoint) -> list[Choice]:
+    """With `--search`: the students to choose from, found once; a teacher has the shape of what it starts from."""
+
+    def found() -> list[Choice]:
+        int8 = plan.search and not is_sharded(run.options) and has_onnx()
+        return rungs(run, plan, source.model, int8=int8)
+
+    return run.once(("ladder",), found)
 
 
 def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:

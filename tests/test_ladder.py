@@ -1,6 +1,7 @@
 """The smallest student that is good enough: which are trained, for how long, and what is said of each."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,14 +9,16 @@ from types import SimpleNamespace
 import pytest
 from matplotlib.image import imread
 from recipe_runs import call, finished, refused, tiny_words
+from safetensors.torch import load_file, save_file
 
 from nlpxfer.checkpoint.save import check_output_folder
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import ConfigError, DataError, NotFiniteError, TargetMissedError
-from nlpxfer.report.ladder import ladder_table, write_ladder
+from nlpxfer.report.ladder import Measured, ladder_table, write_ladder
 from nlpxfer.report.plots import SpeedPoint, pareto_front, pareto_plot
-from nlpxfer.smallest import Choice, find_smallest, slices
-from nlpxfer.train.ladder import Candidate, Target, climb
+from nlpxfer.run import Run
+from nlpxfer.smallest import Choice, check_search, find_smallest, slices
+from nlpxfer.train.ladder import Candidate, Target, climb, least_steps
 
 
 class Curves:
@@ -153,22 +156,52 @@ def test_bad_arguments_are_named_together():
         climb(twice, Target(reference=1.0, keep=0.9), total_steps=70, max_steps=9)
 
 
+def timed(one, batch, size):
+    """What was measured of a model: p95 is twice p50, and tokenising takes as long as the model."""
+
+    def latency(p50):
+        return {"p50_ms": p50 / 2, "p95_ms": p50, "total_p50_ms": p50, "total_p95_ms": 2 * p50}
+
+    return Measured(latency={"one_row": latency(one), "batched": latency(batch), "threads": 1}, bytes=size)
+
+
 def test_the_table_and_the_files(tmp_path):
     curves = Curves(**{"2|layers": 0.85, "3 layers": 0.95, "6 layers": 0.96})
     target = Target(reference=1.0, keep=0.9, max_latency_ms=2.5)
     result = climb(curves.candidates(), target, total_steps=100, max_steps=100)
-    speeds = {"2|layers": 300.0, "3 layers": 200.0, "6 layers": 100.0, "teacher": 100.0}
-    lines = ladder_table(result, speeds).splitlines()
-    assert lines[2] == r"| 2\|layers | 1 | 300 | 1 B | 50 | 0.8500 | 85.0 % | below the target |"
-    assert lines[3] == "| 3 layers | 2 | 200 | 2 B | 50 | 0.9500 | 95.0 % | chosen |"
-    assert lines[4] == "| 6 layers | 3 | 100 | 3 B | - | - | - | too slow |"
-    write_ladder(tmp_path, result, speeds)
+    measured = {"2|layers": timed(1, 0.5, 1), "3 layers": timed(2, 1, 2), "6 layers": timed(3, 2, 3)}
+    measured["teacher"] = timed(4, 2.5, 4)
+    lines = ladder_table(result, measured).splitlines()
+    assert lines[2] == r"| 2\|layers | 1 | 2 | 0.5 | 1 | 2,000 | 1 B | 50 | 0.8500 | 85.0 % | below the target |"
+    assert lines[3] == "| 3 layers | 2 | 4 | 1 | 2 | 1,000 | 2 B | 50 | 0.9500 | 95.0 % | chosen |"
+    assert lines[4] == "| 6 layers | 3 | 6 | 2 | 4 | 500 | 3 B | - | - | - | too slow |"
+    assert lines[5] == "| teacher | 4 | 8 | 2.5 | 5 | 400 | 4 B | - | 1.0000 | 100.0 % | - |"
+    write_ladder(tmp_path, result, measured)
     found = json.loads((tmp_path / "ladder.json").read_text())
     assert found["chosen"] == "3 layers"
     assert found["target"] == {"reference": 1.0, "keep": 0.9, "max_latency_ms": 2.5, "score": 0.9}
     assert found["tried"][1]["scores"] == [{"steps": 50, "score": 0.95}]
+    assert found["latency"]["3 layers"] == measured["3 layers"].latency
+    assert found["rows_per_second"] == {"2|layers": 2000.0, "3 layers": 1000.0, "6 layers": 500.0, "teacher": 400.0}
     assert (tmp_path / "ladder.md").read_text().splitlines() == lines
     assert imread(tmp_path / "pareto.png").shape[0] > 200
+
+
+def test_a_teacher_that_was_not_timed_is_not_in_the_picture(tmp_path, monkeypatch):
+    import nlpxfer.report.ladder as module
+
+    drawn = []
+    monkeypatch.setattr(module, "pareto_plot", lambda points, *args, **kw: drawn.append([p.name for p in points]))
+    result = climb(Curves(a=0.95).candidates(), Target(reference=1.0, keep=0.9), total_steps=10, max_steps=10)
+    write_ladder(tmp_path, result, {"a": timed(1, 0.5, 1), "teacher": None})
+    found = json.loads((tmp_path / "ladder.json").read_text())
+    assert found["latency"]["teacher"] is None
+    assert found["rows_per_second"] == {"a": 2000.0, "teacher": None}
+    assert (tmp_path / "ladder.md").read_text().splitlines()[-1] == (
+        "| teacher | - | - | - | - | - | - | - | 1.0000 | 100.0 % | - |"
+    )
+    write_ladder(tmp_path, result, {"a": timed(1, 0.5, 1), "teacher": timed(2, 1, 2)})
+    assert drawn == [["a"], ["a", "teacher"]]
 
 
 def test_the_front():
@@ -270,7 +303,8 @@ def test_int8_forms_stand_on_the_ladder_and_share_trainings(tiny_data, tiny_chec
     run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "2")
     found = run.report["checks"]["search"]
     assert {each["name"] for each in found["tried"]} == {
-        "1 layer", "1 layer, int8", "1 layer, half as wide", "1 layer, half as wide, int8", "static"}  # fmt: skip
+        "1 layer", "1 layer, int8", "1 layer, half as wide", "1 layer, half as wide, int8",
+        "static", "static, int8"}  # fmt: skip
     assert found["chosen"] == "1 layer, int8"
     assert len(asked) == len(set(asked)), "nothing is trained twice for as many steps"
     assert found["steps"] == sum(steps for _, steps in asked)
@@ -310,15 +344,157 @@ def test_a_teacher_of_one_layer_has_no_smaller_student():
         find_smallest(None, TargetOptions(search=True), [], arm_of=None, teacher=None)
 
 
-def test_a_resumed_run_takes_what_was_found(tmp_path):
-    (tmp_path / "ladder.json").write_text(json.dumps({"chosen": "b"}))
-    plan = TargetOptions(search=True, keep=0.9)
-    run = SimpleNamespace(folder=tmp_path, options=SimpleNamespace(resume=True), checks={}, config={})
-    choices = [Choice(name="a", values={"disagreements": False}), Choice(name="b", values={"disagreements": True})]
-    found = find_smallest(run, plan, choices, arm_of=None, teacher=None)
-    assert (found.search, found.keep, found.disagreements) == (False, None, True)
-    assert run.config == {"disagreements": True}
-    assert run.checks == {"search": {"chosen": "b"}}
+class Searches:
+    """Searches of a recipe without their trainings: all students get the score 1, the run ends after the search.
+
+    Attributes:
+        tried: Names of what was trained in the last call.
+        waits: Whether a run ends before it trains the student that was found.
+    """
+
+    def __init__(self, monkeypatch):
+        import nlpxfer.smallest as module
+
+        self.tried, self.waits, train = [], True, Run.train
+        monkeypatch.setitem(sys.modules, "onnxscript", None)
+        monkeypatch.setattr(
+            module, "short_run", lambda trial, folder, *args, **kw: self.tried.append(folder.name) or 1
+        )
+        monkeypatch.setattr(module, "latency_facts", lambda models, *texts: {name: timed(len(name), 1, 1).latency for
+                                                                             name in models})  # fmt: skip
+
+        def stop_before_the_student(run, name, *args, **kw):
+            if name == "distilled" and self.waits:
+                raise SystemExit(9)
+            return train(run, name, *args, **kw)
+
+        monkeypatch.setattr(Run, "train", stop_before_the_student)
+
+    def call(self, folder, *words):
+        """Options may also stand in a dictionary; gives ladder.json."""
+        self.tried.clear()
+        listed = [word for given in words for word in (sum(given.items(), ()) if isinstance(given, dict) else [given])]
+        ended = call("distill", folder, *listed, "--search", "--control_arm", "false")
+        assert ended.code == (9 if self.waits else 0), ended.err
+        return json.loads((folder / "ladder.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def other_teacher(teacher, tmp_path_factory):
+    """The same teacher but for the bias of one class."""
+    folder = shutil.copytree(teacher, tmp_path_factory.mktemp("other") / "bert")
+    state = load_file(folder / "model.safetensors")
+    state["classifier.bias"][0] += 0.1
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_a_resumed_run_takes_what_was_found(tiny_data, teacher, other_teacher, tmp_path, monkeypatch, caplog):
+    """And searches anew where the finished search had another target, budget, teacher, data or training."""
+    searches, folder = Searches(monkeypatch), tmp_path / "out"
+    caplog.set_level("WARNING", logger="nlpxfer")
+    words, given = tiny_words(tiny_data), {"--teacher_name_or_path": teacher, "--keep": 0.5}
+    found = searches.call(folder, *words, given)
+    assert searches.tried
+    given["--resume_from_checkpoint"] = "true"
+    for option, value, said in (
+        ("--keep", 0.6, "keep: was 0.5, is 0.6"),
+        ("--max_latency_ms", 999, "max_latency_ms: was None, is 999.0"),
+        ("--search_budget", 20, "search_budget: was 3.0, is 20.0"),
+        ("--teacher_name_or_path", other_teacher, "teacher: was "),
+        ("--max_train_samples", 48, "data_fingerprint: was "),
+        ("--kd_weight", 0.5, "kd_weight: was 0.9, is 0.5"),
+    ):
+        assert found == searches.call(folder, *words, given)
+        assert not searches.tried
+        assert not caplog.text
+        given[option] = value
+        found = searches.call(folder, *words, given)
+        assert searches.tried, option
+        assert "the smallest student is looked for anew" in caplog.text
+        assert said in caplog.text
+        caplog.clear()
+    assert (found["target"]["keep"], found["target"]["max_latency_ms"]) == (0.6, 999)
+    searches.waits = False
+    assert found == searches.call(folder, *words, given)
+    assert not searches.tried
+    assert json.loads((folder / "report.json").read_text())["checks"]["search"] == found
+
+
+def test_a_damaged_search_is_made_anew(tiny_data, teacher, tmp_path, monkeypatch):
+    searches, folder = Searches(monkeypatch), tmp_path / "out"
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher]
+    searches.call(folder, *words)
+    kept = next((folder / "checkpoints").rglob("ladder.json"))
+    kept.write_text(kept.read_text()[:-20])
+    searches.call(folder, *words, "--resume_from_checkpoint", "true")
+    assert searches.tried
+
+
+def test_only_one_classifier_is_timed_as_the_teacher(tiny_data, teacher, other_teacher, tmp_path, monkeypatch):
+    """A mixture has the score of several models: the speed of its first one is not its own."""
+    searches, words = Searches(monkeypatch), tiny_words(tiny_data)
+    alone = searches.call(tmp_path / "one", *words, "--teacher_name_or_path", teacher)
+    assert alone["rows_per_second"]["teacher"] > 0
+    mixed = searches.call(tmp_path / "two", *words, "--teacher_name_or_path", f"{teacher},{other_teacher}")
+    assert mixed["rows_per_second"]["teacher"] is None
+    assert mixed["rows_per_second"]["static"] > 0
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_trained(tiny_data, tiny_checkpoint, tmp_path):
+    """Of 3 layers: slices of 1 and 2, one of them narrower, and a static one; 8 steps are a whole training."""
+    words = tiny_words(tiny_data, tiny_checkpoint("bert", layers=3))
+    message = refused("distill", tmp_path / "out", *words, "--search", "--search_budget", "0.5")
+    assert "search_budget: 4 steps are not enough for" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_least_budget_is_one_that_can_be_climbed():
+    run = SimpleNamespace(options=SimpleNamespace(max_steps=10))
+    choices = [Choice(name=name, values={}) for name in ("a", "a, int8", "b", "c", "d")]
+    assert least_steps(5, 4) == 4 * 3
+    check_search(run, TargetOptions(search=True, search_budget=1.2), choices)
+    with pytest.raises(ConfigError, match="11 steps are not enough for 5 students in 3 rungs") as raised:
+        check_search(run, TargetOptions(search=True, search_budget=1.1), choices)
+    assert "--search_budget 1.2" in str(raised.value)
+    for steps, enough in ((12, True), (11, False)):
+        a, *others = Curves(**dict.fromkeys("abcd", 0.1)).candidates()
+        twin = replace(a, name="a, int8", trained_as="a")
+        target = Target(reference=1.0, keep=0.9)
+        if enough:
+            assert climb([a, twin, *others], target, total_steps=steps, max_steps=10).steps <= steps
+        else:
+            with pytest.raises(ConfigError, match="not enough"):
+                climb([a, twin, *others], target, total_steps=steps, max_steps=10)
+
+
+def test_a_static_student_has_its_int8_form_on_the_ladder(tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    """Here it is made the quickest: it is chosen, and held against the teacher."""
+    import nlpxfer.smallest as module
+
+    times = module.latency_facts
+
+    def latency_facts(models, *texts):
+        found = times(models, *texts)
+        found["static, int8"]["one_row"]["total_p50_ms"] = 1e-6
+        return found
+
+    monkeypatch.setattr(module, "latency_facts", latency_facts)
+    teacher = tiny_checkpoint("bert", kind="classifier", layers=2)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", teacher, "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words, "--search", "--keep", "0.1", "--search_budget", "2")
+    found = run.report["checks"]["search"]
+    by_name = {each["name"]: each for each in found["tried"]}
+    assert found["chosen"] == "static, int8"
+    assert by_name["static, int8"]["bytes"] < by_name["static"]["bytes"] / 2
+    scores = [by_name[name]["scores"][0] for name in ("static", "static, int8")]
+    assert scores[0]["steps"] == scores[1]["steps"]
+    assert scores[0]["score"] == pytest.approx(scores[1]["score"], abs=0.1)
+    assert (run.run["config"]["student"], run.run["config"]["student_int8"]) == ("static", True)
+    assert run.report["checks"]["retention"]["students"].keys() == {"distilled", "distilled, int8"}
+    assert run.arm("distilled, int8")["bytes"] < run.arm("distilled")["bytes"] / 2
+    assert json.loads((run.folder / "int8" / "config.json").read_text())["table_dtype"] == "int8"
+    assert not (run.folder / "onnx").exists()
 
 
 @pytest.mark.parametrize(

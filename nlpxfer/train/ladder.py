@@ -193,11 +193,12 @@ def climb(
             tried[candidate.name].outcome = "too slow"
         else:
             alive.append(candidate)
-    rungs = max(1, math.ceil(math.log(max(1, len(alive)), eta) - 1e-9))
-    if alive and total_steps // (_trainings(alive) * rungs) < 1:
+    rungs = rung_count(len(alive), eta)
+    least = least_steps(len(alive), _trainings(alive), eta)
+    if total_steps < least:
         raise ConfigError(
             f"{total_steps} steps are not enough for {len(alive)} students in {rungs} rungs.",
-            fix=f"at least {_trainings(alive) * rungs} steps; a useful search takes some hundred for each",
+            fix=f"at least {least} steps; a useful search takes some hundred for each",
         )
     chosen, spent, before = None, 0, 0
     for rung in range(rungs):
@@ -230,6 +231,26 @@ def climb(
         steps=spent,
         total_steps=total_steps,
     )
+
+
+def rung_count(candidates: int, eta: int = 2) -> int:
+    """How many rungs it takes until one candidate is left, at least 1.
+
+    >>> [rung_count(count) for count in (0, 1, 2, 3, 8, 9)]
+    [1, 1, 1, 2, 3, 4]
+    """
+    return max(1, math.ceil(math.log(max(1, candidates), eta) - 1e-9))
+
+
+def least_steps(candidates: int, trainings: int, eta: int = 2) -> int:
+    """The fewest steps that `climb` takes: one for each training in each rung.
+
+    Args:
+        candidates: How many there are.
+        trainings: How many of them are trained, and not another form of one that is.
+        eta: As for `climb`.
+    """
+    return trainings * rung_count(candidates, eta)
 
 
 def _check(candidates: Sequence[Candidate], target: Target, total_steps: int, max_steps: int, eta: int) -> None:
