@@ -4,10 +4,12 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.data.teacher_file import FLOOR, read_teacher_file
+from nlpxfer.data.teacher_file import FLOOR, read_teacher_file, rounding_of
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError, LabelError
 from nlpxfer.problem import MULTI_LABEL, REGRESSION
 
@@ -80,6 +82,8 @@ def test_pairs_are_found_by_both_texts(tmp_path):
         (["b", "nan", 0.5, 0.5], "nan for 'food' is not finite"),
         (["b", "much", 0.5, 0.5], "'much' for 'food' is no number"),
         (["b", "", 0.5, 0.5], "'' for 'food' is no number"),
+        (["b", 0.97, 0.01, 0.001], r"the probabilities sum to 0.981, not to 1 \(0.0015 off could be rounding\)"),
+        (["b", 97, 2, 1], "97 for 'food' is above 1"),
         (["a", 0.5, 0.5, 0], r"row 2 \(line 3\): says something else than row 1 \(line 2\) about the same text"),
     ],
 )
@@ -88,6 +92,67 @@ def test_what_is_no_probability_is_refused_by_row(row, told, tmp_path):
     with pytest.raises(DataError, match=told) as caught:
         read_teacher_file(path, SCHEMA)
     assert str(path) in str(caught.value)
+
+
+def many_classes(count):
+    return LabelSchema(tuple(f"c{index:02d}" for index in range(count)))
+
+
+def rounded(count, digits):
+    """Probabilities of many classes that lose by rounding what sums to more than a thousandth."""
+    shares = np.array([0.7, *[0.3 / (count - 1)] * (count - 1)])
+    found = np.round(shares, digits)
+    assert abs(found.sum() - 1) > 0.002
+    return found
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(("count", "digits"), [(20, 2), (100, 3)])
+def test_rounded_probabilities_are_scaled_to_one(kind, count, digits, tmp_path):
+    """However a format keeps them: as text, as float64 or as float32."""
+    schema, shares = many_classes(count), rounded(count, digits)
+    named = dict(zip(schema.names, shares.tolist(), strict=True))
+    if kind == "jsonl":
+        path = write_jsonl(tmp_path / "llm.jsonl", [{"text": "a", "probabilities": named}])
+    elif kind == "csv":
+        path = write_csv(tmp_path / "llm.csv", ["text", *named], [["a", *(f"{p:.{digits}f}" for p in shares)]])
+    else:
+        columns = {name: pa.array([p], pa.float32()) for name, p in named.items()}
+        path = tmp_path / "llm.parquet"
+        pq.write_table(pa.table({"text": ["a"], **columns}), path)
+    logits = read_teacher_file(path, schema).logits(["a"])
+    np.testing.assert_allclose(softmax(logits)[0], shares / shares.sum(), atol=count * FLOOR)
+
+
+@pytest.mark.parametrize(
+    ("row", "tolerance"),
+    [
+        (["0.50", "0.25", "0.24"], 0.015),
+        (["0.5", "0.2", "0.2"], 0.015),  # a digit is none of rounding: a file may have dropped a 0
+        (["0.501", "0.25", "0.24"], 0.0015),
+        ([0.501, 0.25, 0.24], 0.0015),
+        ([0.5, 0.25, 1e-05], 0.001),
+        ([0.5, 0.25, 0.2400001], 0.001),
+        ([1, 0, 0], 0.015),
+        (["0.01"] * 30, 0.15),
+        (["0.01"] * 90, 0.25),
+        ([float(np.float32(0.33))] * 3, 0.015),
+    ],
+)
+def test_what_rounding_explains(row, tolerance):
+    assert rounding_of(row) == pytest.approx(tolerance)
+
+
+def test_scores_that_are_no_probabilities_are_refused(tmp_path):
+    """Of many classes too, where half a hundredth of each is much."""
+    schema = many_classes(90)
+    path = write_csv(tmp_path / "llm.csv", ["text", *schema.names], [["a", *["0.02"] * 90]])
+    with pytest.raises(DataError, match=r"sum to 1.8, not to 1 \(0.25 off could be rounding\)"):
+        read_teacher_file(path, schema)
+    scores = [f"{share:.6f}" for share in np.linspace(0.001, 0.0205, 90)]
+    path = write_csv(tmp_path / "scores.csv", ["text", *schema.names], [["a", *scores]])
+    with pytest.raises(DataError, match=r"sum to 0.9675, not to 1 \(0.001 off"):
+        read_teacher_file(path, schema)
 
 
 def test_all_faults_are_told_together(tmp_path):

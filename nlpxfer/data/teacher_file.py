@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,7 +32,11 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION
 FLOOR: Final = 1e-6
 """Least probability."""
 ROUNDING: Final = 1e-3
-"""How far from 1 the probabilities of a row may sum."""
+"""How far from 1 the probabilities of a row may sum, however many digits they have."""
+MOST_ROUNDING: Final = 0.25
+"""How far at most, however few digits: what is further off are no probabilities."""
+FEWEST_DIGITS: Final = 2
+"""A row is read as written with at least so many: JSON and others drop a 0 at the end."""
 PROBABILITIES: Final = "probabilities"
 
 Array = NDArray[Any]
@@ -118,7 +123,7 @@ def read_teacher_file(
             f"{table.place(row)}: has no {name}" for row, found in enumerate(values) if not isinstance(found, str)
         ]
     if not faults:
-        faults = _share_faults(table, shares_NC, schema)
+        faults = _share_faults(table, shares_NC, schema, by_column=by_column)
     if faults:
         raise DataError(list_faults(str(path), faults))
     if schema.problem_type != MULTI_LABEL:
@@ -237,7 +242,7 @@ def _put_choice(row_C: Array, choice: object, schema: LabelSchema) -> str:
     return ""
 
 
-def _share_faults(table: Table, shares_NC: Array, schema: LabelSchema) -> list[str]:
+def _share_faults(table: Table, shares_NC: Array, schema: LabelSchema, *, by_column: bool) -> list[str]:
     """Rows that are no probabilities."""
     faults: dict[int, str] = {}
     wrong_NC = ~((shares_NC >= 0) & (shares_NC <= 1 + ROUNDING))  # also what is no number at all
@@ -247,9 +252,43 @@ def _share_faults(table: Table, shares_NC: Array, schema: LabelSchema) -> list[s
         faults.setdefault(int(row), f"{value:g} for {schema.names[column]!r} {what}")
     if schema.problem_type != MULTI_LABEL:
         sums_N = shares_NC.sum(axis=1)
-        for row in np.flatnonzero(~(np.abs(sums_N - 1) <= ROUNDING)):
-            faults.setdefault(int(row), f"the probabilities sum to {sums_N[row]:g}, not to 1")
+        for row in np.flatnonzero(~(np.abs(sums_N - 1) <= ROUNDING) & ~wrong_NC.any(axis=1)):
+            tolerance = rounding_of(_written(table, int(row), schema, by_column=by_column))
+            if abs(sums_N[row] - 1) > tolerance + 1e-9:  # sums of binary fractions are off by a little
+                told = f"the probabilities sum to {sums_N[row]:g}, not to 1 ({tolerance:g} off could be rounding)"
+                faults[int(row)] = told
     return [f"{table.place(row)}: {faults[row]}" for row in sorted(faults)]
+
+
+def _written(table: Table, row: int, schema: LabelSchema, *, by_column: bool) -> list[object]:
+    """The probabilities of a row as the file has them."""
+    if by_column:
+        return [table.columns[name][row] for name in schema.names]
+    return list(table.columns[PROBABILITIES][row].values())
+
+
+def rounding_of(written: Sequence[object]) -> float:
+    """How far from 1 rounding may have brought the sum of a row: half a unit of its last digit for each class.
+
+    Never less than `ROUNDING`, nor more than `MOST_ROUNDING`.
+
+    Args:
+        written: The probabilities as the file has them: numbers, or texts that are numbers.
+
+    >>> round(rounding_of(["0.33", "0.33", "0.33"]), 4)
+    0.015
+    """
+    digits = max(FEWEST_DIGITS, *(_decimals(value) for value in written))
+    return min(MOST_ROUNDING, max(ROUNDING, 0.5 * 10.0**-digits * len(written)))
+
+
+def _decimals(value: object) -> int:
+    """Digits behind the point of a finite number; of a float32 those that tell it from other float32 numbers."""
+    if not isinstance(value, str):
+        number = float(value)  # type: ignore[arg-type]  # what is no number has been refused
+        single = np.float32(number)
+        value = str(single) if float(single) == number else repr(number)
+    return max(0, -int(Decimal(value).as_tuple().exponent))
 
 
 def _places(table: Table, keys: Sequence[Key], shares_NC: Array) -> dict[Key, int]:
