@@ -169,6 +169,30 @@ def test_columns_that_are_not_the_labels_are_refused(tmp_path):
     assert "no column for: music" in str(caught.value)
 
 
+def test_the_columns_of_texts_are_named_as_in_the_data(tmp_path):
+    rows = [["one", "x", 1, 0, 0]]
+    own = write_csv(tmp_path / "own.csv", ["utterance", "reply", *SCHEMA.names], rows)
+    file = read_teacher_file(own, SCHEMA, text="utterance", pair="reply")
+    assert file.logits(["one"], ["x"]).argmax(axis=1).tolist() == [0]
+    other = write_csv(tmp_path / "other.csv", ["text", "reply", *SCHEMA.names], rows)
+    with pytest.raises(DataError) as caught:
+        read_teacher_file(other, SCHEMA, text="utterance", pair="reply")
+    message = str(caught.value)
+    assert "has no column 'utterance'" in message
+    assert "name the columns of texts as in the data: 'utterance' and 'reply'" in message
+    assert "--text_column and" not in message
+    with pytest.raises(DataError, match="name the column of texts as in the data: 'body'"):
+        read_teacher_file(other, SCHEMA, text="body")
+
+
+def test_a_choice_under_another_name_is_told_the_name(tmp_path):
+    path = write_jsonl(tmp_path / "llm.jsonl", [{"text": "a", "label": "food"}])
+    with pytest.raises(LabelError) as caught:
+        read_teacher_file(path, SCHEMA, label="intent")
+    assert "not a label: 'label'" in str(caught.value)
+    assert "or, of each row, 'probabilities' or 'intent'" in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [

@@ -54,11 +54,21 @@ def read_table(path: str | Path, columns: Sequence[str], *, texts_only: bool = F
     return Table(source=str(path), name=path.name, columns=wanted, lines=raw.lines, class_names=named)
 
 
-def read_some_columns(path: Path, columns: Sequence[str], *, needed: Sequence[str], texts_only: bool = False) -> Raw:
-    """Read those of the named columns that a data file has; it must have the needed ones. See `read_table`."""
+def read_some_columns(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    needed: Sequence[str],
+    texts_only: bool = False,
+    fix: str = "--text_column and --label_column name the columns",
+) -> Raw:
+    """Read those of the named columns that a data file has; it must have the needed ones, else `fix` is advised.
+
+    See `read_table`.
+    """
     _check_exists(path)
     raw = _reader_for(path, texts_only=texts_only)(path, columns)
-    _check_columns(path, raw, needed)
+    _check_columns(path, raw, needed, fix)
     if not raw.columns[needed[0]]:
         raise DataError(f"{path} has no rows.", why="only the header was written")
     return raw
@@ -96,7 +106,7 @@ def _check_exists(path: Path) -> None:
     )
 
 
-def _check_columns(path: Path, raw: Raw, wanted: Sequence[str]) -> None:
+def _check_columns(path: Path, raw: Raw, wanted: Sequence[str], fix: str) -> None:
     twice = [name for name in dict.fromkeys(raw.names) if raw.names.count(name) > 1]
     if twice:
         raise DataError(
@@ -112,6 +122,6 @@ def _check_columns(path: Path, raw: Raw, wanted: Sequence[str]) -> None:
     raise DataError(
         f"{path} has no column {', '.join(map(repr, missing))}.",
         why=f"its fields are separated by {separator!r}; .csv needs ',' and .tsv needs a tab" if separator else "",
-        fix=", ".join(hints) or "--text_column and --label_column name the columns",
+        fix=", ".join(hints) or fix,
         available=raw.names,
     )

@@ -2,8 +2,9 @@
 
 In columns (csv, tsv, parquet): the text, and one column for each label, named as it is. As objects (jsonl, json):
 `{"text": ..., "probabilities": {"name": 0.9, ...}}`, or `{"text": ..., "label": "name"}` for a teacher that only names
-its choice (a list of names for multi-label). A row of the data is found by its text (and second text), never by its
-place, and the text must be the same to the letter: a text that was tidied up is one that the teacher did not see.
+its choice (a list of names for multi-label). "text" and "label" stand for the names that these have in the data. A row
+of the data is found by its text (and second text), never by its place, and the text must be the same to the letter: a
+text that was tidied up is one that the teacher did not see.
 
 Probabilities become logits, since that is what students learn: log p, for multi-label log p - log (1 - p), with p kept
 `FLOOR` away from 0 and 1. So a teacher that only names its choice is sure to one in a million.
@@ -94,9 +95,9 @@ def read_teacher_file(
     Args:
         path: The file: csv, tsv, parquet, jsonl or json.
         schema: The labels.
-        text: Name of the column of texts.
-        pair: Name of that of second texts, for tasks on pairs.
-        label: Name of the key of hard labels.
+        text: Name of the column of texts: that of the data.
+        pair: Name of that of second texts, for tasks on pairs; likewise.
+        label: Name of the key of hard labels; likewise.
 
     Raises:
         ConfigError: The task is a regression.
@@ -109,11 +110,14 @@ def read_teacher_file(
         raise ConfigError("teacher_file: holds probabilities of labels; a regression has none.")
     path = Path(path)
     columns = [text] if pair is None else [text, pair]
-    raw = read_some_columns(path, [*columns, *schema.names, PROBABILITIES, label], needed=columns)
+    of_texts = f"column{'s' if pair else ''} of texts as in the data: {' and '.join(map(repr, columns))}"
+    raw = read_some_columns(
+        path, [*columns, *schema.names, PROBABILITIES, label], needed=columns, fix=f"name the {of_texts}"
+    )
     table = Table(source=str(path), name=path.name, columns=raw.columns, lines=raw.lines)
     by_column = not ({PROBABILITIES, label} & set(raw.names)) or set(schema.names) <= set(raw.names)
     if by_column:
-        _check_names(path, [name for name in raw.names if name not in columns], schema)
+        _check_names(path, [name for name in raw.names if name not in columns], schema, columns, label)
         shares_NC, faults = _numbers_of_columns(table, schema)
     else:
         shares_NC, faults = _numbers_of_objects(table, schema, label)
@@ -146,14 +150,15 @@ def to_logits(shares_NC: Array, problem_type: str) -> Array:
     return np.asarray(np.log(np.maximum(shares_NC, FLOOR)), dtype=np.float32)
 
 
-def _check_names(path: Path, found: Sequence[str], schema: LabelSchema) -> None:
+def _check_names(path: Path, found: Sequence[str], schema: LabelSchema, texts: Sequence[str], label: str) -> None:
     unknown, missing = _unlike(found, schema)
     if unknown or missing:
         lines = [f"  - not a label: {', '.join(unknown)}"] if unknown else []
         lines += [f"  - no column for: {', '.join(missing)}"] if missing else []
         raise LabelError(
             f"The columns of {path} are not the labels of the data:\n" + "\n".join(lines),
-            fix="one column for each label, named as it is, and the text; nothing else",
+            fix=f"one column for each label, named as it is, or, of each row, {PROBABILITIES!r} or {label!r}; "
+            f"and {' and '.join(map(repr, texts))}; nothing else",
             available=schema.names,
         )
 
