@@ -20,6 +20,7 @@ from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.latency import Stages, latency_facts
+from nlpxfer.evaluate.mixture import answered
 from nlpxfer.evaluate.retention import (
     Answers,
     Gold,
@@ -92,16 +93,19 @@ def judge(
     """Hold the student, and its control arm, against the teacher; fills `checks.retention` of the report.
 
     Args:
-        run: The run; its `answers` hold the logits of the arms. Without those of the teacher nothing is compared, and
+        run: The run; its `answers` hold the logits of the arms. Without those of the teacher no score is compared, and
             a target is missed.
         plan: Targets, and whether disagreements are written.
         arms: The table, with speeds.
         models: Name of an arm -> its model.
         student: The result.
-        teacher_logits: Split (`train`, `unlabelled`) -> the teacher's logits of it, as the student learnt them.
+        teacher_logits: Split -> the teacher's logits of it, NaN in rows that it says nothing about; of validation and
+            test rows they may be left out where `run.answers` has them.
         teacher: Name of the teacher's arm.
     """
     timed = with_latency(run, arms, models)
+    if plan.disagreements:
+        _write_disagreements(run, student, _answers_of(run, teacher) | dict(teacher_logits))
     if teacher not in run.answers:
         asked = plan.min_retention is not None or plan.min_class_retention is not None
         return Judged(arms=timed, retention=None, missed=["the teacher has no test score to keep"] if asked else [])
@@ -109,8 +113,6 @@ def judge(
     names = [student.name, *(name for name in (small, "control") if name in run.answers)]
     found = run.checks["retention"] = _retention(run, teacher, names, timed)
     kept = found["students"][student.name]
-    if plan.disagreements:
-        _write_disagreements(run, teacher, student, teacher_logits)
     missed = gate_faults(kept, plan.min_retention, plan.min_class_retention)
     if small in found["students"]:
         faults = gate_faults(found["students"][small], plan.min_retention, plan.min_class_retention)
@@ -145,23 +147,43 @@ def _retention(run: Run, teacher: str, students: Sequence[str], arms: Sequence[A
     return {"teacher_arm": teacher, "teacher": calibration_facts(asked, gold), "students": kept}
 
 
-def _write_disagreements(run: Run, teacher: str, student: TrainedArm, known: Mapping[str, Array]) -> None:
-    """Rows of all splits that both have answered."""
-    theirs, ours = run.answers[teacher][0], Answers(student.validation_logits, student.test_logits)
-    gold = _gold(run)
-    pairs = {"validation": (theirs.validation, ours.validation), "test": (theirs.test, ours.test)}
-    pairs |= {split: (logits, run.predict(student.model, student.tokenizer, split)) for split, logits in known.items()}
-    asked = [
-        TwoAnswers(
-            split,
-            getattr(run.data, split)["row"][:],
-            *run.texts(split),
-            run.labels(split) if "label" in getattr(run.data, split).column_names else None,
-            *logits,
-        )
-        for split, logits in pairs.items()
-    ]
+def _answers_of(run: Run, arm: str) -> dict[str, Array]:
+    """What an arm says of the validation and test rows; nothing if it has not been asked about all of them."""
+    return {split: getattr(found, split) for found in run.answers.get(arm, [])[:1] for split in ("validation", "test")}
+
+
+def _write_disagreements(run: Run, student: TrainedArm, theirs: Mapping[str, Array]) -> None:
+    """Rows of all splits that the teacher has answered.
+
+    Args:
+        run: Its rows, and its folder.
+        student: The student.
+        theirs: Split -> the teacher's logits, NaN in rows that it says nothing about; validation and test among them.
+    """
+    gold, ours = _gold(run), {"validation": student.validation_logits, "test": student.test_logits}
+    asked = []
+    for split, teacher_NC in theirs.items():
+        rows = np.flatnonzero(answered(teacher_NC))
+        if len(rows):
+            student_NC = ours[split] if split in ours else run.predict(student.model, student.tokenizer, split)
+            asked.append(_two_answers(run, split, rows, teacher_NC, student_NC))
     if is_main_process():
-        temperatures = (fitted_temperature(theirs, gold), fitted_temperature(ours, gold))
+        both = Answers(theirs["validation"], theirs["test"]), Answers(ours["validation"], ours["test"])
+        temperatures = fitted_temperature(both[0], gold), fitted_temperature(both[1], gold)
         write_disagreements(run.folder, disagreements(asked, gold.names, gold.problem_type, temperatures))
     wait_for_everyone()
+
+
+def _two_answers(run: Run, split: str, rows: Array, teacher_NC: Array, student_NC: Array) -> TwoAnswers:
+    """What both say of some rows of a split."""
+    table, (texts, pairs) = getattr(run.data, split), run.texts(split)
+    numbers = table["row"][:]
+    return TwoAnswers(
+        split,
+        [numbers[row] for row in rows],
+        [texts[row] for row in rows],
+        None if pairs is None else [pairs[row] for row in rows],
+        run.labels(split)[rows] if "label" in table.column_names else None,
+        teacher_NC[rows],
+        student_NC[rows],
+    )

@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([*panel.arms, *arms], models)
-        judged = judge(run, plan, arms, models, student[0], first.by_split())
+        judged = judge(run, plan, arms, models, student[0], {**panel.asked, **first.by_split()})
         run.checks["teacher"] = rows.facts | {"retention": judged.retention}
         run.checks["preflight"] = student[0].preflight
         run.config["learning_rate"] = training_of(run, plan, source)["learning_rate"]

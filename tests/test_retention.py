@@ -18,6 +18,7 @@ from nlpxfer.evaluate.retention import (
     agreement,
     check_gate,
     class_shares,
+    fitted_temperature,
     gate_faults,
     retained,
     worst_class,
@@ -196,6 +197,18 @@ def test_a_gate_that_could_judge_nothing_is_refused():
     check_gate(Gold(SINGLE_LABEL, "abc", gold, np.arange(60) % 3), 0.9)
     with pytest.raises(ConfigError, match="no classes"):
         check_gate(Gold(REGRESSION, ("score",), gold, gold), 0.9)
+
+
+def test_temperatures_are_fitted_on_the_rows_that_are_answered():
+    logits, gold = hot([0, 1, 0, 1, 1, 0], 2, 3.0), np.array([0, 1, 0, 1, 0, 0])
+    task, none = Gold(SINGLE_LABEL, ("a", "b"), gold, gold), np.full_like(logits, np.nan)
+    some = np.concatenate([logits, none[:4]])
+    labels = np.concatenate([gold, [1, 1, 0, 0]])
+    whole = fitted_temperature(Answers(logits, none), task)
+    assert whole == pytest.approx(3 / np.log(5), rel=1e-3)
+    assert fitted_temperature(Answers(some, none), replace(task, validation=labels)) == pytest.approx(whole)
+    assert fitted_temperature(Answers(none, none), task) == 1.0
+    assert fitted_temperature(Answers(logits[:, :1], none), replace(task, problem_type=REGRESSION)) == 1.0
 
 
 def two(teacher, student, gold, **changes):

@@ -166,6 +166,36 @@ def test_a_file_alone_may_leave_rows_out(tiny_data, tiny_checkpoint, taught, tmp
     assert transfer.kept_N.sum() == 32 + 5
 
 
+def test_disagreements_are_of_all_rows_that_the_teacher_answered(tiny_data, tiny_checkpoint, taught, tmp_path):
+    """Of all splits, though it leaves out rows of each and has no score; held against what the student says itself."""
+    named = [row["text"] for path in (tiny_data.train, tiny_data.validation, tiny_data.test) for row in rows_of(path)]
+    known = [*named[::2], *tiny_data.unlabelled.read_text().splitlines()[:40]]
+    own = ["--teacher_file", write_answers(tmp_path / "llm.csv", known), "--teacher_file_partial", "true"]
+    own += ["--unlabelled_file", tiny_data.unlabelled, "--model_name_or_path", tiny_checkpoint("bert")]
+    run = finished("distill", tmp_path / "out", *words(tiny_data, *own, "--disagreements", "true"))
+    assert "retention" not in run.report["checks"]
+    lines = [json.loads(line) for line in (run.folder / "disagreements.jsonl").read_text().splitlines()]
+    labelled = taught[0][0][:32]
+    asked = {
+        "train": labelled,
+        "unlabelled": taught[0][0][32:],
+        "validation": [row["text"] for row in rows_of(tiny_data.validation)],
+        "test": [row["text"] for row in rows_of(tiny_data.test)],
+    }
+    for split, texts in asked.items():
+        answered = [text for text in texts if text in known]
+        assert 0 < len(answered) < len(texts)
+        says = plain_logits(run.folder, answered).argmax(axis=1)
+        differ = [text for text, best in zip(answered, says, strict=True) if shares_for(text).argmax() != best]
+        assert sorted(line["text"] for line in lines if line["split"] == split) == sorted(differ), split
+        assert differ
+    for line in lines:
+        assert line["teacher"] == LABELS[shares_for(line["text"]).argmax()]
+        assert (line["label"] is None) == (line["split"] == "unlabelled")
+        place = {"validation": tiny_data.validation, "test": tiny_data.test}.get(line["split"])
+        assert place is None or rows_of(place)[line["row"] - 1]["text"] == line["text"]
+
+
 def test_weights_that_the_file_cannot_find_are_refused(tiny_data, tiny_checkpoint, tmp_path):
     file = write_answers(tmp_path / "llm.csv", every_text(tiny_data)[:240])
     own = ["--teacher_file", file, "--teacher_name_or_path", tiny_checkpoint("bert", "classifier")]

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike, NDArray
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.calibration import calibrate, fit_temperature
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
+from nlpxfer.evaluate.mixture import answered
 from nlpxfer.evaluate.ratio import RatioMetric, Share, paired_ratio
 from nlpxfer.evaluate.task import answers
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
@@ -105,10 +106,14 @@ def calibration_facts(model: Answers, gold: Gold) -> dict[str, Any]:
 
 
 def fitted_temperature(model: Answers, gold: Gold) -> float:
-    """The temperature of a model's probabilities, fitted on the validation rows; 1 for numbers, which have none."""
-    if gold.problem_type == REGRESSION:
+    """The temperature of a model's probabilities, fitted on the validation rows that it answers.
+
+    1 where there are none, and for numbers, which have no probabilities.
+    """
+    known_M = answered(model.validation)
+    if gold.problem_type == REGRESSION or not known_M.any():
         return 1.0
-    return fit_temperature(model.validation, gold.validation, gold.problem_type)
+    return fit_temperature(model.validation[known_M], gold.validation[known_M], gold.problem_type)
 
 
 def class_shares(student_S: Sequence[Array], teacher: Array, gold: Gold) -> list[dict[str, Any]]:

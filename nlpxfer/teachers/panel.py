@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,15 @@ class Panel:
             cannot be scored.
         mixture: How several make one; None for one.
         models: Name of an arm -> the classifier that it is.
+        asked: Validation and test -> the logits of what the student learns from, NaN in rows that nobody says anything
+            about; empty for a teacher that was trained in the run, whose answers the run has.
     """
 
     teachers: Sequence[Teacher]
     arms: Sequence[Arm] = ()
     mixture: Mixture | None = None
     models: dict[str, Checkpoint] = field(default_factory=dict)
+    asked: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -122,7 +125,7 @@ def measure_panel(run: Run, options: TeacherOptions, teachers: Sequence[Teacher]
         seconds.append(time.perf_counter() - start)
     if len(teachers) == 1:
         arms = _arm(run, "teacher", asked[0], seconds[0], teachers[0], f"{teachers[0].name}, as given")
-        panel = Panel(teachers, arms)
+        panel = Panel(teachers, arms, asked=asked[0])
     else:
         mixture = fit_mixture(
             run.problem_type,
@@ -131,7 +134,8 @@ def measure_panel(run: Run, options: TeacherOptions, teachers: Sequence[Teacher]
             options.fixed_weights or options.teacher_weights,
             tau=options.teacher_weight_tau,
         )
-        panel = Panel(teachers, _arms(run, teachers, asked, seconds, mixture), mixture)
+        mixed = {split: mixture.logits([found[split] for found in asked]) for split in SCORED}
+        panel = Panel(teachers, _arms(run, teachers, asked, seconds, mixture, mixed), mixture, asked=mixed)
     numbered = {"teacher": teachers[0]} if len(teachers) == 1 else {
         f"teacher {number}": teacher for number, teacher in enumerate(teachers, start=1)
     }  # fmt: skip
@@ -145,6 +149,7 @@ def _arms(
     asked: Sequence[dict[str, Array]],
     seconds: Sequence[float],
     mixture: Mixture,
+    mixed: dict[str, Array],
 ) -> list[Arm]:
     arms: list[Arm] = []
     told = zip(teachers, asked, seconds, mixture.weights, mixture.temperatures, strict=True)
@@ -153,7 +158,6 @@ def _arms(
         details = {"weight": weight, "temperature": temperature}
         arms += _arm(run, f"teacher {number}", found, took, teacher, about, details)
         logger.info("teacher %d: %s", number, about)
-    mixed = {split: mixture.logits([found[split] for found in asked]) for split in SCORED}
     about = f"the mixture of {len(teachers)} teachers, weights: {mixture.how.replace('_', ' ')}"
     return arms + _arm(run, "teacher", mixed, sum(seconds), None, about)
 

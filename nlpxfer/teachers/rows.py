@@ -61,12 +61,12 @@ class TransferRows:
         return int(self.kept_N[len(self.labels) :].sum())
 
     def by_split(self) -> dict[str, Array]:
-        """The logits of each split; only of those in which every row has an answer."""
+        """The logits of each split, NaN in rows that nobody says anything about."""
         labelled = len(self.labels)
         parts = {"train": self.logits[:labelled]}
         if self.run.data.unlabelled is not None:
             parts["unlabelled"] = self.logits[labelled:]
-        return {split: logits for split, logits in parts.items() if answered(logits).all()}
+        return parts
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase) -> TokenisedRows:
         """Training and unlabelled rows, N, as a tokenizer sees them."""
