@@ -80,6 +80,22 @@ def check_targets(run: Run, plan: TargetOptions) -> None:
         raise ConfigError.from_faults(faults)
 
 
+def check_scored(plan: TargetOptions, *, scored: bool) -> None:
+    """Refuse targets that are shares of a score which the teacher has not, before a student is trained.
+
+    Args:
+        plan: The targets.
+        scored: Whether the teacher answers all validation and test rows, as a file need not.
+
+    Raises:
+        ConfigError: Lists the targets.
+    """
+    asked = [name for name in ("search", "min_retention", "min_class_retention") if getattr(plan, name)]
+    if asked and not scored:
+        faults = [f"{name}: needs a teacher that answers all validation and test rows" for name in asked]
+        raise ConfigError.from_faults(faults, fix="a teacher_file that holds these texts too")
+
+
 def judge(
     run: Run,
     plan: TargetOptions,

@@ -58,7 +58,7 @@ from nlpxfer.teachers import (
     with_unlabelled,
 )
 from nlpxfer.train.teacher_states import TeacherStates, check_states
-from nlpxfer.verdict import check_targets, judge
+from nlpxfer.verdict import check_scored, check_targets, judge
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 STATIC_KD_WEIGHT = 0.5
@@ -153,8 +153,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or next(iter(plan.teacher_names), plan.pretrained)))
         panel, source, pretrained = get_teachers(run, plan, alone)
-        if plan.search and panel.arm is None:
-            raise ConfigError("search: needs a teacher that answers all validation and test rows.")
+        check_scored(plan, scored=panel.arm is not None)
 
         def untaught(plan: DistillOptions, source: Checkpoint) -> dict[str, Any]:
             build, (method, _) = student_of(run, plan, source), methods_for(run, plan)

@@ -196,6 +196,20 @@ def test_disagreements_are_of_all_rows_that_the_teacher_answered(tiny_data, tiny
         assert place is None or rows_of(place)[line["row"] - 1]["text"] == line["text"]
 
 
+@pytest.mark.parametrize("target", ["min_retention", "min_class_retention", "search"])
+def test_a_target_that_needs_a_score_is_refused_before_the_student_trains(
+    target, tiny_data, tiny_checkpoint, tmp_path, monkeypatch
+):
+    trained = []
+    monkeypatch.setattr(arms_module, "prepare_arm", lambda **arguments: trained.append(arguments))
+    file = write_answers(tmp_path / "llm.csv", [row["text"] for row in rows_of(tiny_data.train)])
+    own = ["--teacher_file", file, "--model_name_or_path", tiny_checkpoint("bert"), "--disagreements", "true"]
+    own += [f"--{target}", "true" if target == "search" else "0.5"]
+    message = refused("distill", tmp_path / "out", *words(tiny_data, *own))
+    assert f"{target}: needs a teacher that answers all validation and test rows" in message
+    assert trained == []
+
+
 def test_weights_that_the_file_cannot_find_are_refused(tiny_data, tiny_checkpoint, tmp_path):
     file = write_answers(tmp_path / "llm.csv", every_text(tiny_data)[:240])
     own = ["--teacher_file", file, "--teacher_name_or_path", tiny_checkpoint("bert", "classifier")]
