@@ -79,6 +79,7 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
         **TeacherOptions.needed_switches,
         **StudentOptions.needed_switches,
     }
+    overruled_by: ClassVar[Mapping[str, str]] = {**TeacherOptions.overruled_by, **StudentOptions.overruled_by}
 
     model_name_or_path: str | None = option(
         None,

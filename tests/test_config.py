@@ -485,6 +485,24 @@ def test_a_switch_that_is_off_on_purpose_is_no_fault(config):
     assert options.eval_strategy == "no"
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Overruled:
+    """Passes that a number of steps makes meaningless."""
+
+    overruled_by = {"passes": "max_steps"}  # noqa: RUF012
+
+    passes: float = option(5.0, "Passes.")
+
+
+def test_an_option_that_another_overrules_is_refused(config):
+    types = (Overruled, RunOptions)
+    assert faults_of("--passes", "3", "--max_steps", "7", types=types) == ["passes: does nothing beside max_steps"]
+    path = config("passes: 3\nmax_steps: 7")
+    assert faults_of(path, types=types) == ["passes: does nothing beside max_steps (in config.yaml)"]
+    for words in (["--passes", "3"], [path, "--max_steps", "-1"], [path, "--passes", "5"], ["--max_steps", "7"]):
+        parse(types, words)
+
+
 def test_copies_of_options_are_accepted():
     (options,) = parse([RunOptions], ["--bf16", "false"])
     assert dataclasses.replace(options, learning_rate=0.5).learning_rate == 0.5

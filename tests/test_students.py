@@ -120,6 +120,26 @@ REFUSED = {
         ["--student", "static", "--num_train_epochs", "3"],
         "num_train_epochs: for a static student it is static_num_train_epochs",
     ),
+    "epochs beside steps": (
+        ["--student", "static", "--static_num_train_epochs", "3", "--max_steps", "5"],
+        "static_num_train_epochs: does nothing beside max_steps",
+    ),
+    "a range beside steps": (
+        [
+            "--student",
+            "static",
+            "--static_num_train_epochs",
+            "{choices: [5, 3]}",
+            "--max_steps",
+            "5",
+            "--num_trials=2",
+        ],
+        "static_num_train_epochs: does nothing beside max_steps",
+    ),
+    "epochs beside a range of steps": (
+        ["--student", "static", "--static_num_train_epochs=3", "--max_steps", "{choices: [5, 3]}", "--num_trials=2"],
+        "static_num_train_epochs: does nothing beside max_steps",
+    ),
     "width": (["--student_hidden_size", "20"], "student_hidden_size: 20 is not one of 8, 16, 24, 32"),
     "neurons": (["--student_intermediate_size", "65"], "student_intermediate_size: 65 is not between 1 and the 64"),
     "width of a checkpoint": (

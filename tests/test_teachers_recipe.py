@@ -316,6 +316,7 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--teacher_weight_tau", "0.5"], "teacher_weight_tau: has no effect without --teacher_weights"),
         (["--unlabelled_file", "x", "--transfer_curve", "0,some"], "is not a list of numbers"),
         (["--teacher_file", "x.csv", "--teacher_learning_rate", "1e-3"], "does nothing beside teacher_file"),
+        (["--teacher_num_train_epochs", "3"], "teacher_num_train_epochs: does nothing beside max_steps"),
         (["--teacher_file", "x.csv", "--hidden_weight", "1"], "need one teacher, a classifier"),
         (["--generations", "2", "--similarity_weight", "1"], "need one teacher, a classifier"),
         (["--generations", "2", "--search", "true"], "generations: search tries students"),

@@ -205,6 +205,7 @@ def _build(
         own += end_faults(cls, values, mine, own)
         converted |= {} if own else dict(as_converted(cls, values, mine))
         faults += own
+    faults += _overruled(built, parsed, ranges, given)
     if "num_trials" not in given or not faults:
         faults += search_faults(parsed.get("num_trials", 0), parsed, ranges)
     attach(built, converted)
@@ -226,4 +227,21 @@ def _without_effect(options: object, parsed: Mapping[str, Any], given: Mapping[s
         if not harmless and (value != wanted if wanted is not None else not value):
             shown = ANY_VALUE[switch] if wanted is None else str(wanted).lower()
             faults.append(f"{key}: has no effect without --{switch} {shown}{given[key].where}")
+    return faults
+
+
+def _overruled(
+    built: Sequence[object], parsed: Mapping[str, Any], ranges: Mapping[str, Range], given: Mapping[str, Given]
+) -> list[str]:
+    """Options that another one, which was given too, makes meaningless."""
+    faults = []
+    defaults = {f.name: f.default for options in built for f in dataclasses.fields(options)}  # type: ignore[arg-type]
+
+    def differs(key: str) -> bool:
+        return key in ranges or parsed.get(key, defaults[key]) != defaults[key]
+
+    for options in built:
+        for key, other in getattr(options, "overruled_by", {}).items():
+            if other in defaults and differs(key) and differs(other):
+                faults.append(f"{key}: does nothing beside {other}{given[key].where}")
     return faults

@@ -28,6 +28,7 @@ class StudentOptions:
     needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = {
         name: ("student", STATIC) for name in STATIC_OPTIONS
     }
+    overruled_by: ClassVar[Mapping[str, str]] = {"static_num_train_epochs": "max_steps"}
 
     student: str = option(LAYERS, "What it is made of: layers, or static: token vectors, no attention.")
     student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")

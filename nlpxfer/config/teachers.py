@@ -23,6 +23,7 @@ class TeacherOptions:
     Attributes:
         TEACHERS_NOT_SEARCHED: Why a search for options does not vary these.
         needed_switches: Option -> the option without which it does nothing.
+        overruled_by: Option -> the option beside which it does nothing.
     """
 
     TEACHERS_NOT_SEARCHED: ClassVar[Mapping[str, str]] = MappingProxyType(
@@ -44,6 +45,8 @@ class TeacherOptions:
             "transfer_curve": ("unlabelled_file", None),
         }
     )
+
+    overruled_by: ClassVar[Mapping[str, str]] = MappingProxyType({"teacher_num_train_epochs": "max_steps"})
 
     teacher_name_or_path: None | str | list[str] = option(  # HfArgumentParser reads this order alone
         None, "Classifiers fine-tuned on the same labels: folders or Hub ids, several with commas or as a list."
