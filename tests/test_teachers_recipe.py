@@ -136,6 +136,23 @@ def test_learnt_weights_and_a_list_of_teachers(tiny_data, tiny_checkpoint, tmp_p
     assert any("learnt" in arm["description"] for arm in report["arms"] if arm["name"] == "teacher")
 
 
+def test_one_cache_folder_serves_any_number_of_teachers(tiny_data, tiny_checkpoint, tmp_path):
+    bert, gpt = tiny_checkpoint("bert", "classifier"), tiny_checkpoint("gpt2", "classifier")
+    nli = tiny_checkpoint("bert", "classifier", labels=NLI)
+    cache = ["--teacher_cache", tmp_path / "cache"]
+
+    def computed(folder, *own):
+        told = finished("distill", tmp_path / folder, *words(tiny_data, *cache, *own)).report["checks"]["teacher"]
+        return [told["computed"]] if "teachers" not in told else [each["computed"] for each in told["teachers"]]
+
+    both = ["--teacher_name_or_path", f"{bert},{gpt}", "--zero_shot_teacher", nli]
+    assert computed("several", *both) == [32, 32, 32]
+    assert computed("one", "--teacher_name_or_path", gpt) == [0]
+    assert computed("chain", "--teacher_name_or_path", bert, "--generations", "2") == [32]
+    assert len(list((tmp_path / "cache").glob("*/manifest.json"))) == 4, "that of the first generation is the fourth"
+    assert not list((tmp_path / "cache").glob("*.*"))
+
+
 def run_recipe(config, folder, rest):
     """The report of a run with a YAML file."""
     load_recipe("distill").main([str(config), "--output_dir", str(folder), *rest])

@@ -74,7 +74,7 @@ class TeacherOptions:
         0, "Train it on so many folds as well, so that each training row is taught by a model that has not seen it."
     )
     teacher_cache: str | None = option(
-        None, "Folder of the teacher's outputs. Default: ~/.cache/nlpxfer/teacher/<key>."
+        None, "Folder of teachers' outputs, each in a folder of its own. Default: ~/.cache/nlpxfer/teacher."
     )
     contradiction_weight: float = option(
         1.0, "Weight of the distillation loss of rows where the teacher's best label is not the gold label."

@@ -15,10 +15,8 @@ class that their fold's model has never seen are taught by nobody.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nlpxfer.checkpoint.load import Checkpoint
@@ -75,7 +73,7 @@ def taught_by_each_other(
         trained = run.train(name, **training, split=rows.split(options), seeds=run.seeds[:1], facts=facts)
         arms.append(run.arm(trained, f"{what}, taught by {panel.name}"))
         teacher = _frozen(trained[0], name)
-        panel = Panel([ModelTeacher(teacher, _cache_of(options, teacher))], models={name: teacher})
+        panel = Panel([ModelTeacher(teacher, options.teacher_cache)], models={name: teacher})
         rows = TransferRows(run, panel)
     return panel, rows, arms
 
@@ -161,10 +159,3 @@ def train_on_folds(
 def _frozen(arm: TrainedArm, name: str) -> Checkpoint:
     arm.model.requires_grad_(False)
     return Checkpoint(model=arm.model, tokenizer=arm.tokenizer, name=name, folder=None, fresh=(), head_kept=True)
-
-
-def _cache_of(options: TeacherOptions, teacher: Checkpoint) -> str | None:
-    """A folder of its own beside the first teacher's logits, if that has been named."""
-    if options.teacher_cache is None:
-        return None
-    return str(Path(options.teacher_cache) / hashlib.sha256(teacher.weights_sha256.encode()).hexdigest()[:20])

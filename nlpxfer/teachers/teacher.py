@@ -12,7 +12,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,7 +72,7 @@ class ModelTeacher(Teacher):
 
     Attributes:
         classifier: Frozen.
-        folder: Of its cache; None for the default.
+        folder: Of caches, one of them its own; None for the default.
         held_out: What models that have not seen them say about the training rows, instead of what this one says.
     """
 
@@ -137,7 +136,7 @@ class ZeroShotTeacher(Teacher):
     Attributes:
         scorer: The model.
         asked: The hypothesis of each label.
-        folder: Of its cache; None for the default.
+        folder: Of caches, one of them its own; None for the default.
     """
 
     scorer: Entailment
@@ -162,7 +161,6 @@ class ZeroShotTeacher(Teacher):
     def logits(self, run: Run, splits: Sequence[str]) -> tuple[Array, dict[str, Any]]:
         """From the cache as far as they are there."""
         texts, _ = texts_of(run, splits)
-        bf16 = bool(run.options.bf16) and set(splits) <= set(TRAINING)
         return zero_shot_logits(
             self.scorer,
             texts,
@@ -171,8 +169,8 @@ class ZeroShotTeacher(Teacher):
             problem_type=run.problem_type,
             max_length=run.data_options.max_length,
             batch_size=run.options.per_device_eval_batch_size,
-            bf16=bf16,
-            folder=self.folder if bf16 == bool(run.options.bf16) else None,
+            bf16=bool(run.options.bf16) and set(splits) <= set(TRAINING),
+            folder=self.folder,
             quiet=bool(run.options.disable_tqdm),
         )
 
@@ -241,11 +239,10 @@ def open_teachers(run: Run, options: TeacherOptions) -> list[Teacher]:
         CheckpointError, LabelError: See `load_teacher` and `load_entailment`.
         DataError: See `read_teacher_file`; or the file lacks texts.
     """
-    folder, several = options.teacher_cache, options.number_of_teachers > 1
     found: list[Teacher] = []
     for name in options.teacher_names:
         model = load_teacher(name, schema=run.data.schema)
-        found.append(ModelTeacher(model, _own_folder(folder, several, name)))
+        found.append(ModelTeacher(model, options.teacher_cache))
     if options.teacher_file:
         found.append(FileTeacher(_read_file(run, options)))
     if options.zero_shot_teacher:
@@ -254,15 +251,8 @@ def open_teachers(run: Run, options: TeacherOptions) -> list[Teacher]:
             raise ConfigError("zero_shot_teacher: reads a text and a hypothesis; it cannot read pairs of texts.")
         asked = hypotheses(options.hypothesis_template, run.data.schema.names, options.label_descriptions)
         scorer = load_entailment(name, problem_type=run.problem_type)
-        found.append(ZeroShotTeacher(scorer, asked, _own_folder(folder, several, f"zero-shot {name}")))
+        found.append(ZeroShotTeacher(scorer, asked, options.teacher_cache))
     return found
-
-
-def _own_folder(folder: str | None, several: bool, name: str) -> str | None:
-    """Where a teacher's logits are cached: of several each has a folder of its own in the one that was named."""
-    if folder is None or not several:
-        return folder
-    return str(Path(folder) / hashlib.sha256(name.encode()).hexdigest()[:20])
 
 
 def _read_file(run: Run, options: TeacherOptions) -> TeacherFile:

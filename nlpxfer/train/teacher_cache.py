@@ -2,7 +2,8 @@
 
 A row is found by the sha256 of its text, so shuffling, subsets and further rows cannot misalign the cache. A folder
 belongs to one teacher: weights, tokenizer, label order, cut length, how longer texts are read, precision, and for an
-entailment model its hypotheses. With anything else it is refused, and each part is bound to it by its name.
+entailment model its hypotheses. It is named after these, so that the caches of any number of teachers lie side by
+side; with anything else it is refused, and each part is bound to it by its name.
 
 How the folder is laid out stands in `row_cache`. A damaged part is refused.
 
@@ -81,6 +82,11 @@ def default_cache_folder(identity: TeacherIdentity) -> Path:
     return cache_root("teacher") / identity.key
 
 
+def cache_folder(identity: TeacherIdentity, folder: str | Path | None = None) -> Path:
+    """Where the logits of one teacher lie among those of others: `<folder>/<key>`, else `default_cache_folder`."""
+    return Path(folder) / identity.key if folder else default_cache_folder(identity)
+
+
 def text_keys(texts: Sequence[str], pairs: Sequence[str] | None = None) -> list[bytes]:
     """sha256 of each text (and its pair), 32 bytes; equal texts have equal keys, whatever row they stand in."""
     return list(_each_key(texts, pairs))
@@ -127,7 +133,7 @@ def teacher_logits(
         long_texts: How longer texts are read; default: their beginning.
         batch_size: Rows of the longest length per batch.
         bf16: Compute in bfloat16.
-        folder: Folder of the cache; default `default_cache_folder`.
+        folder: Folder of caches; see `cache_folder`.
         quiet: No progress bar.
 
     Returns:
@@ -162,8 +168,7 @@ def teacher_logits(
             quiet=quiet,
         )
 
-    where = Path(folder) if folder else default_cache_folder(identity)
-    logits, computed = cached_logits(where, identity, text_key_array(texts, pairs), compute)
+    logits, computed = cached_logits(cache_folder(identity, folder), identity, text_key_array(texts, pairs), compute)
     seconds = round(time.perf_counter() - start, 2)
     logger.info("teacher logits: %d rows, %d computed, %.1f s", len(texts), computed, seconds)
     return logits, {"rows": len(texts), "computed": computed, "seconds": seconds, "key": identity.key}

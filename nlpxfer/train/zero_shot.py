@@ -26,8 +26,8 @@ from nlpxfer.train.predict import class_logits, predict
 from nlpxfer.train.teacher_cache import (
     PART_ROWS,
     TeacherIdentity,
+    cache_folder,
     cached_logits,
-    default_cache_folder,
     text_key_array,
 )
 
@@ -82,7 +82,7 @@ def zero_shot_logits(
         max_length: Tokens of a text and a hypothesis together.
         batch_size: Pairs of the longest length per batch.
         bf16: Compute in bfloat16.
-        folder: Folder of the cache.
+        folder: Folder of caches; see `cache_folder`.
         quiet: No progress bar.
 
     Returns:
@@ -120,8 +120,7 @@ def zero_shot_logits(
         )
         return found.reshape(len(rows), count)
 
-    where = Path(folder) if folder else default_cache_folder(identity)
-    part_rows = max(64, PART_ROWS // count)
+    where, part_rows = cache_folder(identity, folder), max(64, PART_ROWS // count)
     logits, computed = cached_logits(where, identity, text_key_array(texts), compute, part_rows=part_rows)
     seconds = round(time.perf_counter() - start, 2)
     return logits, {"rows": len(texts), "computed": computed, "seconds": seconds, "key": identity.key}
