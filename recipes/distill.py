@@ -58,7 +58,7 @@ from nlpxfer.teachers import (
     with_unlabelled,
 )
 from nlpxfer.train.teacher_states import TeacherStates, check_states
-from nlpxfer.verdict import check_scored, check_targets, judge
+from nlpxfer.verdict import check_scored, check_targets, judge, with_latency
 
 DEFAULT_MODEL = "all-MiniLM-L6-v2"
 STATIC_KD_WEIGHT = 0.5
@@ -348,7 +348,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     return finish(
         run,
         student,
-        run.with_speed(arms, models),
+        with_latency(run, run.with_speed(arms, models), models),
         verdict,
         description=f"{name}, taught by the moving average of its own weights (mean teacher).",
         base_model=resolve_checkpoint(name),

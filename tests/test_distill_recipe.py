@@ -110,6 +110,12 @@ def test_a_student_that_teaches_itself(words, bert, tmp_path, tiny_data):
     assert report["checks"]["preflight"]["terms"]["soft_target"]["rows"] > 0
     assert report["checks"]["preflight"]["warnings"] == []
     assert "teacher" not in report["checks"]
+    for name in ("control", "distilled"):
+        found = run.arm(name)["latency"]
+        assert (found["one_row"]["rows"], found["batched"]["rows"]) == (1, 32)
+        assert 0 < found["one_row"]["p50_ms"] < found["one_row"]["total_p50_ms"]
+    assert run.arm("majority class")["latency"] is None
+    assert "\nms a row: control " in run.out
     steps = {arm["name"]: arm["details"].get("steps") for arm in report["arms"]}
     assert steps["control"] == steps["distilled"] == 6  # 60 labelled and 120 unlabelled rows
 

@@ -29,10 +29,10 @@ def size_facts(student: Arm, teacher: Arm) -> dict[str, Any]:
 
 
 def retention_lines(report: Report) -> list[str]:
-    """One line on what the student keeps, one on how long a row takes; none for a report without a teacher."""
+    """One line on what the student keeps of its teacher, one on how long a row takes; each where it was measured."""
     found = report.checks.get("retention")
     if not found:
-        return []
+        return _latency_lines(report.arms)
     (_, student), *others = found["students"].items()
     line = f"kept:     {_score_words(student['score'])}"
     worst = student.get("worst_class")
