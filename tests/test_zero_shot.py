@@ -100,9 +100,7 @@ def test_renamed_columns_are_another_teacher(tiny_copy, tmp_path):
         options = {"labels": LABELS, "hypotheses": hypotheses(TEMPLATE, LABELS), "problem_type": SINGLE_LABEL}
         found.append((scorer, options | {"max_length": 48}))
     first, _ = zero_shot_logits(found[0][0], TEXTS, folder=tmp_path / "a", **found[0][1])
-    with pytest.raises(StaleCacheError, match="columns: cached"):
-        zero_shot_logits(found[1][0], TEXTS, folder=tmp_path / "a", **found[1][1])
-    other, _ = zero_shot_logits(found[1][0], TEXTS, folder=tmp_path / "b", **found[1][1])
+    other, _ = zero_shot_logits(found[1][0], TEXTS, folder=tmp_path / "a", **found[1][1])
     assert np.abs(other - first).max() > 1e-4
 
 
