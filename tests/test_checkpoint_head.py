@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -210,6 +211,19 @@ def test_decoders_have_nothing_to_make_transparent(load, family):
     before = state_of(model)
     make_transparent_(model, pooled_moments(model, [batch_of(tokenizer, "left")]))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["shape", "activation"])
+def test_heads_that_cannot_start_from_a_probe_say_what_to_do(load, monkeypatch, change):
+    model, tokenizer = load("roberta")
+    moments = pooled_moments(model, [batch_of(tokenizer)])
+    if change == "shape":
+        model.classifier.dense = torch.nn.Linear(HIDDEN, 2 * HIDDEN)
+    else:
+        found = replace(head_of(model), activation="selu")
+        monkeypatch.setattr("nlpxfer.checkpoint.head.head_of", lambda _: found)
+    with pytest.raises(CheckpointError, match=r"--linear_probe false"):
+        make_transparent_(model, moments)
 
 
 def test_impossible_requests_are_refused(load):

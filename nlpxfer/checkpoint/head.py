@@ -344,7 +344,9 @@ def make_transparent_(model: PreTrainedModel, moments: PooledMoments, *, size: f
     dense = next(iter(parts.transforms.values()))
     if len(parts.transforms) > 1 or dense.in_features != dense.out_features:
         raise CheckpointError(
-            f"The head of {type(model).__name__} cannot be made transparent: {list(parts.transforms)}."
+            f"The head of {type(model).__name__} cannot be made transparent: {list(parts.transforms)}.",
+            why="A linear probe's weights can start a head of one square layer before the final one, or of none.",
+            fix="--linear_probe false",
         )
     # an entry that never varies tells the classes apart no better for being blown up
     floor = 0.1 * float(moments.deviation_H.median()) + 1e-6
@@ -369,6 +371,7 @@ def _offset_of(activation: str, size: float, name: str) -> float:
         return _GELU_INFLECTION
     raise CheckpointError(
         f"The head of {name} uses the activation {activation!r}, for which no near identity is known.",
+        fix="--linear_probe false",
         available=("tanh", "relu", "gelu"),
     )
 
