@@ -389,7 +389,12 @@ def _gold_labels(
     for number, row in enumerate(window, start=before + 1):
         if column not in row:
             raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
-    table = Table(source=str(reader.path), name=reader.path.name, columns={column: [row[column] for row in window]})
+    table = Table(
+        source=str(reader.path),
+        name=reader.path.name,
+        columns={column: [row[column] for row in window]},
+        class_names=reader.class_names(column),
+    )
     split = separator if any(isinstance(row[column], str) for row in window) else None
     found, faults = read_labels(table, column, schema.problem_type, split)
     if faults:

@@ -4,11 +4,13 @@ import csv
 import json
 import shutil
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import ClassLabel, Dataset, Features, Value
 from tiny import LABELS, make_rows, write_csv
 from transformers import pipeline
 
@@ -210,6 +212,16 @@ def test_scores(classifier, rows, tmp_path):
         evaluate_file(classifier, write_csv(tmp_path / "bad.csv", [rows[0], {**rows[1], "label": "other"}]))
     with pytest.raises(DataError, match="there is no column gold"):
         evaluate_file(classifier, source, label_column="gold")
+
+
+@pytest.mark.parametrize("names", [("1", "2", "3", "4"), SCHEMA.names])
+def test_class_numbers_of_parquet_have_the_names_that_training_gives_them(classifier, rows, tmp_path, names):
+    classifier = replace(classifier, schema=LabelSchema(names))
+    named = [{"text": row["text"], "label": names[SCHEMA.encode(row["label"])]} for row in rows]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(names[::-1]))})
+    Dataset.from_list(named, features=features).to_parquet(str(tmp_path / "in.parquet"))
+    expected = evaluate_file(classifier, write_csv(tmp_path / "in.csv", named))
+    assert evaluate_file(classifier, tmp_path / "in.parquet") == expected
 
 
 def test_memory_does_not_grow_with_the_file(classifier, tmp_path, monkeypatch):

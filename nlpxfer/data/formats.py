@@ -15,9 +15,12 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from nlpxfer.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 LOGGER = logging.getLogger(__name__)
 SHOWN_FAULTS: Final = 5
@@ -202,7 +205,6 @@ def _kind(value: object) -> str:
 def _read_parquet(path: Path, columns: Sequence[str]) -> Raw:
     import pyarrow as pa
     import pyarrow.parquet as pq
-    from datasets import ClassLabel, Features
 
     if not path.stat().st_size:
         raise DataError(f"{path} is empty.")
@@ -213,9 +215,16 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Raw:
             table = file.read(columns=unique)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
-    features = Features.from_arrow_schema(table.schema)
-    named = {name: tuple(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
-    return Raw(names, {name: table.column(name).to_pylist() for name in unique}, class_names=named)
+    columns_read = {name: table.column(name).to_pylist() for name in unique}
+    return Raw(names, columns_read, class_names=class_names(table.schema))
+
+
+def class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
+    """The names of the classes of each column that holds class numbers (`ClassLabel`), in their order."""
+    from datasets import ClassLabel, Features
+
+    features = Features.from_arrow_schema(schema)
+    return {name: tuple(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
 
 
 def read_txt(path: Path, columns: Sequence[str]) -> Raw:

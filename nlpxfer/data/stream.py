@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from nlpxfer.data.formats import csv_rows
+from nlpxfer.data.formats import class_names, csv_rows
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
 from nlpxfer.strict_json import replacing
 
@@ -66,6 +66,14 @@ class RowReader:
     def size(self) -> int:
         """What `bytes_read` comes to at the end."""
         return self.path.stat().st_size
+
+    def class_names(self, column: str) -> dict[str, tuple[str, ...]]:
+        """The names of a column's classes, under its name, where it is known to hold class numbers (`ClassLabel`)."""
+        import pyarrow as pa
+
+        if self.arrow_schema is None or column not in self.arrow_schema.names:
+            return {}
+        return class_names(pa.schema([self.arrow_schema.field(column)], metadata=self.arrow_schema.metadata))
 
     def windows(self, count: int) -> Iterator[list[Row]]:
         """Lists of up to `count` rows, in the order of the file."""
