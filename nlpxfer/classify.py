@@ -30,7 +30,7 @@ from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import read_labels
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.data.stream import Row, RowReader, refuse_taken, row_writer
+from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
@@ -313,16 +313,15 @@ def label_rows(
     reader = RowReader(source)
     rows = blank = 0
     with row_writer(output, reader, types) as writer:
-        for window in windows(reader, quiet):
-            texts, pairs, known = texts_of(reader, window, rows, *columns)
-            found = iter(answers(texts, pairs) if texts else ())
-            for number, (row, has_text) in enumerate(zip(window, known, strict=True), start=rows + 1):
-                if reader.columns is None:  # else `row_writer` has looked
+        for window in windows(reader, columns, quiet):
+            if reader.columns is None:  # else `row_writer` has looked
+                for number, row in enumerate(window.rows, start=rows + 1):
                     refuse_taken(f"{reader.path}, row {number}", row, types)
-                row.update(next(found) if has_text else dict.fromkeys(types))
-                blank += not has_text
-            writer.write(window)
-            rows += len(window)
+            texts, pairs, known = texts_of(reader, window.rows, rows, *columns)
+            found = iter(answers(texts, pairs) if texts else ())
+            writer.write(window, [next(found) if has_text else dict.fromkeys(types) for has_text in known])
+            blank += known.count(False)
+            rows += len(known)
         if not rows:
             raise DataError(f"{source} has no rows.")
     if blank:
@@ -432,20 +431,20 @@ def labelled_windows(
         LabelError: A label is none of the schema's.
     """
     reader, seen, (text, pair, label) = RowReader(source), 0, columns
-    for window in windows(reader, quiet):
-        texts, pairs, known = texts_of(reader, window, seen, text, pair)
+    for window in windows(reader, columns, quiet):
+        texts, pairs, known = texts_of(reader, window.rows, seen, text, pair)
         if not all(known):
             raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
-        yield texts, pairs, _gold_labels(schema, reader, window, seen, label, separator)
-        seen += len(window)
+        yield texts, pairs, _gold_labels(schema, reader, window.rows, seen, label, separator)
+        seen += len(known)
     if not seen:
         raise DataError(f"{source} has no rows.")
 
 
-def windows(reader: RowReader, quiet: bool) -> Iterator[list[Row]]:
-    """Windows of rows, with progress in the bytes of the file."""
+def windows(reader: RowReader, columns: Sequence[str | None], quiet: bool) -> Iterator[Window]:
+    """Windows of rows and their values in some columns, with progress in the bytes of the file."""
     with tqdm(total=reader.size, unit="B", unit_scale=True, desc=reader.path.name, disable=quiet) as bar:
-        for window in reader.windows(WINDOW):
+        for window in reader.windows(WINDOW, [name for name in columns if name is not None]):
             yield window
             bar.update(reader.bytes_read - bar.n)
 

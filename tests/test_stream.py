@@ -35,23 +35,23 @@ def write(path, rows=ROWS):
 
 
 def read(path):
-    return [row for window in RowReader(path).windows(2) for row in window]
+    return [row for window in RowReader(path).windows(2) for row in window.rows]
 
 
 def copy(reader, path):
     with row_writer(path, reader, {"label": str}) as writer:
         for window in reader.windows(1):
-            writer.write([{**row, "label": "a"} for row in window])
+            writer.write(window, [{"label": "a"}] * len(window.rows))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_windows_hold_all_rows_in_order(kind, tmp_path):
     reader = RowReader(write(tmp_path / f"rows{kind}"))
-    windows = list(reader.windows(2))
-    assert [len(window) for window in windows] == [2, 2, 1]
-    assert [row for window in windows for row in window] == ROWS
+    windows = [window.rows for window in reader.windows(2)]
+    assert [len(rows) for rows in windows] == [2, 2, 1]
+    assert [row for rows in windows for row in rows] == ROWS
     assert reader.bytes_read == reader.size
-    assert [row for window in reader.windows(100) for row in window] == ROWS, "a second pass starts anew"
+    assert [row for window in reader.windows(100) for row in window.rows] == ROWS, "a second pass starts anew"
 
 
 @pytest.mark.parametrize("source", KINDS)
@@ -68,7 +68,7 @@ def test_every_format_to_every_format(source, target, tmp_path):
         return
     with row_writer(tmp_path / f"out{target}", reader, new) as writer:
         for window in reader.windows(2):
-            writer.write([{**row, "label": "a", "share": 0.5, "flag": True} for row in window])
+            writer.write(window, [{"label": "a", "share": 0.5, "flag": True}] * len(window.rows))
     found = read(tmp_path / f"out{target}")
     text = target in (".csv", ".tsv")
     more = {"label": "a", "share": "0.5" if text else 0.5, "flag": "True" if text else True}
@@ -85,10 +85,70 @@ def test_parquet_keeps_its_types(tmp_path):
     reader = RowReader(source)
     with row_writer(tmp_path / "out.parquet", reader, {"label": str}) as writer:
         for window in reader.windows(1):
-            writer.write([{**row, "label": None} for row in window])
+            writer.write(window, [{"label": None}])
     before, after = pq.read_table(source), pq.read_table(tmp_path / "out.parquet")
     assert after.drop_columns(["label"]).equals(before)
     assert after.schema.field("label").type == pa.string()
+
+
+FAR = pa.array([3 * 10**17, 5, None], pa.timestamp("us"))  # a year that Python's datetime does not know
+FARTHER = pa.array([10**18, 5, None], pa.timestamp("us"))  # and one that Arrow does not write as text
+
+
+def table_of(**columns):
+    return pa.table({"text": ["a", None, "c"]} | columns)
+
+
+@pytest.mark.parametrize("rows_in_a_group", [1, 2, 3])
+def test_columns_that_python_has_no_objects_for_stay_as_they_are(rows_in_a_group, tmp_path):
+    before = table_of(
+        nanoseconds=pa.array([1, 2, None], pa.time64("ns")),
+        far=FAR,
+        days=pa.array([5_000_000, 0, None], pa.date32()),
+        listed=pa.array([[10**18], [], None], pa.list_(pa.timestamp("us"))),
+        sorts=pa.array(["x", "y", "x"]).dictionary_encode(),
+        within=pa.array([{"at": 1}, {"at": None}, None], pa.struct([("at", pa.time64("ns"))])),
+        binary=pa.array([b"\xff", b"", None]),
+    ).replace_schema_metadata({"mine": "kept"})
+    source = tmp_path / "in.parquet"
+    pq.write_table(before, source, row_group_size=rows_in_a_group)
+    reader = RowReader(source)
+    with row_writer(tmp_path / "out.parquet", reader, {"label": str}) as writer:
+        for window in reader.windows(2, ["text"]):
+            writer.write(window, [{"label": row["text"]} for row in window.rows])
+    after = pq.read_table(tmp_path / "out.parquet")
+    assert after.column("label").to_pylist() == ["a", None, "c"]
+    kept = after.drop_columns(["label"])
+    assert kept.equals(before)
+    assert kept.schema.metadata == before.schema.metadata
+    assert pq.ParquetFile(tmp_path / "out.parquet").num_row_groups == 2, "windows do not follow the groups of the file"
+
+
+@pytest.mark.parametrize(("kind", "missing"), [(".csv", ""), (".jsonl", None)])
+def test_times_that_python_has_no_objects_for_become_text(kind, missing, tmp_path):
+    source = tmp_path / "in.parquet"
+    pq.write_table(table_of(far=FAR, nanoseconds=pa.array([1, 2, None], pa.time64("ns"))), source)
+    copy(RowReader(source), tmp_path / f"out{kind}")
+    found = read(tmp_path / f"out{kind}")
+    assert [row["far"] for row in found] == ["11476-08-15 05:20:00.000000", "1970-01-01 00:00:00.000005", missing]
+    assert [row["nanoseconds"] for row in found] == ["00:00:00.000000001", "00:00:00.000000002", missing]
+
+
+@pytest.mark.parametrize("times", [FARTHER, pa.array([[10**18], [], None], pa.list_(pa.timestamp("us")))])
+def test_times_that_no_text_is_known_for_need_parquet(times, tmp_path):
+    source = tmp_path / "in.parquet"
+    pq.write_table(table_of(far=times), source)
+    with pytest.raises(DataError, match=r"column far .*\n.*--output_file out\.parquet"):
+        copy(RowReader(source), tmp_path / "out.csv")
+
+
+def test_only_the_columns_asked_for_become_objects(tmp_path):
+    source = tmp_path / "in.parquet"
+    pq.write_table(table_of(far=FAR), source)
+    (window,) = RowReader(source).windows(3, ["text"])
+    assert window.rows == [{"text": "a"}, {"text": None}, {"text": "c"}]
+    with pytest.raises(DataError, match=r"no column other.*\n.*text, far"):
+        next(RowReader(source).windows(3, ["text", "other"]))
 
 
 @pytest.mark.parametrize(

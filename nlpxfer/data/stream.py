@@ -2,6 +2,8 @@
 
 Unlike the readers for training (`nlpxfer.data.formats`), which look at the whole file before anything starts, a fault
 is found when its row is reached; the error names it, and no output is left.
+
+Columns of parquet stay Arrow data on their way to parquet, so that nothing about them changes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -23,6 +27,27 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 STREAMED: Final = (".csv", ".tsv", ".jsonl", ".parquet")
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """Rows that are read together.
+
+    Attributes:
+        rows: Their values; those of a parquet file only in the columns that were asked for.
+        table: All columns of a parquet file's rows.
+    """
+
+    rows: list[Row]
+    table: pa.Table | None = None
+
+    def whole_rows(self) -> list[Row]:
+        """The rows with all their columns.
+
+        Raises:
+            DataError: Python has no object for a value; names its column.
+        """
+        return self.rows if self.table is None else _rows_of(self.table, self.table.column_names)
 
 
 class RowReader:
@@ -75,19 +100,27 @@ class RowReader:
             return {}
         return class_names(pa.schema([self.arrow_schema.field(column)], metadata=self.arrow_schema.metadata))
 
-    def windows(self, count: int) -> Iterator[list[Row]]:
-        """Lists of up to `count` rows, in the order of the file."""
-        rows: Iterator[Row] = {".jsonl": self._jsonl_rows, ".parquet": self._parquet_rows}.get(
-            self.kind, self._csv_rows
-        )()
-        window: list[Row] = []
-        for row in rows:
-            window.append(row)
-            if len(window) == count:
-                yield window
-                window = []
-        if window:
-            yield window
+    def windows(self, count: int, columns: Sequence[str] | None = None) -> Iterator[Window]:
+        """Windows of `count` rows, the last of fewer, in the order of the file.
+
+        Args:
+            count: Rows in a window.
+            columns: Those whose values are needed. Default: all.
+
+        Raises:
+            DataError: A row cannot be read, named with its line; or there is no such column.
+        """
+        if self.columns is not None:
+            for name in columns or ():
+                if name not in self.columns:
+                    raise DataError(f"{self.path}: there is no column {name}.", available=self.columns)
+        if self.kind == ".parquet":
+            for table in self._tables(count):
+                yield Window(_rows_of(table, columns or table.column_names), table)
+            return
+        rows = self._jsonl_rows() if self.kind == ".jsonl" else self._csv_rows()
+        while taken := list(islice(rows, count)):
+            yield Window(taken)
 
     def _lines(self) -> Iterator[str]:
         """Lines with their line ends, checked one by one."""
@@ -150,7 +183,8 @@ class RowReader:
             raise DataError(f"{self.path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
         self.columns = list(self.arrow_schema.names)
 
-    def _parquet_rows(self) -> Iterator[Row]:
+    def _tables(self, count: int) -> Iterator[pa.Table]:
+        """Tables of `count` rows of a parquet file, the last of fewer, however its rows are grouped."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -158,29 +192,68 @@ class RowReader:
         try:
             with pq.ParquetFile(self.path) as file:
                 total = max(1, file.metadata.num_rows)
-                done = 0
-                for batch in file.iter_batches(batch_size=4096):
-                    yield from batch.to_pylist()
+                done, held = 0, file.schema_arrow.empty_table()
+                for batch in file.iter_batches(batch_size=min(count, 4096)):
+                    held = pa.concat_tables([held, pa.Table.from_batches([batch])])
                     done += len(batch)
                     self.bytes_read = self.size * done // total
+                    while len(held) >= count:
+                        yield held.slice(0, count)
+                        held = held.slice(count)
+                if len(held):
+                    yield held
         except (pa.ArrowInvalid, OSError) as error:
             raise DataError(f"{self.path} cannot be read as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _rows_of(table: pa.Table, names: Sequence[str]) -> list[Row]:
+    """Rows as Python objects, in some columns. Raises DataError where Python has none for a value."""
+    columns = [_values(name, table.column(name)) for name in names]
+    return [dict(zip(names, values, strict=True)) for _, *values in zip(range(len(table)), *columns, strict=True)]
+
+
+def _values(name: str, column: pa.ChunkedArray) -> list[Any]:
+    """Python objects; text for times that Python has none for: in nanoseconds, or beyond the year 9999."""
+    import pyarrow as pa
+
+    if column.type == pa.time64("ns"):
+        column = column.cast(pa.string())
+    try:
+        return column.to_pylist()  # type: ignore[no-any-return]
+    except OverflowError:
+        return [_value(name, scalar) for scalar in column]
+
+
+def _value(name: str, scalar: pa.Scalar) -> Any:  # noqa: ANN401 - any value of a row
+    import pyarrow as pa
+
+    try:
+        return scalar.as_py()
+    except OverflowError:
+        with suppress(pa.ArrowNotImplementedError):  # of a list of times
+            text: str = scalar.cast(pa.string()).as_py()
+            if not text.startswith("<value out of range"):
+                return text
+        raise DataError(
+            f"The column {name} holds a time that only parquet can hold: {scalar.type}, far from our years.",
+            fix="--output_file out.parquet",
+        ) from None
 
 
 class RowWriter(Protocol):
     """Takes rows in order."""
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Append rows."""
+    def write(self, window: Window, new: Sequence[Row]) -> None:
+        """Append rows, and the new columns of each."""
 
 
 class _JsonLines:
     def __init__(self, path: Path) -> None:
         self.file = path.open("x", encoding="utf-8", newline="\n")
 
-    def write(self, rows: Sequence[Row]) -> None:
-        for row in rows:
-            self.file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+    def write(self, window: Window, new: Sequence[Row]) -> None:
+        for row, more in zip(window.whole_rows(), new, strict=True):
+            self.file.write(json.dumps(row | more, ensure_ascii=False, default=str) + "\n")
 
     def close(self) -> None:
         self.file.flush()
@@ -194,20 +267,25 @@ class _Csv(_JsonLines):
         self.writer = csv.DictWriter(self.file, list(columns), delimiter=delimiter, lineterminator="\n")
         self.writer.writeheader()
 
-    def write(self, rows: Sequence[Row]) -> None:
-        self.writer.writerows(rows)
+    def write(self, window: Window, new: Sequence[Row]) -> None:
+        self.writer.writerows(row | more for row, more in zip(window.whole_rows(), new, strict=True))
 
 
 class _Parquet:
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
+    def __init__(self, path: Path, old: pa.Schema, new: Sequence[pa.Field]) -> None:
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        self.schema, self.writer = schema, pq.ParquetWriter(path, schema)
+        self.old, self.new = old, new
+        self.writer = pq.ParquetWriter(path, pa.schema([*old, *new], metadata=old.metadata))
 
-    def write(self, rows: Sequence[Row]) -> None:
+    def write(self, window: Window, new: Sequence[Row]) -> None:
         import pyarrow as pa
 
-        self.writer.write_table(pa.Table.from_pylist(list(rows), schema=self.schema))
+        table = pa.Table.from_pylist(window.rows, schema=self.old) if window.table is None else window.table
+        for field in self.new:
+            table = table.append_column(field, pa.array([row[field.name] for row in new], field.type))
+        self.writer.write_table(table)
 
     def close(self) -> None:
         self.writer.close()
@@ -266,6 +344,4 @@ def _writer(path: Path, kind: str, reader: RowReader, new: Mapping[str, type]) -
 
     old = reader.arrow_schema or pa.schema([(name, pa.string()) for name in reader.columns or ()])
     types = {str: pa.string(), float: pa.float64(), bool: pa.bool_()}
-    for name, kind_of in new.items():
-        old = old.append(pa.field(name, types[kind_of]))
-    return _Parquet(path, old)
+    return _Parquet(path, old, [pa.field(name, types[kind_of]) for name, kind_of in new.items()])

@@ -66,9 +66,10 @@ def _of_file(
 ) -> Iterator[tuple[list[str], list[str] | None]]:
     """Windows of a file. Raises where no row has a text."""
     seen = found = 0
-    for window in reader.windows(WINDOW):
-        texts, pairs, _ = texts_of(reader, window, seen, text_column, text_pair_column)
-        seen, found = seen + len(window), found + len(texts)
+    columns = [name for name in (text_column, text_pair_column) if name is not None]
+    for window in reader.windows(WINDOW, columns):
+        texts, pairs, known = texts_of(reader, window.rows, seen, text_column, text_pair_column)
+        seen, found = seen + len(known), found + len(texts)
         if texts:
             yield texts, pairs
     if not found:
@@ -89,5 +90,5 @@ def _bundled(name: str) -> list[str]:
     """Evenly spread rows of a bundled set."""
     files = split_files((bundled_folder() or Path()) / name)
     reader = RowReader(files.get("test") or files["train"])
-    texts = [str(row["text"]) for window in reader.windows(WINDOW) for row in window]
+    texts = [str(row["text"]) for window in reader.windows(WINDOW) for row in window.rows]
     return texts[:: max(1, len(texts) // BUNDLED_ROWS)][:BUNDLED_ROWS]
