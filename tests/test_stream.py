@@ -4,6 +4,7 @@ import csv
 import datetime
 import json
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -176,6 +177,18 @@ def test_faults_name_their_place(name, content, message, tmp_path):
 def test_no_such_file(tmp_path):
     with pytest.raises(DataNotFoundError, match="is no file"):
         RowReader(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_fields_with_line_ends_of_any_kind_are_quoted(kind, tmp_path):
+    rows = [{"text": mark.join("ab"), "note": "x"} for mark in ("\r", "\n", "\r\n", "\t", ",", '"')]
+    copy(RowReader(write(tmp_path / "in.parquet", rows)), tmp_path / f"out{kind}")
+    written = (tmp_path / f"out{kind}").read_bytes()
+    mark = "\t" if kind == ".tsv" else ","
+    assert written.startswith(f'text{mark}note{mark}label\n"a\rb"{mark}x{mark}a\n"a\nb"'.encode())
+    assert read(tmp_path / f"out{kind}") == [{**row, "label": "a"} for row in rows]
+    found = pd.read_csv(tmp_path / f"out{kind}", sep=mark)
+    assert found["text"].tolist() == [row["text"] for row in rows]
 
 
 def test_a_fault_leaves_no_output(tmp_path):

@@ -16,7 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from nlpxfer.data.formats import class_names, csv_rows
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
@@ -261,10 +261,24 @@ class _JsonLines:
         self.file.close()
 
 
+class _LineFeeds:
+    """Takes rows of a csv writer that end in CR LF, and ends them in LF.
+
+    The writer of Python before 3.13 quotes a field for a CR or LF in it only if its own line ends hold that.
+    """
+
+    def __init__(self, file: IO[str]) -> None:
+        self.file = file
+
+    def write(self, row: str) -> None:
+        self.file.write(row[:-2] + "\n")
+
+
 class _Csv(_JsonLines):
     def __init__(self, path: Path, columns: Sequence[str], delimiter: str) -> None:
         self.file = path.open("x", encoding="utf-8", newline="")
-        self.writer = csv.DictWriter(self.file, list(columns), delimiter=delimiter, lineterminator="\n")
+        lines = _LineFeeds(self.file)
+        self.writer = csv.DictWriter(lines, list(columns), delimiter=delimiter, lineterminator="\r\n")
         self.writer.writeheader()
 
     def write(self, window: Window, new: Sequence[Row]) -> None:
