@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
-from nlpxfer.data.rows import read_labels
+from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
@@ -466,6 +466,8 @@ def texts_of(
                 raise DataError(
                     f"{reader.path}, row {number}: {column} holds a {type(value).__name__}, a text is needed."
                 )
+            if value and not encodable(value):
+                raise DataError(f"{reader.path}, row {number}: {column!r} {HALF_CHARACTER}.")
             values.append(value or "")
         known.append(all(value.strip() for value in values))
         if known[-1]:

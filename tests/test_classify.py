@@ -200,6 +200,37 @@ def test_numbers_are_no_text_and_nothing_is_overwritten(classifier, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
+HALF = r"holds half of a character \(a lone surrogate\)"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (r'{"text": "a \ud83d b", "note": "x"}', f"row 3: 'text' {HALF}"),
+        (r'{"text": "a", "note": {"x": ["\udc00"]}}', f"row 3: 'note' {HALF}"),
+        (r'{"text": "a", "note \ud83d": 1}', f"row 3: the name of a column {HALF}"),
+    ],
+)
+def test_half_a_character_is_named_with_its_row(classifier, line, message, tmp_path):
+    source = tmp_path / "in.jsonl"
+    whole = r'{"text": "a \ud83d\ude00", "note": "\ud83d\ude00"}' + "\n"
+    source.write_text(2 * whole + line + "\n")
+    with pytest.raises(DataError, match=message):
+        predict_file(classifier, source, tmp_path / "out.jsonl")
+    source.write_text(2 * whole)
+    assert predict_file(classifier, source, tmp_path / "out.jsonl").rows == 2
+    assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["note"] == "\U0001f600"
+
+
+def test_half_a_character_in_a_column_that_is_not_needed_is_no_fault_of_scoring(classifier, rows, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text(json.dumps({**rows[0], "note": "\ud83d"}) + "\n")
+    assert evaluate_file(classifier, source)["rows"] == 1
+    source.write_text(json.dumps({**rows[0], "text": "\ud83d"}) + "\n")
+    with pytest.raises(DataError, match=f"row 1: 'text' {HALF}"):
+        evaluate_file(classifier, source)
+
+
 def test_scores(classifier, rows, tmp_path):
     source = write_csv(tmp_path / "in.csv", rows)
     found = evaluate_file(classifier, source)

@@ -21,6 +21,7 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
 LOGGER = logging.getLogger(__name__)
 PAIR_MARK: Final = "\x1f"  # counts as white space, so that no normalised text holds it
+HALF_CHARACTER: Final = "holds half of a character (a lone surrogate)"
 NO_LABEL: Final = -1  # the Hub's mark for rows whose label is kept secret
 
 
@@ -169,12 +170,13 @@ def _text_faults(values: Sequence[Any], column: str) -> list[tuple[int, str]]:
             faults.append((index, f"{column!r} is empty or holds white space only"))
         elif "\0" in value:
             faults.append((index, f"{column!r} holds a NUL character"))
-        elif not _encodable(value):
-            faults.append((index, f"{column!r} holds half of a character (a lone surrogate)"))
+        elif not encodable(value):
+            faults.append((index, f"{column!r} {HALF_CHARACTER}"))
     return faults
 
 
-def _encodable(value: str) -> bool:
+def encodable(value: str) -> bool:
+    """Whether UTF-8 can hold a text: it has no lone surrogates, halves of characters that JSON can write."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -238,7 +240,7 @@ def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
         name = value.strip()
         if not name:
             return "", "is blank"
-        return name, "" if _encodable(name) else "holds half of a character (a lone surrogate)"
+        return name, "" if encodable(name) else HALF_CHARACTER
     if isinstance(value, float):
         value = int(value)  # whole: all others are refused before, and infinity with them
     if isinstance(value, int) and names is not None:

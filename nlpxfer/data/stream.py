@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
 from nlpxfer.data.formats import class_names, csv_rows
+from nlpxfer.data.rows import HALF_CHARACTER, encodable
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
 from nlpxfer.strict_json import replacing
 
@@ -248,17 +249,28 @@ class RowWriter(Protocol):
 
 
 class _JsonLines:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, source: Path) -> None:
         self.file = path.open("x", encoding="utf-8", newline="\n")
+        self.source, self.rows = source, 0
 
     def write(self, window: Window, new: Sequence[Row]) -> None:
         for row, more in zip(window.whole_rows(), new, strict=True):
-            self.file.write(json.dumps(row | more, ensure_ascii=False, default=str) + "\n")
+            self.rows += 1
+            try:
+                self.file.write(_json(row | more) + "\n")
+            except UnicodeEncodeError:
+                where = next(name for name, value in row.items() if not encodable(_json({name: value})))
+                shown = repr(where) if encodable(where) else "the name of a column"
+                raise DataError(f"{self.source}, row {self.rows}: {shown} {HALF_CHARACTER}.") from None
 
     def close(self) -> None:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
+
+
+def _json(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, default=str)
 
 
 class _LineFeeds:
@@ -350,7 +362,7 @@ def refuse_taken(where: str, columns: Iterable[str], new: Iterable[str]) -> None
 
 def _writer(path: Path, kind: str, reader: RowReader, new: Mapping[str, type]) -> _JsonLines | _Parquet:
     if kind == ".jsonl":
-        return _JsonLines(path)
+        return _JsonLines(path, reader.path)
     columns = [*(reader.columns or ()), *new]
     if kind != ".parquet":
         return _Csv(path, columns, "\t" if kind == ".tsv" else ",")
