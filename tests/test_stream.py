@@ -161,6 +161,11 @@ def test_only_the_columns_asked_for_become_objects(tmp_path):
         ("x.csv", b"text\na\nb\0\n", "line 3: holds a NUL byte"),
         ("x.tsv", b"text\na\n\xff\n", "line 3: byte 0xff is not valid UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": \n', r"row 2 \(line 3\): not valid JSON"),
+        (
+            "x.jsonl",
+            b'{"a": 1}\n{"b": {"c": 1, "c": 2}}\n',
+            r"row 2 \(line 2\): not valid JSON: the key 'c' stands twice",
+        ),
         ("x.jsonl", b'["a"]\n', r"row 1 \(line 1\): an object is needed"),
         ("x.parquet", b"PAR1 no", "cannot be read as parquet"),
         ("x.json", b"[]", "cannot be read row by row"),
@@ -189,6 +194,20 @@ def test_fields_with_line_ends_of_any_kind_are_quoted(kind, tmp_path):
     assert read(tmp_path / f"out{kind}") == [{**row, "label": "a"} for row in rows]
     found = pd.read_csv(tmp_path / f"out{kind}", sep=mark)
     assert found["text"].tolist() == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".parquet"])
+def test_jsonl_is_written_without_the_numbers_that_json_lacks(kind, tmp_path):
+    rows = [
+        {"text": "a", "share": 1.5, "found": [1.0], "more": {"x": 2.0}},
+        {"text": "b", "share": float("nan"), "found": [float("inf"), 3.0], "more": {"x": float("-inf")}},
+    ]
+    copy(RowReader(write(tmp_path / f"in{kind}", rows)), tmp_path / "out.jsonl")
+    found = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ]
+    empty = {"text": "b", "share": None, "found": [None, 3.0], "more": {"x": None}}
+    assert found == [{**row, "label": "a"} for row in (rows[0], empty)]
 
 
 def test_a_fault_leaves_no_output(tmp_path):

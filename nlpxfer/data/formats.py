@@ -131,7 +131,8 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
         csv.field_size_limit(usual)
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, as `json.loads` hands its pairs over; ValueError where a key stands twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -148,7 +149,7 @@ class _DuplicateKeyError(ValueError):
 
 def _read_json(path: Path, columns: Sequence[str]) -> Raw:
     try:
-        rows = json.loads(_read_text(path), object_pairs_hook=_object)
+        rows = json.loads(_read_text(path), object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         why = "the file holds one object per line" if error.msg == "Extra data" else ""
         fix = f"rename it to {path.with_suffix('.jsonl').name}" if why else ""
@@ -172,7 +173,7 @@ def _read_jsonl(path: Path, columns: Sequence[str]) -> Raw:
             continue
         lines.append(number)
         try:
-            rows.append(json.loads(line, object_pairs_hook=_object))
+            rows.append(json.loads(line, object_pairs_hook=unique_keys))
         except (ValueError, RecursionError) as error:
             message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
             faults.append(f"row {len(lines)} (line {number}): not valid JSON: {message}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
-from nlpxfer.data.formats import class_names, csv_rows
+from nlpxfer.data.formats import class_names, csv_rows, unique_keys
 from nlpxfer.data.rows import HALF_CHARACTER, encodable
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
 from nlpxfer.strict_json import replacing
@@ -164,7 +165,7 @@ class RowReader:
                 continue
             number += 1
             try:
-                row = json.loads(line)
+                row = json.loads(line, object_pairs_hook=unique_keys)
             except (ValueError, RecursionError) as error:
                 message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise DataError(
@@ -270,7 +271,19 @@ class _JsonLines:
 
 
 def _json(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False, default=str)
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False, default=str)
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False, default=str)
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 - any value of a row
+    """The value with null in place of NaN and infinite numbers, which JSON lacks."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class _LineFeeds:
