@@ -25,7 +25,15 @@ from typing import Any, Final
 
 import numpy as np
 
-from nlpxfer.classify import LABEL, PROBABILITY, Classifier, Predicted, label_rows, labelled_windows
+from nlpxfer.classify import (
+    LABEL,
+    PROBABILITY,
+    Classifier,
+    Predicted,
+    label_rows,
+    labelled_windows,
+    second_column,
+)
 from nlpxfer.data.stream import Row
 from nlpxfer.errors import CheckpointError, ConfigError, DataNotFoundError, LabelError
 from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
@@ -136,7 +144,7 @@ def fit_cascade(
         output: Where `cascade.json` goes.
         tolerance: How far the accuracy may be below the teacher's; None: the highest accuracy.
         text_column: Column with the text.
-        text_pair_column: Column with the second text, for tasks on pairs.
+        text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label.
         quiet: No progress bar.
 
@@ -253,7 +261,8 @@ def predict_cascade(
             yield answer
 
     types: dict[str, type] = {LABEL: str, PROBABILITY: float, MODEL: str}
-    rows, blank = label_rows(source, output, answers, types, (text_column, text_pair_column), quiet=quiet)
+    columns = (text_column, second_column(text_pair_column, source, cascade.student, cascade.teacher))
+    rows, blank = label_rows(source, output, answers, types, columns, quiet=quiet)
     return Predicted(rows, blank, 0), sent
 
 
@@ -295,7 +304,8 @@ def _ask_both(
     """Ask both models for every row of a labelled file, each row once."""
     found: list[tuple[Array, ...]] = []
     seconds = np.zeros(3)
-    columns = (text_column, text_pair_column, label_column)
+    pair_column = second_column(text_pair_column, source, cascade.student, cascade.teacher)
+    columns = (text_column, pair_column, label_column)
     for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, "", quiet):
         gold_N = np.array(gold)
         if not found:  # the first batches of a model are slow
@@ -333,7 +343,7 @@ def evaluate_cascade(
         source: Rows that the threshold was not fitted on.
         plot: Where to draw accuracy against the share of rows sent on; PNG.
         text_column: Column with the text.
-        text_pair_column: Column with the second text, for tasks on pairs.
+        text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label.
         quiet: No progress bar.
 

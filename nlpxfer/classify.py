@@ -210,6 +210,26 @@ class AnswerColumns:
         return self.separator.join(name for name, one in zip(self.schema.names, given, strict=True) if one)
 
 
+def second_column(asked: str | None, source: str | Path, *models: Classifier) -> str | None:
+    """The column with the second texts: the one that is asked for, else that of the models' training, if it had one.
+
+    Raises:
+        DataError: It is that of the training, and the file has none of that name.
+    """
+    known = [model.backend.trained.get("text_pair_column") for model in models]
+    trained: str | None = next((name for name in known if name is not None), None)
+    if asked is not None or trained is None:
+        return asked
+    names = RowReader(source).names()
+    if trained not in names:
+        raise DataError(
+            f"{source}: there is no column {trained}, which the model was trained to read beside the text.",
+            fix="--text_pair_column NAME, the column with the second text",
+            available=names,
+        )
+    return trained
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What `predict_file` did.
@@ -248,7 +268,7 @@ def predict_file(
         source: csv, tsv, jsonl or parquet.
         output: Where the result goes; its ending names the format.
         text_column: Column with the text.
-        text_pair_column: Column with the second text, for tasks on pairs.
+        text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
             Default: that of the classifier's own rule, if it has one.
         all_probabilities: Also a column `probability_<label>` per label.
@@ -272,7 +292,8 @@ def predict_file(
             abstained += answer.get(ABSTAINED) is True
             yield answer
 
-    rows, blank = label_rows(source, output, answers, columns.types, (text_column, text_pair_column), quiet=quiet)
+    texts_in = (text_column, second_column(text_pair_column, source, classifier))
+    rows, blank = label_rows(source, output, answers, columns.types, texts_in, quiet=quiet)
     return Predicted(rows, blank, abstained)
 
 
@@ -357,14 +378,14 @@ def evaluate_file(
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
     With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
-    it answers.
+    it answers. The columns are found as `predict_file` finds them.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
         LabelError: A label is none of the classifier's.
     """
     schema, logits, labels = classifier.schema, [], []
-    columns = (text_column, text_pair_column, label_column)
+    columns = (text_column, second_column(text_pair_column, source, classifier), label_column)
     for texts, pairs, gold in labelled_windows(schema, source, columns, label_separator, quiet):
         labels += gold
         logits.append(classifier.logits(texts, pairs))

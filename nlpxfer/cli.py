@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
         command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
         command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
-        command.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
+        command.add_argument(
+            "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
+        )
         command.add_argument("--max_length", type=int, metavar="N", help="tokens read; default: as in training")
         command.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
@@ -148,7 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
     export.add_argument("--texts", type=Path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
     export.add_argument("--text_column", default="text", metavar="NAME", help="column of FILE with the text")
-    export.add_argument("--text_pair_column", metavar="NAME", help="column of FILE with a second text")
+    second = "column of FILE with a second text; default: as in training"
+    export.add_argument("--text_pair_column", metavar="NAME", help=second)
     export.add_argument("--max_changed", type=float, metavar="SHARE", help="fail if int8 changes more predictions")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
     push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
@@ -167,7 +170,9 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("teacher", metavar="TEACHER", help="large model")
         step.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
         step.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
-        step.add_argument("--text_pair_column", metavar="NAME", help="column with a second text")
+        step.add_argument(
+            "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
+        )
         step.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
         step.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -128,6 +129,27 @@ def source(rows, tmp_path):
 def read(path):
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_models_of_pairs_read_the_second_text_of_their_training(folders, rows, tmp_path, who):
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    (copies[who] / "run.json").write_text(json.dumps({"config": {"text_pair_column": "second"}}))
+    student, teacher = (Classifier.load(str(folder), bf16=False) for folder in copies)
+    with pytest.raises(DataError, match="no column second"):
+        fit_cascade(student, teacher, write_csv(tmp_path / "single.csv", rows), tmp_path / "cascade.json")
+    paired = [one | {"second": two["text"]} for one, two in zip(rows, rows[::-1], strict=True)]
+    source = write_csv(tmp_path / "in.csv", paired)
+    named = fit_cascade(student, teacher, source, tmp_path / "named.json", text_pair_column="second")
+    assert fit_cascade(student, teacher, source, tmp_path / "cascade.json") == named
+    cascade = load_cascade(tmp_path / "cascade.json", student, teacher)
+    predict_cascade(cascade, source, tmp_path / "out.csv")
+    shares, _ = cascade.probabilities([row["text"] for row in paired], [row["second"] for row in paired])
+    assert [float(row["probability"]) for row in read(tmp_path / "out.csv")] == pytest.approx(
+        shares.max(axis=1), abs=1e-5
+    )
+    with pytest.raises(DataError, match="no column second"):
+        predict_cascade(cascade, tmp_path / "single.csv", tmp_path / "other.csv")
 
 
 def test_fit_finds_the_line(models, rows, source, tmp_path):

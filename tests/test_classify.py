@@ -200,6 +200,51 @@ def test_numbers_are_no_text_and_nothing_is_overwritten(classifier, tmp_path):
     assert (tmp_path / "out.jsonl").read_text() == "mine"
 
 
+@pytest.fixture
+def of_pairs(folder, tmp_path):
+    """A classifier that was trained on pairs."""
+    copy = Path(shutil.copytree(folder, tmp_path / "pairs"))
+    (copy / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_pair_column": "second"}}))
+    return Classifier.load(str(copy), bf16=False)
+
+
+def write_rows(path, rows):
+    if path.suffix == ".csv":
+        return write_csv(path, rows)
+    if path.suffix == ".parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_a_model_of_pairs_reads_the_second_text_of_its_training(of_pairs, rows, tmp_path, kind):
+    paired = [one | {"second": two["text"], "other": "bread"} for one, two in zip(rows, rows[::-1], strict=True)]
+    source = write_rows(tmp_path / f"in{kind}", paired)
+    texts, seconds = [row["text"] for row in paired], [row["second"] for row in paired]
+    expected = of_pairs.probabilities(texts, seconds).max(axis=1)
+    assert expected != pytest.approx(of_pairs.probabilities(texts).max(axis=1), abs=1e-3)
+
+    predict_file(of_pairs, source, tmp_path / "out.jsonl")
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [row["probability"] for row in found] == pytest.approx(expected, abs=1e-5)
+    assert evaluate_file(of_pairs, source) == evaluate_file(of_pairs, source, text_pair_column="second")
+    other = evaluate_file(of_pairs, source, text_pair_column="other")
+    assert other["loss"] != pytest.approx(evaluate_file(of_pairs, source)["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_a_model_of_pairs_does_not_answer_half_of_a_pair(of_pairs, rows, tmp_path, kind):
+    source = write_rows(tmp_path / f"in{kind}", rows)
+    message = r"no column second.*trained.*\n.*Available: id, text, label\n.*--text_pair_column"
+    with pytest.raises(DataError, match=message):
+        predict_file(of_pairs, source, tmp_path / "out.jsonl")
+    with pytest.raises(DataError, match=message):
+        evaluate_file(of_pairs, source)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 HALF = r"holds half of a character \(a lone surrogate\)"
 
 

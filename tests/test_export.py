@@ -158,8 +158,8 @@ def quick(exported, trained, monkeypatch):
     monkeypatch.setattr(steps, "SPEED_TURNS", 1)
 
     def export(out, **options):
-        options = {"texts": exported[0].parent.parent / "held-out.csv", **options}
-        return export_classifier(ExportRequest(model=str(trained), out=out, **options))
+        options = {"model": str(trained), "texts": exported[0].parent.parent / "held-out.csv", **options}
+        return export_classifier(ExportRequest(out=out, **options))
 
     return export
 
@@ -488,6 +488,18 @@ def test_faults_of_the_texts(trained, quick, tmp_path):
     assert left_in(tmp_path) == ["in.jsonl"]
     texts.write_text('{"text": "bread", "second": "cheese and soup"}\n')
     report = quick(tmp_path / "out", texts=texts, text_pair_column="second")
+    assert report["speed"]["tokens"] == len("[CLS] bread [SEP] cheese and soup [SEP]".split())
+
+
+def test_a_model_of_pairs_is_compared_on_pairs(trained, quick, tmp_path):
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
+    (model / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_pair_column": "second"}}))
+    texts = tmp_path / "in.jsonl"
+    texts.write_text('{"text": "bread"}\n')
+    with pytest.raises(DataError, match="no column second"):
+        quick(tmp_path / "out", model=str(model), texts=texts)
+    texts.write_text('{"text": "bread", "second": "cheese and soup"}\n')
+    report = quick(tmp_path / "out", model=str(model), texts=texts)
     assert report["speed"]["tokens"] == len("[CLS] bread [SEP] cheese and soup [SEP]".split())
 
 

@@ -94,6 +94,10 @@ class RowReader:
         """What `bytes_read` comes to at the end."""
         return self.path.stat().st_size
 
+    def names(self) -> list[str]:
+        """Names of the columns; of jsonl those of the first row."""
+        return list(next(self._jsonl_rows(), {}) if self.columns is None else self.columns)
+
     def class_names(self, column: str) -> dict[str, tuple[str, ...]]:
         """The names of a column's classes, under its name, where it is known to hold class numbers (`ClassLabel`)."""
         import pyarrow as pa

@@ -24,7 +24,7 @@ import nlpxfer
 from nlpxfer.backends import EXPORT_FILE, INT8_FILE, ONNX_FILE, Backend, TorchBackend, onnx_file, open_onnx, open_torch
 from nlpxfer.checkpoint.save import check_free_space, save_description
 from nlpxfer.checkpoint.static import is_static
-from nlpxfer.classify import Classifier
+from nlpxfer.classify import Classifier, second_column
 from nlpxfer.data.stream import RowReader
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError, ExportError, OutputExistsError
@@ -66,7 +66,7 @@ class ExportRequest:
         opset: ONNX operator set. Default: the exporter's choice.
         texts: csv, tsv, jsonl or parquet with texts to compare on. Default: bundled and built-in ones.
         text_column: Column of `texts` with the text.
-        text_pair_column: Column of `texts` with the second text.
+        text_pair_column: Column of `texts` with the second text. Default: that of the training.
         max_changed: Largest share of predictions that int8 may change, 0 to 1. Default: any.
     """
 
@@ -130,7 +130,8 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
-    texts = texts_to_compare(backend.tokenizer, request.texts, request.text_column, request.text_pair_column)
+    second = None if request.texts is None else second_column(request.text_pair_column, request.texts, classifier)
+    texts = texts_to_compare(backend.tokenizer, request.texts, request.text_column, second)
     check_free_space(request.out, (6 if request.int8 else 5) * parameter_count(backend.checkpoint.model))
     with _appearing(request.out) as folder, tqdm(total=4, desc="export", unit="step", disable=quiet) as bar:
         save_description(backend.config, backend.tokenizer, backend.schema, folder)
