@@ -49,6 +49,8 @@ LABELS, NUMBER = "predicted_labels", "predicted_number"
 SEPARATOR = "|"
 """Between the labels of a multi-label row, in and out."""
 DEFAULT_LENGTH = 128
+DIGITS = 7
+"""Significant digits of a regression's numbers: about as many as float32 holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +194,7 @@ class AnswerColumns:
         """The columns' values for each row."""
         kind = self.schema.problem_type
         if kind == REGRESSION:
-            yield from ({NUMBER: round(float(number), 6)} for number in logits_NC[:, 0])
+            yield from ({NUMBER: float(f"{number:.{DIGITS}g}")} for number in logits_NC[:, 0])
             return
         for shares_C in probabilities(logits_NC, self.classifier.temperature, kind):
             row = self._label(shares_C) if kind == SINGLE_LABEL else {LABELS: self._labels(shares_C)}

@@ -22,6 +22,7 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import probabilities, save_calibration
 from nlpxfer.evaluate.selective import AbstainRule
+from nlpxfer.problem import REGRESSION
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 
@@ -243,6 +244,15 @@ def test_a_model_of_pairs_does_not_answer_half_of_a_pair(of_pairs, rows, tmp_pat
     with pytest.raises(DataError, match=message):
         evaluate_file(of_pairs, source)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_numbers_keep_their_significant_digits(classifier, tmp_path, monkeypatch):
+    numbers = np.array([1.23456789e-7, -3.21e12, 0.0, 2024.1234], np.float32)
+    monkeypatch.setattr(Classifier, "logits", lambda self, texts, pairs=None: numbers[:, None])
+    model = replace(classifier, schema=LabelSchema(("score",), REGRESSION))
+    predict_file(model, write_csv(tmp_path / "in.csv", [{"text": "a"}] * 4), tmp_path / "out.csv")
+    written = [row["predicted_number"] for row in read(tmp_path / "out.csv")]
+    assert written == ["1.234568e-07", "-3210000000000.0", "0.0", "2024.123"]
 
 
 HALF = r"holds half of a character \(a lone surrogate\)"
