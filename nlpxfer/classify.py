@@ -45,7 +45,7 @@ Array = np.ndarray[Any, Any]
 WINDOW = 8192
 """Rows that are sorted by length and answered together."""
 LABEL, PROBABILITY, ABSTAINED = "predicted_label", "probability", "abstained"
-LABELS, NUMBER = "predicted_labels", "predicted_number"
+LABELS, PROBABILITIES, NUMBER = "predicted_labels", "probabilities", "predicted_number"
 SEPARATOR = "|"
 """Between the labels of a multi-label row, in and out."""
 DEFAULT_LENGTH = 128
@@ -162,7 +162,7 @@ class AnswerColumns:
         label_separator: Between the labels of a multi-label row.
 
     Raises:
-        ConfigError: An option means nothing for the kind of task, or a label holds the separator.
+        ConfigError: An option means nothing for the kind of task, or a label or probability may hold the separator.
     """
 
     def __init__(
@@ -172,18 +172,24 @@ class AnswerColumns:
         self.min_probability = min_probability
         kind, faults = self.schema.problem_type, []
         if min_probability is not None and kind != SINGLE_LABEL:
-            faults.append("min_probability: is for models that give one label to each row")
+            fault = "min_probability: is for models that give one label to each row"
+            several = (
+                f"; here each label has a threshold of its own, and the column {PROBABILITIES} holds how sure it is"
+            )
+            faults.append(fault + several if kind == MULTI_LABEL else fault)
         if all_probabilities and kind == REGRESSION:
             faults.append("all_probabilities: the model gives numbers")
         ambiguous = [name for name in self.schema.names if label_separator in name]
         if kind == MULTI_LABEL and ambiguous:
             faults.append(f"label_separator: {label_separator!r} stands in the label {ambiguous[0]!r}; choose another")
+        elif kind == MULTI_LABEL and {*label_separator} <= {*"0123456789."}:
+            faults.append(f"label_separator: {label_separator!r} may stand in a probability; choose another")
         if faults:
             raise ConfigError.from_faults(faults)
         self.each = [f"{PROBABILITY}_{name}" for name in self.schema.names] if all_probabilities else []
         own: dict[ProblemType, dict[str, type]] = {
             SINGLE_LABEL: {LABEL: str, PROBABILITY: float},
-            MULTI_LABEL: {LABELS: str},
+            MULTI_LABEL: {LABELS: str, PROBABILITIES: str},
             REGRESSION: {NUMBER: float},
         }
         self.types = own[kind] | dict.fromkeys(self.each, float)
@@ -197,7 +203,7 @@ class AnswerColumns:
             yield from ({NUMBER: float(f"{number:.{DIGITS}g}")} for number in logits_NC[:, 0])
             return
         for shares_C in probabilities(logits_NC, self.classifier.temperature, kind):
-            row = self._label(shares_C) if kind == SINGLE_LABEL else {LABELS: self._labels(shares_C)}
+            row = self._label(shares_C) if kind == SINGLE_LABEL else self._labels(shares_C)
             yield row | {name: round(float(share), 6) for name, share in zip(self.each, shares_C, strict=False)}
 
     def _label(self, shares_C: Array) -> dict[str, Any]:
@@ -207,9 +213,12 @@ class AnswerColumns:
             row[ABSTAINED] = bool(shares_C[best] < self.min_probability)
         return row
 
-    def _labels(self, shares_C: Array) -> str:
-        given = shares_C > self.classifier.thresholds_C
-        return self.separator.join(name for name, one in zip(self.schema.names, given, strict=True) if one)
+    def _labels(self, shares_C: Array) -> dict[str, Any]:
+        given = np.flatnonzero(shares_C > self.classifier.thresholds_C)
+        return {
+            LABELS: self.separator.join(self.schema.names[index] for index in given),
+            PROBABILITIES: self.separator.join(f"{shares_C[index]:.6f}" for index in given),
+        }
 
 
 def second_column(asked: str | None, source: str | Path, *models: Classifier) -> str | None:
@@ -261,9 +270,9 @@ def predict_file(
 ) -> Predicted:
     """Label the rows of a file, in new columns beside those that are there.
 
-    The columns are `predicted_label` and `probability`; of a multi-label model `predicted_labels`, of a regression
-    `predicted_number`. A row whose text is missing or blank gets nothing in them. Nothing is written where `output` is
-    until all rows are done.
+    The columns are `predicted_label` and `probability`; of a multi-label model `predicted_labels` and `probabilities`
+    (of these labels, in their order), of a regression `predicted_number`. A row whose text is missing or blank gets
+    nothing in them. Nothing is written where `output` is until all rows are done.
 
     Args:
         classifier: See `Classifier.load`.

@@ -22,7 +22,7 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, LabelError
 from nlpxfer.evaluate.calibration import probabilities, save_calibration
 from nlpxfer.evaluate.selective import AbstainRule
-from nlpxfer.problem import REGRESSION
+from nlpxfer.problem import MULTI_LABEL, REGRESSION
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 
@@ -253,6 +253,36 @@ def test_numbers_keep_their_significant_digits(classifier, tmp_path, monkeypatch
     predict_file(model, write_csv(tmp_path / "in.csv", [{"text": "a"}] * 4), tmp_path / "out.csv")
     written = [row["predicted_number"] for row in read(tmp_path / "out.csv")]
     assert written == ["1.234568e-07", "-3210000000000.0", "0.0", "2024.123"]
+
+
+@pytest.fixture
+def of_labels(classifier, monkeypatch):
+    """A multi-label classifier that gives three rows two labels, one, and none."""
+    shares = np.array([[0.9, 0.2, 0.625, 0.1], [0.00002, 0.5, 0.4, 0.6], [0.000001, 0.4, 0.5, 0.6]])
+    logits = np.log(shares / (1 - shares)).astype(np.float32)
+    monkeypatch.setattr(Classifier, "logits", lambda self, texts, pairs=None: logits)
+    schema = LabelSchema(("a", "b", "c", "d"), MULTI_LABEL)
+    return replace(classifier, schema=schema, thresholds_C=np.array([0.00001, 0.55, 0.55, 0.65]))
+
+
+def test_each_label_that_is_given_has_its_probability_beside_it(of_labels, tmp_path):
+    source = write_csv(tmp_path / "in.csv", [{"text": "x"}, {"text": ""}, {"text": "x"}, {"text": "x"}])
+    predict_file(of_labels, source, tmp_path / "out.csv", label_separator=" + ")
+    found = [(row["predicted_labels"], row["probabilities"]) for row in read(tmp_path / "out.csv")]
+    assert found == [("a + c", "0.900000 + 0.625000"), ("", ""), ("a", "0.000020"), ("", "")]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"min_probability": 0.5}, r"min_probability: .*one label.*threshold of its own.*column probabilities"),
+        ({"label_separator": "."}, r"label_separator: '\.' may stand in a probability"),
+        ({"label_separator": "0"}, r"label_separator: '0' may stand in a probability"),
+    ],
+)
+def test_options_that_multi_label_answers_have_no_room_for(of_labels, options, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        predict_file(of_labels, write_csv(tmp_path / "in.csv", [{"text": "x"}]), tmp_path / "out.csv", **options)
 
 
 HALF = r"holds half of a character \(a lone surrogate\)"

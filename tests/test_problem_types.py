@@ -421,6 +421,8 @@ def test_multi_label_from_file_to_answer(family, files, tiny_checkpoint, tmp_pat
             if float(row[f"probability_{name}"]) > at
         ]
         assert row["predicted_labels"] == "|".join(over)
+        shares = [float(row[f"probability_{name}"]) for name in over]
+        assert [float(share) for share in row["probabilities"].split("|") if share] == pytest.approx(shares)
     scores = evaluate_file(classifier, files["test"], label_column="labels")
     assert scores["micro_f1"] == pytest.approx(test["micro_f1"])
     assert scores["with_thresholds"]["micro_f1"] == pytest.approx(thresholds["test"]["micro_f1"])
