@@ -396,9 +396,9 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     summary = {}
     for name, values in known.items():
         size, folder = sizes[name], asked.work / f"distill-{asked.scale}"
-        options = RunOptions(
-            output_dir=str(folder / f"run-{name}"), overwrite=True, num_train_epochs=size.epochs, num_seeds=1
-        )
+        out = folder / f"run-{name}"
+        shutil.rmtree(out, ignore_errors=True)  # what the peers wrote is not nlpxfer's to overwrite
+        options = RunOptions(output_dir=str(out), num_train_epochs=size.epochs, num_seeds=1)
         with start_run("distill", DataOptions(**{**values, "max_train_samples": size.rows}), options) as run:
             results.use_data(name, run.data.fingerprint)
             bench = Bench(name, run, size, asked.model, folder, results)

@@ -476,11 +476,9 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     summary = {}
     for name, values in known.items():
         size = sizes[name]
-        options = RunOptions(
-            output_dir=str(asked.work / f"finetune-{asked.scale}-{name}"),
-            overwrite=True,
-            num_train_epochs=size.nlpxfer_epochs,
-        )
+        out = asked.work / f"finetune-{asked.scale}-{name}"
+        shutil.rmtree(out, ignore_errors=True)  # what the stock Trainer wrote is not nlpxfer's to overwrite
+        options = RunOptions(output_dir=str(out), num_train_epochs=size.nlpxfer_epochs)
         with start_run("finetune", DataOptions(**{**values, "max_train_samples": size.rows}), options) as run:
             results.use_data(name, run.data.fingerprint)
             bench = Bench(name, run, size, asked.model, results)

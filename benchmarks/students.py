@@ -276,7 +276,9 @@ class Bench:
         return folder
 
     def _data(self) -> Any:  # noqa: ANN401 - a context that gives a Run
-        options = RunOptions(output_dir=str(self.folder / "scratch"), overwrite=True)
+        folder = self.folder / "scratch"
+        shutil.rmtree(folder, ignore_errors=True)  # what TextBrewer wrote is not nlpxfer's to overwrite
+        options = RunOptions(output_dir=str(folder))
         return start_run("finetune", DataOptions(**self.rows), options)
 
     def _texts(self) -> Path:

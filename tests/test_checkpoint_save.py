@@ -23,6 +23,7 @@ from nlpxfer.checkpoint import (
 from nlpxfer.checkpoint.save import check_free_space
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
+from nlpxfer.train.checkpoints import RunIdentity, seal
 
 SCHEMA = LabelSchema(LABELS)
 TEXTS = ["the goal of the match", "bread and cheese", "we took the train to the airport"]
@@ -166,11 +167,27 @@ def test_output_folder_is_made_or_refused(tmp_path):
         ensure_output_folder(folder / "config.json", overwrite=True)
 
 
+RUN = json.dumps({"recipe": "finetune", "config": {}})
+
+
+def written(folder, *names, **contents):
+    """A folder with these files, of which `run_json` and the like have a content of their own."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    for name, content in contents.items():
+        (folder / name.replace("_", ".")).write_text(content)
+    return folder
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_overwrite_clears_own_files_only(tmp_path):
     folder = tmp_path / "out"
     (folder / "checkpoints" / "checkpoint-5").mkdir(parents=True)
-    for name in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors", "report.json"):
-        (folder / name).write_text("x")
+    written(folder, "config.json", "model.safetensors", "model-00001-of-00002.safetensors", run_json=RUN)
     (folder / "thesis.tex").write_text("years of work")
     with pytest.raises(OutputExistsError, match=r"holds thesis.tex, which nlpxfer did not write"):
         ensure_output_folder(folder, overwrite=True)
@@ -178,6 +195,91 @@ def test_overwrite_clears_own_files_only(tmp_path):
     (folder / "thesis.tex").unlink()
     ensure_output_folder(folder, overwrite=True)
     assert list(folder.iterdir()) == []
+
+
+OWN = [
+    "README.md",
+    "adapter/adapter_model.safetensors",
+    "checkpoints/distilled-42/checkpoint-10/model.safetensors",
+    "checkpoints/distilled-42/checkpoint-10/optimizer_0/__0_0.distcp",
+    "checkpoints/distilled-42/finished/.nlpxfer-staging-ab12/anything",
+    "checkpoints/distilled-42/finished/adapter/base.json",
+    "checkpoints/ladder/2-layers/checkpoint-3/optimizer.pt",
+    "checkpoints/search/study.log",
+    "checkpoints/search/trial-3/checkpoint-7/rng_state_1.pth",
+    "onnx/model_int8.onnx",
+    "predictions/.0123456789ab.out_of_fold.jsonl",
+    "predictions/test.jsonl",
+    "tensorboard/teacher-1/events.out.tfevents.1.host.2.0",
+]
+
+
+def test_what_a_run_can_have_written_is_overwritten(tmp_path):
+    folder = written(tmp_path, *OWN, run_json=RUN)
+    ensure_output_folder(folder, overwrite=True)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adapter/notes.txt",
+        "checkpoints/distilled-42/checkpoint-10/notes.txt",
+        "checkpoints/distilled-42/model.safetensors",
+        "checkpoints/mine/weights.pt",
+        "int8/old/config.json",
+        "onnx/model.py",
+        "predictions/my_labelled.csv",
+        "teacher/thesis.tex",
+        "tensorboard/notes.md",
+    ],
+)
+def test_overwrite_looks_into_folders(name, tmp_path):
+    folder = written(tmp_path, *OWN, name, run_json=RUN)
+    before = everything(folder)
+    with pytest.raises(OutputExistsError, match=f"it holds {name}, which nlpxfer did not write"):
+        ensure_output_folder(folder, overwrite=True)
+    assert everything(folder) == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "report.json", "labels.json"])
+@pytest.mark.parametrize("content", ["x", "[]", "{}", '{"recipe": "soup"}'])
+def test_known_names_alone_do_not_make_a_folder_a_run(name, content, tmp_path):
+    """A model's folder has them too, downloaded or somebody's own."""
+    folder = written(tmp_path, "config.json", "model.safetensors", "tokenizer.json", "README.md")
+    (folder / name).write_text(content)
+    before = everything(folder)
+    with pytest.raises(OutputExistsError, match="nothing in it shows that a run of nlpxfer wrote it"):
+        ensure_output_folder(folder, overwrite=True)
+    assert everything(folder) == before
+
+
+def test_a_saved_model_is_overwritten(load, tmp_path):
+    checkpoint = load()
+    folder = save_classifier(checkpoint.model, checkpoint.tokenizer, SCHEMA, tmp_path / "out")
+    ensure_output_folder(folder, overwrite=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_what_a_manifest_lists_is_overwritten_and_what_it_does_not_is_not(tmp_path):
+    """Names that are not known beforehand: a later transformers may write others."""
+    folder, place = tmp_path, "checkpoints/teacher-1/checkpoint-2"
+    written(folder, f"{place}/later.bin")
+    seal(folder / place, RunIdentity({}, {}), 2)
+    (folder / place / "notes.txt").write_text("years of work")
+    with pytest.raises(OutputExistsError, match=f"holds {place}/notes.txt, which"):
+        ensure_output_folder(folder, overwrite=True)
+    (folder / place / "notes.txt").unlink()
+    ensure_output_folder(folder, overwrite=True)
+    assert list(folder.iterdir()) == []
+
+
+def test_links_in_folders_are_not_removed(tmp_path):
+    folder = written(tmp_path / "out", *OWN, run_json=RUN)
+    (tmp_path / "mine").mkdir()
+    (folder / "checkpoints" / "far-1").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputExistsError, match="holds checkpoints/far-1, which"):
+        ensure_output_folder(folder, overwrite=True)
 
 
 def test_overwrite_does_not_follow_links(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import pytest
 from recipe_runs import call, finished, tiny_words
 
+from nlpxfer.checkpoint.own_files import foreign_paths
 from nlpxfer.train.checkpoints import damage
 from nlpxfer.train.trainer import TransferTrainer
 
@@ -62,6 +63,7 @@ def interrupted(key, folder, words, monkeypatch, step, arm, of=24, **options):
     assert not (folder / "report.json").exists()
     checkpoint = folder / "checkpoints" / f"{arm}-42" / f"checkpoint-{step + 1}"
     assert damage(checkpoint) == ""
+    assert foreign_paths(folder) == []
     return checkpoint
 
 

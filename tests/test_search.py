@@ -12,6 +12,7 @@ from processes import run as run_program
 from processes import torchrun
 from recipe_runs import QUICK, call, files, finished, refused
 
+from nlpxfer.checkpoint.own_files import foreign_paths
 from nlpxfer.config import DataOptions, RunOptions, parse
 from nlpxfer.errors import ConfigError
 from nlpxfer.start import start_run
@@ -134,6 +135,7 @@ def test_an_interrupted_search_goes_on_and_never_sees_a_test_row(
         assert not texts & set(seen)
     folder = out / "checkpoints" / "search"
     assert {path.name for path in folder.iterdir()} == {"manifest.json", "study.log", "trial-3"}
+    assert foreign_paths(out) == []
     with monkeypatch.context() as patch:
         at_step(patch, "fine-tuned", 4, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         caplog.clear()

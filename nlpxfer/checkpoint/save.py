@@ -13,11 +13,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from nlpxfer.checkpoint.own_files import STAGING_PREFIX, foreign_paths, is_of_nlpxfer, remove_own
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.tokenizer import save_tokenizer
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
@@ -28,47 +29,6 @@ if TYPE_CHECKING:
     from nlpxfer.data.schema import LabelSchema
 
 logger = logging.getLogger(__name__)
-
-# What a run of nlpxfer writes; everything else in an output folder belongs to somebody else.
-OWN_FILES: Final = frozenset(
-    {
-        "config.json",
-        "calibration.json",
-        "disagreements.jsonl",
-        "generation_config.json",
-        "head.safetensors",
-        "ladder.json",
-        "ladder.md",
-        "pareto.png",
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "modules.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.txt",
-        "vocab.json",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "spm.model",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "labels.json",
-        "README.md",
-        "report.json",
-        "run.json",
-        "confusion.png",
-        "per_class.png",
-        "errors.json",
-        "errors.md",
-        "label_errors.jsonl",
-        "transfer_curve.png",
-    }
-)
-OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "onnx", "predictions", "teacher", "tensorboard"})
-_STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 
 def save_classifier(
@@ -91,7 +51,7 @@ def save_classifier(
     model.config.problem_type = schema.problem_type
     folder.mkdir(parents=True, exist_ok=True)
     _remove_old_staging(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING_PREFIX, dir=folder))
+    staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=folder))
     try:
         with quiet_transformers():
             model.save_pretrained(staging)
@@ -170,7 +130,7 @@ def move_staged(staging: Path, folder: Path, *, last: str) -> None:
 
 
 def _remove_old_staging(folder: Path) -> None:
-    for path in folder.glob(_STAGING_PREFIX + "*"):
+    for path in folder.glob(STAGING_PREFIX + "*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -178,7 +138,8 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: 
     """Refuse an output folder that may not be used; nothing is made or removed.
 
     An absent or empty folder may be used, a filled one only with `resume`, or with `overwrite` if nlpxfer wrote all
-    that lies there and it is not reached through a symbolic link: it may be a home folder given by mistake.
+    that lies there, in its folders too, and it is not reached through a symbolic link: it may be a home folder or a
+    model's given by mistake. `nlpxfer.checkpoint.own_files` says what nlpxfer writes.
 
     Raises:
         OutputExistsError: The folder is not empty and neither option allows to use it, or it holds foreign files.
@@ -196,13 +157,25 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: 
             fix="another --output_dir, --resume_from_checkpoint true if it was interrupted, or --overwrite",
             available=[entry.name for entry in entries],
         )
-    foreign = [entry.name for entry in entries if not _is_own(entry)]
-    if foreign or folder.is_symlink():
-        raise OutputExistsError(
-            f"The output folder {folder} is not overwritten: "
-            + (f"it holds {', '.join(foreign[:10])}, which nlpxfer did not write." if foreign else "it is a link."),
-            fix="move these away, or choose another --output_dir",
+    fault, fix = _not_overwritten(folder)
+    if fault:
+        raise OutputExistsError(f"The output folder {folder} is not overwritten: {fault}.", fix=fix)
+
+
+def _not_overwritten(folder: Path) -> tuple[str, str]:
+    """Why a filled folder may not be emptied, and what helps; two empty strings if it may be."""
+    foreign = foreign_paths(folder)
+    if folder.is_symlink():
+        return "it is a link", "choose another --output_dir"
+    if foreign:
+        listed = f"it holds {', '.join(foreign[:10])}, which nlpxfer did not write"
+        return listed, "move these away, or choose another --output_dir"
+    if any(entry.is_file() for entry in folder.rglob("*")) and not is_of_nlpxfer(folder):
+        return (
+            "nothing in it shows that a run of nlpxfer wrote it",
+            "empty it yourself, or choose another --output_dir",
         )
+    return "", ""
 
 
 def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> Path:
@@ -217,21 +190,13 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
     _remove_old_staging(folder)
     if not resume:
         for entry in _entries(folder):
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove_own(folder, entry.name)
     return folder
 
 
 def _entries(folder: Path) -> list[Path]:
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [entry for entry in found if not entry.name.startswith(_STAGING_PREFIX)]
-
-
-def _is_own(entry: Path) -> bool:
-    if entry.is_symlink():
-        return False
-    if entry.is_dir():
-        return entry.name in OWN_FOLDERS
-    return entry.name in OWN_FILES or (entry.name.startswith("model-") and entry.suffix == ".safetensors")
+    return [entry for entry in found if not entry.name.startswith(STAGING_PREFIX)]
 
 
 def check_free_space(folder: str | Path, needed_bytes: int, *, fix: str = "") -> None:
