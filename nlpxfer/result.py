@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from nlpxfer.checkpoint.adapters import BUNDLE_FOLDER, add_to_bundle, is_adapted
+from nlpxfer.checkpoint.own_files import remove_own
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
 from nlpxfer.checkpoint.save import save_classifier
 from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static, static_int8
@@ -239,8 +240,10 @@ def _write(
         | ({"ranges": run.found["ranges"]} if run.found else {}),
     )
     for name, place in folders.items():
-        shutil.rmtree(run.folder / name, ignore_errors=True)  # of an attempt that ended in between
-        shutil.move(place, run.folder / name)
+        remove_own(run.folder, name)  # of an attempt that ended in between
+        (run.folder / name).mkdir(exist_ok=True)
+        for path in place.iterdir():
+            path.replace(run.folder / name / path.name)
         _copy_into(run.folder / name, run)
     if is_static(arm.model):
         small = save_classifier(int8_table_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
@@ -268,7 +271,9 @@ def _write(
     if arm.adapter is not None:
         _complete_bundle(run, report, replace(facts, is_adapter=True))
     write_report(run.folder, report)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    foreign = remove_own(run.folder, "checkpoints")
+    if foreign:
+        logger.warning("not removed, as nlpxfer did not write it: %s", ", ".join(foreign[:10]))
 
 
 def _copy_into(folder: Path, run: Run) -> None:

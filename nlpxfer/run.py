@@ -21,6 +21,7 @@ import numpy as np
 
 from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.own_files import is_unfinished, mark_unfinished
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions, default_learning_rate
@@ -545,10 +546,11 @@ class Run:
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
         whole_models = arms * len(self.seeds) + self.options.num_folds
         check_free_space(self.folder, max(learning) * 3 * kept + weights * whole_models)
-        if self.options.resume and not (self.folder / "checkpoints").is_dir():
+        if self.options.resume and not is_unfinished(self.folder):
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
         if is_main_process():
             ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
+            mark_unfinished(self.folder, self.recipe)
         wait_for_everyone()
 
     def parent_facts(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -78,13 +78,13 @@ def start_run(
     options.output_dir = str(folder)
     data_options = _with_bundled_data(data_options)
     config = resolved(data_options, options, *others)
-    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
-    if is_main_process() and options.push_to_hub:
-        check_push_request(str(options.hub_model_id), private=options.is_private)
     if options.resume and (folder / REPORT_FILE).is_file():
         raise ResumeError(
             f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
         )
+    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    if is_main_process() and options.push_to_hub:
+        check_push_request(str(options.hub_model_id), private=options.is_private)
     check_reporters(options.report_to or ())
     _check_search(recipe, options, searches)
     wait_for_everyone()

@@ -20,6 +20,7 @@ from nlpxfer.checkpoint import (
     save_classifier,
     tokenizer_fingerprint,
 )
+from nlpxfer.checkpoint.own_files import mark_unfinished, remove_own
 from nlpxfer.checkpoint.save import check_free_space
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
@@ -161,8 +162,6 @@ def test_output_folder_is_made_or_refused(tmp_path):
     (folder / "config.json").write_text("{}")
     with pytest.raises(OutputExistsError, match="is not empty"):
         ensure_output_folder(folder)
-    ensure_output_folder(folder, resume=True)
-    assert (folder / "config.json").exists()
     with pytest.raises(OutputExistsError, match="is a file"):
         ensure_output_folder(folder / "config.json", overwrite=True)
 
@@ -294,6 +293,67 @@ def test_overwrite_does_not_follow_links(tmp_path):
     with pytest.raises(OutputExistsError, match="holds checkpoints"):
         ensure_output_folder(folder, overwrite=True)
     assert (target / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["README.md", "config.json", "model.safetensors"],
+        ["checkpoints/mine/weights.pt"],
+        ["checkpoints/checkpoint-500/model.safetensors", "checkpoints/checkpoint-500/trainer_state.json"],
+        ["checkpoints/unfinished.json"],  # somebody else's: it holds an x
+        ["slurm-12.out"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_resuming_needs_an_unfinished_run(names, tmp_path):
+    folder = written(tmp_path, *names)
+    before = everything(folder)
+    with pytest.raises(OutputExistsError, match="is not empty and holds no unfinished run"):
+        ensure_output_folder(folder, resume=True)
+    assert everything(folder) == before
+
+
+def test_an_empty_folder_and_an_unfinished_run_are_resumed(tmp_path):
+    ensure_output_folder(tmp_path / "new", resume=True)
+    ensure_output_folder(tmp_path / "new", resume=True)
+    marked = written(tmp_path / "marked", "slurm-12.out", "checkpoints/teacher-1/checkpoint-2/optimizer.pt")
+    mark_unfinished(marked, "distill")
+    ensure_output_folder(marked, resume=True)
+    before_marks = written(tmp_path / "earlier", "checkpoints/teacher-1/checkpoint-2/optimizer.pt")
+    seal(before_marks / "checkpoints/teacher-1/checkpoint-2", RunIdentity({}, {}), 2)
+    ensure_output_folder(before_marks, resume=True)
+    assert len(everything(marked)) == 3
+    assert len(everything(before_marks)) == 2
+
+
+def test_a_folder_that_holds_the_mark_alone_is_as_good_as_empty(tmp_path):
+    mark_unfinished(tmp_path, "features")
+    ensure_output_folder(tmp_path)
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputExistsError, match="is not empty"):
+        ensure_output_folder(tmp_path)
+    with pytest.raises(OutputExistsError, match="holds checkpoints/notes.txt, which nlpxfer did not write"):
+        ensure_output_folder(tmp_path, overwrite=True)
+    (tmp_path / "checkpoints" / "notes.txt").unlink()
+    (tmp_path / "checkpoints" / "teacher-1").mkdir()
+    with pytest.raises(OutputExistsError, match="is not empty"):
+        ensure_output_folder(tmp_path)
+    ensure_output_folder(tmp_path, overwrite=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_own_files_are_removed(tmp_path):
+    folder = written(tmp_path, *OWN, "checkpoints/mine/weights.pt", "checkpoints/search/notes.txt", "onnx/mine.bin")
+    mark_unfinished(folder, "distill")
+    assert remove_own(folder, "checkpoints") == ["checkpoints/mine/weights.pt", "checkpoints/search/notes.txt"]
+    left = {name for name in OWN if not name.startswith("checkpoints/")}
+    assert set(everything(folder)) == left | {
+        "checkpoints/mine/weights.pt",
+        "checkpoints/search/notes.txt",
+        "onnx/mine.bin",
+    }
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"mine", "search"}
 
 
 def test_free_space(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 
 import pytest
@@ -222,6 +223,36 @@ def test_an_interrupted_run_is_not_overwritten_by_mistake(words, tmp_path, monke
 def test_resuming_without_a_checkpoint_says_so(words, tmp_path, caplog):
     finished("finetune", tmp_path / "out", *words["finetune"], *RESUME, "--control_arm", "false")
     assert "there is nothing to resume" in caplog.text
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_without_an_unfinished_run_is_left_alone(words, tiny_checkpoint, tmp_path):
+    """As job scripts do that always pass the option: here with the base model's folder."""
+    folder = tmp_path / "base"
+    shutil.copytree(tiny_checkpoint("bert"), folder)
+    (folder / "README.md").write_text("my own")
+    (folder / "checkpoints" / "mine").mkdir(parents=True)
+    (folder / "checkpoints" / "mine" / "weights.pt").write_text("years of work")
+    before = contents(folder)
+    assert "holds no unfinished run" in refused_to_resume("finetune", folder, *words["finetune"])
+    assert contents(folder) == before
+
+
+def test_a_run_that_ends_before_its_first_checkpoint_is_resumed(words, whole, tmp_path, monkeypatch):
+    """Killed, not asked to stop; the job script gives the same words each time. Files of others in it stay."""
+    own = [*words["finetune"], *RESUME]
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferTrainer, "training_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("finetune", tmp_path / "out", *own)
+    (tmp_path / "out" / "checkpoints" / "mine").mkdir()
+    (tmp_path / "out" / "checkpoints" / "mine" / "weights.pt").write_text("years of work")
+    assert_same(finished("finetune", tmp_path / "out", *own), whole["finetune"])
+    assert set(contents(tmp_path / "out" / "checkpoints")) == {"mine/weights.pt"}
+    assert "is finished" in call("finetune", tmp_path / "out", *own).err
 
 
 def test_rates_per_layer_and_the_way_from_the_start_resume_too(words, tmp_path, monkeypatch):

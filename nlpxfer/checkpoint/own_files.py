@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from nlpxfer.strict_json import write_json_whole
+
 OWN_FILES: Final = frozenset(
     {
         "config.json",
@@ -53,6 +55,8 @@ OWN_FILES: Final = frozenset(
 """What a run writes into its output folder itself; the shards of a large model are further ones."""
 OWN_FOLDERS: Final = frozenset({"adapter", "checkpoints", "int8", "onnx", "predictions", "teacher", "tensorboard"})
 """What it makes there; each holds certain files only."""
+UNFINISHED_FILE: Final = "checkpoints/unfinished.json"
+"""The first file of a run, which says whose `checkpoints` is; it goes with it when the run is finished."""
 STAGING_PREFIX: Final = ".nlpxfer-staging-"
 
 _BUNDLE: Final = {"adapter_config.json", "adapter_model.safetensors", "base.json"}
@@ -76,6 +80,7 @@ _PATHS: Final = re.compile(
             rf"(?:adapter|int8|onnx|teacher)/{_MODEL}",
             r"predictions/(?:(?:validation|test|out_of_fold)\.jsonl|\.(?:validation|test)\.jsonl\.tmp)",
             r"tensorboard/[^/]+/events\.out\.tfevents\.[^/]+",
+            re.escape(UNFINISHED_FILE),
             r"checkpoints/search/(?:manifest\.json|study\.log[^/]*)",
             rf"checkpoints/int8/(?:[^/]+/)+{_MODEL}",
             r"checkpoints/(?:[^/]+-\d+|search/trial-\d+|ladder/[^/]+)/(?:checkpoint-\d+|finished)/(?:adapter/)?"
@@ -92,6 +97,7 @@ _TELLING: Final = {
     "run.json": {"recipe", "config"},
     "report.json": {"recipe", "arms"},
     "labels.json": {"schema_version", "problem_type", "names"},
+    UNFINISHED_FILE: {"schema_version", "recipe"},
 }
 """Files of which nlpxfer's can be told by their keys."""
 
@@ -110,8 +116,25 @@ def foreign_paths(folder: Path) -> list[str]:
 
 def is_of_nlpxfer(folder: Path) -> bool:
     """Whether a file in a folder shows by its content that nlpxfer wrote there."""
-    telling = (keys <= _content(folder / name).keys() for name, keys in _TELLING.items())
-    return any(telling) or bool(_sealed_paths(folder))
+    return any(_is_telling(folder, name) for name in _TELLING) or bool(_sealed_paths(folder))
+
+
+def is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds a run that was begun and not finished: the mark of one, or a sealed checkpoint."""
+    return _is_telling(folder, UNFINISHED_FILE) or bool(_sealed_paths(folder))
+
+
+def mark_unfinished(folder: Path, recipe: str) -> None:
+    """Write the mark of a run that begins."""
+    write_json_whole(folder / UNFINISHED_FILE, {"schema_version": 1, "recipe": recipe})
+
+
+def is_bare(folder: Path) -> bool:
+    """Whether `checkpoints` of an output folder is a folder that holds the mark of a run and nothing else."""
+    place = folder / "checkpoints"
+    if place.is_symlink() or not _is_telling(folder, UNFINISHED_FILE):
+        return False
+    return [entry.name for entry in place.iterdir()] == [Path(UNFINISHED_FILE).name]
 
 
 def remove_own(folder: Path, below: str) -> list[str]:
@@ -148,6 +171,10 @@ def _is_own(folder: Path, path: str, sealed: set[str]) -> bool:
     if (folder / path).is_symlink():
         return False
     return path in sealed or _PATHS.fullmatch(_TEMPORARY.sub("", path)) is not None
+
+
+def _is_telling(folder: Path, name: str) -> bool:
+    return _TELLING[name] <= _content(folder / name).keys()
 
 
 def _sealed_paths(folder: Path) -> set[str]:

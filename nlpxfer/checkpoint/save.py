@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nlpxfer.checkpoint.own_files import STAGING_PREFIX, foreign_paths, is_of_nlpxfer, remove_own
+from nlpxfer.checkpoint.own_files import (
+    STAGING_PREFIX,
+    foreign_paths,
+    is_bare,
+    is_of_nlpxfer,
+    is_unfinished,
+    remove_own,
+)
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.tokenizer import save_tokenizer
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
@@ -137,9 +144,9 @@ def _remove_old_staging(folder: Path) -> None:
 def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
     """Refuse an output folder that may not be used; nothing is made or removed.
 
-    An absent or empty folder may be used, a filled one only with `resume`, or with `overwrite` if nlpxfer wrote all
-    that lies there, in its folders too, and it is not reached through a symbolic link: it may be a home folder or a
-    model's given by mistake. `nlpxfer.checkpoint.own_files` says what nlpxfer writes.
+    An absent or empty folder may be used, a filled one only with `resume` if it holds an unfinished run, or with
+    `overwrite` if nlpxfer wrote all that lies there, in its folders too (`nlpxfer.checkpoint.own_files`), and it is
+    not reached through a symbolic link: it may be a home folder or a model's, given by mistake.
 
     Raises:
         OutputExistsError: The folder is not empty and neither option allows to use it, or it holds foreign files.
@@ -148,8 +155,15 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: 
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(f"The output folder {folder} is a file.", fix="choose another --output_dir")
     entries = _entries(folder)
-    if not entries or resume:
+    if not entries or (resume and is_unfinished(folder)):
         return
+    if resume:
+        raise OutputExistsError(
+            f"The output folder {folder} is not empty and holds no unfinished run.",
+            why="It is a folder of something else, and a run would write over it.",
+            fix="another --output_dir, or an empty one",
+            available=[entry.name for entry in entries],
+        )
     if not overwrite:
         raise OutputExistsError(
             f"The output folder {folder} is not empty.",
@@ -195,8 +209,10 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
 
 
 def _entries(folder: Path) -> list[Path]:
+    """What lies in an output folder, without what a run left that ended before it had written anything else."""
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [entry for entry in found if not entry.name.startswith(STAGING_PREFIX)]
+    skipped = "checkpoints" if is_bare(folder) else None
+    return [entry for entry in found if not entry.name.startswith(STAGING_PREFIX) and entry.name != skipped]
 
 
 def check_free_space(folder: str | Path, needed_bytes: int, *, fix: str = "") -> None:
