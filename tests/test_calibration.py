@@ -41,9 +41,49 @@ def test_it_is_the_minimum_of_the_loss():
     assert found == pytest.approx(min(losses, key=losses.get), abs=0.03)
 
 
-@pytest.mark.parametrize(("labels", "end"), [([0, 1, 2], 0), ([1, 2, 0], 1)])
-def test_rows_all_right_or_all_wrong_give_an_end_of_the_range(labels, end):
-    assert fit_temperature(5 * np.eye(3), labels) == pytest.approx(RANGE[end], rel=0.01)
+def without_a_prior(logits, labels):
+    """The T with the lowest mean loss, by trying many."""
+    tried = np.geomspace(*RANGE, 4000)
+    return tried[np.argmin([-np.log(probabilities(logits, t)[range(len(labels)), labels]).mean() for t in tried])]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 4.0])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_prior_is_not_noticed_in_hundreds_of_rows(temperature, seed):
+    logits, labels = drawn(300, 4, temperature, seed)
+    assert (logits.argmax(axis=1) != labels).sum() > 30
+    assert fit_temperature(logits, labels) == pytest.approx(without_a_prior(logits, labels), rel=0.02)
+
+
+def test_rows_that_are_all_right_do_not_make_it_sure_of_everything():
+    """20 of them: at b = 1/T the slope of the loss is -20 (0.5 - E[z]), that of the prior 1 - 1/b; their sum is 0."""
+    logits = np.tile([0.5, 0.3, 0.1, 0.0], (20, 1))
+    temperature = fit_temperature(logits, [0] * 20)
+    share = probabilities(logits, temperature)[0]
+    assert 20 * (0.5 - share @ logits[0]) == pytest.approx(1 - temperature, abs=1e-3)
+    assert 0.7 < share[0] < 0.9
+    fewer = probabilities(logits[:1], fit_temperature(logits[:2], [0] * 2))[0, 0]
+    assert 0.25 < fewer < 0.5
+
+
+def test_a_sure_model_that_is_always_right_stays_as_sure_as_it_is():
+    logits = np.tile(5 * np.eye(3), (10, 1))
+    assert fit_temperature(logits, [0, 1, 2] * 10) == pytest.approx(1.0, abs=0.4)
+
+
+def test_few_rows_that_are_all_wrong_do_not_take_all_of_its_sureness():
+    assert 2 < fit_temperature(5 * np.eye(3), [1, 2, 0]) < RANGE[1] / 2
+
+
+def test_an_end_of_the_range_is_told(caplog):
+    logits, labels = drawn(300, 3, 1.0)
+    fit_temperature(logits, labels)
+    assert caplog.text == ""
+    assert fit_temperature(-logits, labels) == pytest.approx(RANGE[1], rel=0.01)
+    assert "the temperature ended at 20" in caplog.text
+    caplog.clear()
+    assert fit_temperature(logits / 50, labels) == pytest.approx(RANGE[0], rel=0.01)
+    assert "the temperature ended at 0.05" in caplog.text
 
 
 def test_error_of_bins_by_hand():
