@@ -399,6 +399,43 @@ def test_a_wrong_or_missing_base_is_refused(bundle, tiny_checkpoint):
         load_adapter(folder, base=str(tiny_checkpoint("roberta", layers=2)))
 
 
+def with_config(base, target, **changes):
+    """A copy of a model's folder with another config."""
+    shutil.copytree(base, target)
+    file = target / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"hidden_act": "relu"}, "hidden_act: 'gelu' there, 'relu' here"),
+        ({"num_attention_heads": 8}, "num_attention_heads: 4 there, 8 here"),
+        ({"layer_norm_eps": 1e-3}, "layer_norm_eps: 1e-12 there, 0.001 here"),
+    ],
+)
+def test_a_base_that_computes_otherwise_from_the_same_weights_is_refused(changes, told, bundle, tmp_path):
+    folder, base, inputs, logits = bundle()
+    other = with_config(base, tmp_path / "other", **changes)
+    with pytest.raises(CheckpointError, match="with another config") as refused:
+        load_adapter(folder, base=str(other))
+    assert told in str(refused.value)
+    earlier = edited(folder, tmp_path / "earlier", "base.json", config=None)  # written before it had the entry
+    torch.testing.assert_close(logits_of(load_adapter(earlier, base=str(base)).model, inputs), logits)
+    assert (logits_of(load_adapter(earlier, base=str(other)).model, inputs) - logits).abs().max() > 1e-4
+
+
+def test_what_does_not_change_the_function_is_no_part_of_the_base(bundle, tmp_path):
+    folder, base, inputs, logits = bundle()
+    names = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}, "architectures": ["BertModel"]}
+    others = {"hidden_dropout_prob": 0.3, "_name_or_path": "/home/somebody/base", "transformers_version": "9.9.9"}
+    unknown = {"dtype": "bfloat16", "use_cache": False, "an_option_of_a_later_transformers": 1}
+    other = with_config(base, tmp_path / "other", **names, **others, **unknown)
+    torch.testing.assert_close(logits_of(load_adapter(folder, base=str(other)).model, inputs), logits)
+    assert "somebody" not in (folder / "base.json").read_text()
+
+
 def test_the_seed_of_the_new_head_is_no_part_of_the_base(tiny_checkpoint):
     folder = str(tiny_checkpoint("bert", layers=2))
     one, other = (load_classifier(folder, schema=SCHEMA, seed=seed) for seed in (1, 2))
@@ -422,6 +459,7 @@ def test_the_seed_of_the_new_head_is_no_part_of_the_base(tiny_checkpoint):
         ("base.json", {"weights": None}, "base.json is damaged"),
         ("base.json", {"adapter": "newer"}, "names the adapter 'newer'"),
         ("base.json", {"max_length": "long"}, "base.json is damaged"),
+        ("base.json", {"config": "bert"}, "base.json is damaged"),
         ("labels.json", {"names": ["a", "b", "c"]}, "does not fit its base"),
     ],
 )

@@ -2,8 +2,8 @@
 
 A bundle is a folder in peft's own format (`adapter_config.json`, `adapter_model.safetensors`) with what peft leaves
 out: the tokenizer, the label names in the order of the logits (`labels.json`), the temperature (`calibration.json`),
-and `base.json`, which says on which weights the adapter was trained. Chosen over `AutoPeftModel…`, which builds a base
-with two labels, takes it from a path of somebody else's machine, and never asks whether it is the same base.
+and `base.json`, which says on which weights and config the adapter was trained. Chosen over `AutoPeftModel…`, which
+builds a base with two labels, takes it from a path of somebody else's machine, and never asks whether it is the same.
 
 All that the base checkpoint does not hold lies in the bundle: heads are wrapped by peft's `modules_to_save`, and a
 parameter that would be left random is an error, when an adapter is made as when it is loaded.
@@ -28,7 +28,7 @@ from torch import nn
 
 from nlpxfer.checkpoint.adapter_kinds import KINDS
 from nlpxfer.checkpoint.deciding_token import read_last_text_token_
-from nlpxfer.checkpoint.fingerprint import weights_fingerprint
+from nlpxfer.checkpoint.fingerprint import deciding_config, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import with_pooling
@@ -65,6 +65,7 @@ class BaseFacts:
         weights: sha256 of the base's weights as loaded in float32, without those that it does not hold.
         pooling: "own" or "mean": what the head reads.
         max_length: Tokens read of each text; None if not known.
+        config: The values of the base's config that decide what it computes; None if not known.
     """
 
     adapter: str
@@ -74,6 +75,7 @@ class BaseFacts:
     weights: str
     pooling: str = "own"
     max_length: int | None = None
+    config: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -118,6 +120,7 @@ def base_facts(checkpoint: Checkpoint, *, adapter: str, pooling: str) -> BaseFac
         revision=checkpoint.revision,
         weights=weights_fingerprint(plain.model, without=plain.fresh),
         pooling=pooling,
+        config=deciding_config(plain.model),
     )
 
 
@@ -270,6 +273,8 @@ def read_base(folder: Path) -> BaseFacts:
             raise TypeError("a field is no text")
         if facts.max_length is not None and not isinstance(facts.max_length, int):
             raise TypeError("max_length is no number")
+        if facts.config is not None and not isinstance(facts.config, dict):
+            raise TypeError("config is no object")
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}.", fix="copy the bundle again") from error
     if facts.adapter not in KINDS or facts.pooling not in ("own", "mean"):
@@ -286,8 +291,8 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
         base: Folder or Hub id of the base; needed where it was a local folder, whose path no bundle tells.
 
     Raises:
-        CheckpointError: The bundle is damaged; its base is not given, or has other weights (both hashes are shown); or
-            a weight of the head is in neither.
+        CheckpointError: The bundle is damaged; its base is not given, has other weights (both hashes are shown) or
+            computes otherwise by its config (the differences are shown); or a weight of the head is in neither.
         UnsafeCheckpointError: Pickled weights, files outside the folder, or a type of adapter that loads such.
     """
     found = _bundle_in(resolve_checkpoint(str(folder)).folder)
@@ -312,6 +317,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
             fix=f"--base FOLDER, with the weights of {facts.name}"
             + (f" at {facts.revision}" if facts.revision else ""),
         )
+    _refuse_other_config(facts, checkpoint, folder)
     wrapped = _with_weights(with_pooling(checkpoint, facts.pooling), found)
     _refuse_uncovered(wrapped, checkpoint, found)
     wrapped.requires_grad_(False)
@@ -319,6 +325,22 @@ def load_adapter(folder: str | Path, base: str | None = None) -> LoadedAdapter:
     logger.info("adapter %s (%s) on %s", folder, facts.adapter, checkpoint.name)
     tokenizer = load_tokenizer(found, name=str(folder))
     return LoadedAdapter(model=wrapped, tokenizer=tokenizer, schema=schema, base=facts, folder=found)
+
+
+def _refuse_other_config(facts: BaseFacts, checkpoint: Checkpoint, folder: str | Path) -> None:
+    """The base must compute as the one of the training: equal weights do not see to its activation or its heads.
+
+    Values that only one of the two configs has are left out: versions of transformers differ in them.
+    """
+    ours, theirs = deciding_config(checkpoint.model), facts.config or {}
+    differing = [key for key in sorted(ours.keys() & theirs.keys()) if ours[key] != theirs[key]]
+    if differing:
+        listed = "".join(f"\n  - {key}: {theirs[key]!r} there, {ours[key]!r} here" for key in differing)
+        raise CheckpointError(
+            f"{folder} was trained on {facts.name} with another config than that of {checkpoint.name}:{listed}",
+            why="It has the same weights, but computes something else from them.",
+            fix=f"--base FOLDER, with the config of {facts.name}",
+        )
 
 
 def _with_weights(model: PreTrainedModel, folder: Path) -> PeftModel:

@@ -21,6 +21,30 @@ _WITHOUT_EFFECT: Final = frozenset(
 )
 
 
+_NOT_DECIDING: Final = _NOT_OF_THE_BODY | frozenset(
+    "auto_map bos_token_id cls_token_id decoder_start_token_id dtype eos_token_id finetuning_task "
+    "gradient_checkpointing initializer_range mask_token_id output_attentions output_hidden_states "
+    "quantization_config return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript "
+    "use_cache chunk_size_feed_forward".split()
+)
+
+
+def deciding_config(model: PreTrainedModel) -> dict[str, Any]:
+    """The values of a model's config that what it computes depends on, beside its weights, as JSON has them.
+
+    Names of labels, where the checkpoint came from, dropout, and how it is stored or run do not count. The values and
+    not their hash, so that two can be compared that were written by versions of transformers with other keys.
+    """
+    config = {
+        key: value
+        for key, value in model.config.to_dict().items()
+        if key not in _NOT_DECIDING and "drop" not in key and not key.startswith("_")
+    }
+    text = json.dumps(config, sort_keys=True, default=str)
+    found: dict[str, Any] = json.loads(text, parse_constant=str)  # infinity has no word in JSON
+    return found
+
+
 def weights_fingerprint(model: nn.Module, *, without: Collection[str] = ()) -> str:
     """sha256 (hex) over the state dict, less `without`: names in sorted order, types, shapes and bytes."""
     return _sha256_of({name: value for name, value in model.state_dict().items() if name not in set(without)})
