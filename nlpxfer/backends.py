@@ -284,7 +284,8 @@ def _read(model: str, base: str | None) -> tuple[LabelSchema, Checkpoint, dict[s
         checkpoint = Checkpoint(
             model=plain, tokenizer=adapter.tokenizer, name=model, folder=bundle, fresh=(), head_kept=True
         )
-        return adapter.schema, checkpoint, recorded_options(bundle) | {"max_length": adapter.base.max_length}
+        reading = {"max_length": adapter.base.max_length, **(adapter.base.long_texts or {})}
+        return adapter.schema, checkpoint, recorded_options(bundle) | reading
     if base is not None:
         raise ConfigError(f"base: {model} is a whole model and needs none", fix="leave --base out")
     schema = stored_schema(model)

@@ -210,7 +210,8 @@ def _write(
     names, labels = run.data.schema.names, run.labels("test")
     if arm.adapter is not None:
         shutil.copytree(arm.adapter, run.folder / BUNDLE_FOLDER, dirs_exist_ok=True)
-        add_to_bundle(run.folder / BUNDLE_FOLDER, max_length=run.data_options.max_length)
+        reading = {"max_length": run.data_options.max_length, "long_texts": run.long_texts.options()}
+        add_to_bundle(run.folder / BUNDLE_FOLDER, **reading)
     merges = not is_adapted(arm.model)
     if merges:
         save_classifier(arm.model, arm.tokenizer, run.data.schema, run.folder)

@@ -460,6 +460,8 @@ def test_the_seed_of_the_new_head_is_no_part_of_the_base(tiny_checkpoint):
         ("base.json", {"adapter": "newer"}, "names the adapter 'newer'"),
         ("base.json", {"max_length": "long"}, "base.json is damaged"),
         ("base.json", {"config": "bert"}, "base.json is damaged"),
+        ("base.json", {"long_texts": "head_tail"}, "base.json is damaged"),
+        ("base.json", {"long_texts": {"long_texts": "middle"}}, "base.json is damaged: long_texts: 'middle'"),
         ("labels.json", {"names": ["a", "b", "c"]}, "does not fit its base"),
     ],
 )

@@ -24,6 +24,7 @@ from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.classify import Classifier, evaluate_file
 from nlpxfer.cli import main
 from nlpxfer.config import RunOptions
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.errors import CheckpointError, ConfigError, OutputExistsError, PushError
@@ -412,6 +413,20 @@ def test_a_bundle_without_a_run_keeps_its_length_when_merged(lora, bert, tmp_pat
     (copied / "run.json").unlink()
     merge_bundle(copied, tmp_path / "out", base=str(bert))
     assert Classifier.load(str(tmp_path / "out"), bf16=False).max_length == 32
+
+
+def test_a_bundle_without_a_run_reads_long_texts_as_the_training_did(bert, tiny_data, tmp_path):
+    words = [*tiny_words(tiny_data, bert), *QUICKLY, "--control_arm", "false", "--max_steps", "1"]
+    words[words.index("--max_length") + 1] = "8"
+    words += ["--long_texts", "sliding_window", "--window_overlap", "3", "--max_windows", "4"]
+    bundle = finished("adapters", tmp_path / "out", *words).folder / "adapter"
+    wanted = LongTexts(policy="sliding_window", window_overlap=3, max_windows=4)
+    assert Classifier.load(str(bundle), base=str(bert), bf16=False).long_texts == wanted
+    (bundle / "run.json").unlink()
+    assert Classifier.load(str(bundle), base=str(bert), bf16=False).long_texts == wanted
+    merge_bundle(bundle, tmp_path / "merged", base=str(bert))
+    merged = Classifier.load(str(tmp_path / "merged"), bf16=False)
+    assert (merged.long_texts, merged.max_length) == (wanted, 8)
 
 
 def test_merge_refuses_and_leaves_nothing(lora, prompt, bert, tiny_checkpoint, tmp_path, monkeypatch, capsys):

@@ -37,7 +37,7 @@ def merge_bundle(folder: str | Path, out: str | Path, *, base: str | None = None
     """Write the model that an adapter and its base make together.
 
     It is loaded back from where it was written and compared with the adapter on a few texts before the folder appears
-    under its name. Labels, tokenizer, temperature and `max_length` are those of the bundle.
+    under its name. Labels, tokenizer, temperature, `max_length` and how longer texts are read are those of the bundle.
 
     Args:
         folder: The bundle.
@@ -85,7 +85,7 @@ def merge_bundle(folder: str | Path, out: str | Path, *, base: str | None = None
 def _origin(base: BaseFacts) -> dict[str, Any]:
     """What run.json says where the bundle has none."""
     parent = {"name": base.name, "revision": base.revision, "weights": base.weights}
-    return {"config": {"max_length": base.max_length}, "parents": {"model": parent}}
+    return {"config": {"max_length": base.max_length, **(base.long_texts or {})}, "parents": {"model": parent}}
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ from nlpxfer.checkpoint.resolve import BUNDLED, resolve_checkpoint
 from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter_folder
 from nlpxfer.checkpoint.save import move_staged, refuse_not_finite
 from nlpxfer.checkpoint.tokenizer import load_tokenizer, save_tokenizer
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, LabelError
 from nlpxfer.strict_json import write_json_whole
@@ -65,6 +66,7 @@ class BaseFacts:
         weights: sha256 of the base's weights as loaded in float32, without those that it does not hold.
         pooling: "own" or "mean": what the head reads.
         max_length: Tokens read of each text; None if not known.
+        long_texts: The options by which longer texts were read; None if not known.
         config: The values of the base's config that decide what it computes; None if not known.
     """
 
@@ -75,6 +77,7 @@ class BaseFacts:
     weights: str
     pooling: str = "own"
     max_length: int | None = None
+    long_texts: Mapping[str, Any] | None = None
     config: Mapping[str, Any] | None = None
 
 
@@ -273,8 +276,9 @@ def read_base(folder: Path) -> BaseFacts:
             raise TypeError("a field is no text")
         if facts.max_length is not None and not isinstance(facts.max_length, int):
             raise TypeError("max_length is no number")
-        if facts.config is not None and not isinstance(facts.config, dict):
-            raise TypeError("config is no object")
+        if not all(value is None or isinstance(value, dict) for value in (facts.config, facts.long_texts)):
+            raise TypeError("a field is no object")
+        LongTexts.from_options(facts.long_texts or {})
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {error}.", fix="copy the bundle again") from error
     if facts.adapter not in KINDS or facts.pooling not in ("own", "mean"):

@@ -15,17 +15,11 @@ from nlpxfer.checkpoint.head import head_parameters
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_WITHOUT_EFFECT: Final = frozenset(
-    {"id2label", "label2id", "num_labels", "problem_type", "architectures", "_name_or_path", "transformers_version"}
-    | {"dtype"}  # which the weights say themselves
-)
-
-
-_NOT_DECIDING: Final = _NOT_OF_THE_BODY | frozenset(
-    "auto_map bos_token_id cls_token_id decoder_start_token_id dtype eos_token_id finetuning_task "
-    "gradient_checkpointing initializer_range mask_token_id output_attentions output_hidden_states "
-    "quantization_config return_dict sep_token_id task_specific_params tokenizer_class torch_dtype torchscript "
-    "use_cache chunk_size_feed_forward".split()
+_NOT_DECIDING: Final = frozenset(
+    "_name_or_path architectures auto_map bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id dtype "
+    "eos_token_id finetuning_task gradient_checkpointing id2label initializer_range label2id mask_token_id num_labels "
+    "output_attentions output_hidden_states problem_type quantization_config return_dict sep_token_id "
+    "task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_cache".split()
 )
 
 
@@ -67,10 +61,7 @@ def model_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _config_facts(model: PreTrainedModel) -> bytes:
-    config = {
-        key: value for key, value in model.config.to_dict().items() if key not in _WITHOUT_EFFECT and "drop" not in key
-    }
-    return json.dumps(config, sort_keys=True, default=str).encode()
+    return json.dumps(deciding_config(model), sort_keys=True).encode()
 
 
 def _sha256_of(state: Mapping[str, Any], facts: bytes = b"") -> str:

@@ -62,6 +62,11 @@ class LongTexts:
         names = {"policy": "long_texts", **{n: n for n in ("head_share", "window_overlap", "max_windows")}}
         return cls(**{own: options[name] for own, name in names.items() if options.get(name) is not None})
 
+    def options(self) -> dict[str, Any]:
+        """The flat options that `from_options` makes this from."""
+        values = vars(self)
+        return {"long_texts": self.policy, **{name: value for name, value in values.items() if name != "policy"}}
+
     def overlap(self, max_length: int) -> int:
         """Tokens that neighbouring windows share at least."""
         return max_length // 4 if self.window_overlap is None else self.window_overlap
