@@ -82,6 +82,7 @@ _PATHS: Final = re.compile(
             r"tensorboard/[^/]+/events\.out\.tfevents\.[^/]+",
             re.escape(UNFINISHED_FILE),
             r"checkpoints/search/(?:manifest\.json|study\.log[^/]*)",
+            r"checkpoints/ladder/search/(?:manifest|ladder)\.json",
             rf"checkpoints/int8/(?:[^/]+/)+{_MODEL}",
             r"checkpoints/(?:[^/]+-\d+|search/trial-\d+|ladder/[^/]+)/(?:checkpoint-\d+|finished)/(?:adapter/)?"
             rf"(?:{_MODEL}|{_TRAINING})",
