@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 _NOT_DECIDING: Final = frozenset(
     "_name_or_path architectures auto_map bos_token_id chunk_size_feed_forward cls_token_id decoder_start_token_id "
-    "dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range label2id mask_token_id num_labels "
-    "output_attentions output_hidden_states problem_type quantization_config return_dict sep_token_id "
+    "dtype eos_token_id finetuning_task gradient_checkpointing id2label initializer_range label2id mask_token_id "
+    "num_labels output_attentions output_hidden_states problem_type quantization_config return_dict sep_token_id "
     "task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_cache".split()
 )
 
