@@ -221,7 +221,7 @@ def test_a_target_that_needs_a_score_is_refused_before_the_student_trains(
     monkeypatch.setattr(arms_module, "prepare_arm", lambda **arguments: trained.append(arguments))
     file = write_answers(tmp_path / "llm.csv", [row["text"] for row in rows_of(tiny_data.train)])
     own = ["--teacher_file", file, "--model_name_or_path", tiny_checkpoint("bert"), "--disagreements", "true"]
-    own += [f"--{target}", "true" if target == "search" else "0.5"]
+    own += ["--search", "true", "--search_budget", "50"] if target == "search" else [f"--{target}", "0.5"]
     message = refused("distill", tmp_path / "out", *words(tiny_data, *own))
     assert f"{target}: needs a teacher that answers all validation and test rows" in message
     assert trained == []
