@@ -274,7 +274,7 @@ def _write(
     write_report(run.folder, report)
     foreign = remove_own(run.folder, "checkpoints")
     if foreign:
-        logger.warning("not removed, as nlpxfer did not write it: %s", ", ".join(foreign[:10]))
+        logger.warning("not removed, as nlpxfer did not write it or it is in use: %s", ", ".join(foreign[:10]))
 
 
 def _copy_into(folder: Path, run: Run) -> None:

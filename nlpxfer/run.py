@@ -13,15 +13,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 
 from nlpxfer.checkpoint.adapters import is_adapted
+from nlpxfer.checkpoint.fingerprint import weights_fingerprint
 from nlpxfer.checkpoint.load import Checkpoint
-from nlpxfer.checkpoint.own_files import is_unfinished, mark_unfinished
+from nlpxfer.checkpoint.own_files import is_unfinished, mark_unfinished, unfinished_recipe
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions, default_learning_rate
@@ -33,7 +34,7 @@ from nlpxfer.data.folds import Folds
 from nlpxfer.data.load import TextData
 from nlpxfer.data.tokenise import Collator, TokenisedRows, check_windows, tokenise
 from nlpxfer.data.windows import length_facts, tell_lengths
-from nlpxfer.errors import ConfigError
+from nlpxfer.errors import ConfigError, ResumeError
 from nlpxfer.evaluate.arms import Splits, TrainedArm, topology, train_arm
 from nlpxfer.evaluate.baselines import majority, tfidf_arm
 from nlpxfer.evaluate.cost import (
@@ -56,6 +57,7 @@ from nlpxfer.report.report import (
     Verdict,
     mean_metrics,
 )
+from nlpxfer.report.run import write_run
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.precision import Precision
@@ -546,6 +548,9 @@ class Run:
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
         whole_models = arms * len(self.seeds) + self.options.num_folds
         check_free_space(self.folder, max(learning) * 3 * kept + weights * whole_models)
+        begun = unfinished_recipe(self.folder) if self.options.resume else None
+        if begun not in (None, self.recipe):
+            raise ResumeError(f"{self.folder} holds an unfinished run of {begun}, not of {self.recipe}.")
         if self.options.resume and not is_unfinished(self.folder):
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
         if is_main_process():
@@ -559,6 +564,7 @@ class Run:
             "name": checkpoint.name,
             "revision": checkpoint.revision,
             "weights": checkpoint.weights_sha256,
+            "loaded_weights": weights_fingerprint(checkpoint.model, without=checkpoint.fresh),
             "tokenizer": checkpoint.tokenizer_sha256,
         }
 
@@ -593,10 +599,37 @@ class Run:
             details=details or {},
         )
 
-    def keep_beside(self, name: str, arm: TrainedArm, *, as_name: str) -> Checkpoint:
-        """Save a trained model in a folder of its own in the output folder, and freeze it."""
+    def keep_beside(
+        self,
+        name: str,
+        arm: TrainedArm,
+        *,
+        as_name: str,
+        parent: Checkpoint,
+        recipe: str,
+        options: Mapping[str, Any],
+    ) -> Checkpoint:
+        """Save a trained model in a folder of its own in the output folder, with a run.json, and freeze it.
+
+        Args:
+            name: Of the folder.
+            arm: The model.
+            as_name: What the checkpoint is called in messages.
+            parent: What it started from, untrained.
+            recipe: What would train it alone.
+            options: In which that differs from this run.
+        """
         if is_main_process():
             save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder / name)
+            known = {each.name for kind in (DataOptions, RunOptions) for each in fields(kind)}
+            write_run(
+                self.folder / name,
+                recipe=recipe,
+                config={key: value for key, value in self.config.items() if key in known} | dict(options),
+                seeds=self.seeds[:1],
+                data_fingerprint=self.data.fingerprint,
+                parents={"model": self.parent_facts(parent)},
+            )
         wait_for_everyone()
         arm.model.requires_grad_(False)
         return Checkpoint(

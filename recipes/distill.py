@@ -198,7 +198,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
             build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
             training = training_of(run, plan, source) | {"max_steps": student[0].steps}
             control = run.train("control", build, alone, **training)
-            start = f"the teacher's own weights ({pretrained.name})" if pretrained is source else pretrained.name
+            taught = pretrained is source and plan.teacher_names and not plan.student_name_or_path
+            start = plan.student_name_or_path or pretrained.name
+            start = f"the teacher's own weights ({start})" if taught else start
             description = f"the same student and number of steps, without a teacher; from {start}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
@@ -276,7 +278,8 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
     held_out = train_on_folds(run, folds, build, method, **training)
     name = f"{pretrained} fine-tuned"
-    teacher = run.keep_beside("teacher", trained[0], as_name=name)
+    started = {"model_name_or_path": pretrained, **training}
+    teacher = run.keep_beside("teacher", trained[0], as_name=name, parent=base, recipe="finetune", options=started)
     panel = Panel(
         [ModelTeacher(teacher, plan.teacher_cache, held_out)],
         [run.arm(trained, f"{name}, all layers")],

@@ -197,11 +197,29 @@ def test_run_json_says_what_a_teacher_started_from(tiny_data, teacher, bert, tmp
     description = found.arm("control")["description"]
     if layers:
         assert description.endswith("from the teacher's own weights (teacher)")
-        assert "which its run.json names, have other shapes" in caplog.text
+        assert "which its run.json names, has other weights here" in caplog.text
     else:
         named = distil(tiny_data, tmp_path / "named", folder, "--model_name_or_path", bert)
         assert description == named.arm("control")["description"]
         assert found.arm("control")["metrics"] == named.arm("control")["metrics"]
+
+
+def test_a_teacher_made_on_the_spot_is_a_folder_of_its_own(tiny_data, bert, tmp_path, caplog):
+    """Its run.json says what it started from, so the control of a further student does not start from the teacher."""
+    first = finished("distill", tmp_path / "first", *tiny_words(tiny_data, bert))
+    written = json.loads((first.folder / "teacher" / "run.json").read_text(encoding="utf-8"))
+    assert written["recipe"] == "finetune"
+    assert written["config"]["max_length"] == first.run["config"]["max_length"]
+    assert "student_num_layers" not in written["config"]
+    written["config"]["model_name_or_path"] = str(bert)  # which is a path of this machine, and has been taken out
+    for found, said in (({}, None), ({"loaded_weights": "0" * 64}, "has other weights here")):
+        written["parents"]["model"].update(found)
+        (first.folder / "teacher" / "run.json").write_text(json.dumps(written), encoding="utf-8")
+        caplog.clear()
+        second = distil(tiny_data, tmp_path / f"second{len(found)}", first.folder / "teacher")
+        description = second.arm("control")["description"]
+        assert description.endswith("from bert-base" if said is None else "from the teacher's own weights (teacher)")
+        assert said is None or said in caplog.text
 
 
 def test_unlabelled_texts_teach_the_student_and_not_the_control(tiny_data, teacher, tmp_path):

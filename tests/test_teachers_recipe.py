@@ -169,7 +169,10 @@ def test_a_file_alone_may_leave_rows_out(tiny_data, tiny_checkpoint, taught, tmp
     message = refused("distill", tmp_path / "out", *words(tiny_data, *own))
     assert "says nothing about" in message
     assert "--teacher_file_partial true" in message
-    run = finished("distill", tmp_path / "out", *words(tiny_data, *own, "--teacher_file_partial", "true"))
+    own += ["--teacher_file_partial", "true"]
+    asked = [*tiny_words(tiny_data), *QUICKLY[2:], *map(str, own)]
+    run = finished("distill", tmp_path / "out", *asked)
+    assert run.arm("control")["description"].endswith("from bert-base"), "a file has no weights to start from"
     rows, logits, _, transfer = taught[0]
     for text, row in zip(rows, logits, strict=True):
         assert np.isnan(row).all() == (text not in known)

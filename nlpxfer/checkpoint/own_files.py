@@ -7,15 +7,17 @@ is emptied only if one of its files shows by its content that nlpxfer wrote ther
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+from nlpxfer.checkpoint.tokenizer import TOKENIZER_FILES
 from nlpxfer.strict_json import write_json_whole
 
-OWN_FILES: Final = frozenset(
+OWN_FILES: Final = TOKENIZER_FILES | frozenset(
     {
         "config.json",
         "calibration.json",
@@ -28,18 +30,6 @@ OWN_FILES: Final = frozenset(
         "model.safetensors",
         "model.safetensors.index.json",
         "modules.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.txt",
-        "vocab.json",
-        "merges.txt",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "spm.model",
-        "tokenizer.model",
-        "chat_template.jinja",
         "labels.json",
         "README.md",
         "report.json",
@@ -71,6 +61,7 @@ _MODEL: Final = _one_of(OWN_FILES | _BUNDLE | _ONNX)
 _TRAINING: Final = (
     r"(?:optimizer\.(?:pt|bin)|scheduler\.pt|scaler\.pt|rng_state(?:_\d+)?\.pth|trainer_state\.json|training_args\.bin"
     r"|trained\.safetensors|average\.safetensors|cost\.json|preflight\.json|arm\.json|manifest\.json"
+    r"|\.tmp[0-9A-Za-z]{6}"  # what safetensors writes before it is renamed
     r"|pytorch_model_fsdp\.bin|(?:pytorch_model_fsdp|optimizer)_\d+/(?:\.metadata|__\d+_\d+\.distcp))"
 )
 _PATHS: Final = re.compile(
@@ -86,6 +77,7 @@ _PATHS: Final = re.compile(
             rf"checkpoints/int8/(?:[^/]+/)+{_MODEL}",
             r"checkpoints/(?:[^/]+-\d+|search/trial-\d+|ladder/[^/]+)/(?:checkpoint-\d+|finished)/(?:adapter/)?"
             rf"(?:{_MODEL}|{_TRAINING})",
+            r"checkpoints/[^/]+-\d+/emissions\.csv",
             rf"(?:.*/)?{re.escape(STAGING_PREFIX)}[^/]+/.*",
         )
     )
@@ -98,6 +90,8 @@ _TELLING: Final = {
     "run.json": {"recipe", "config"},
     "report.json": {"recipe", "arms"},
     "labels.json": {"schema_version", "problem_type", "names"},
+    "teacher/labels.json": {"schema_version", "problem_type", "names"},
+    "ladder.json": {"target", "chosen", "tried"},
     UNFINISHED_FILE: {"schema_version", "recipe"},
 }
 """Files of which nlpxfer's can be told by their keys."""
@@ -130,6 +124,11 @@ def mark_unfinished(folder: Path, recipe: str) -> None:
     write_json_whole(folder / UNFINISHED_FILE, {"schema_version": 1, "recipe": recipe})
 
 
+def unfinished_recipe(folder: Path) -> str | None:
+    """The recipe of the mark of a run that was begun; None without a mark."""
+    return _content(folder / UNFINISHED_FILE).get("recipe")
+
+
 def is_bare(folder: Path) -> bool:
     """Whether `checkpoints` of an output folder is a folder that holds the mark of a run and nothing else."""
     place = folder / "checkpoints"
@@ -142,17 +141,24 @@ def remove_own(folder: Path, below: str) -> list[str]:
     """Remove what nlpxfer wrote at or below a place in an output folder, and the folders that are empty then.
 
     Returns:
-        What stays, because it is somebody else's.
+        What stays, because it is somebody else's or cannot be removed.
     """
     sealed = _sealed_paths(folder)
     kept = []
     for path in _paths(folder, folder / below):
-        if _is_own(folder, path, sealed):
-            (folder / path).unlink()
-        else:
+        if not (_is_own(folder, path, sealed) and _is_removed(folder / path)):
             kept.append(path)
     _remove_empty(folder / below)
     return kept
+
+
+def _is_removed(file: Path) -> bool:
+    """Whether a file could be removed."""
+    try:
+        file.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -206,4 +212,5 @@ def _remove_empty(folder: Path) -> None:
     for entry in folder.iterdir():
         _remove_empty(entry)
     if not any(folder.iterdir()):
-        folder.rmdir()
+        with contextlib.suppress(OSError):
+            folder.rmdir()

@@ -203,8 +203,9 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
     folder.mkdir(parents=True, exist_ok=True)
     _remove_old_staging(folder)
     if not resume:
-        for entry in _entries(folder):
-            remove_own(folder, entry.name)
+        left = [path for entry in _entries(folder) for path in remove_own(folder, entry.name)]
+        if left:
+            raise OutputExistsError(f"These files of {folder} could not be removed: {', '.join(left[:10])}.")
     return folder
 
 

@@ -17,16 +17,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VOCABULARY_FILES: Final = (
-    "tokenizer.json",
-    "vocab.txt",
-    "vocab.json",
-    "tokenizer.model",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "spm.model",
-    "bpe.codes",
-    "tekken.json",
+VOCABULARY_FILES: Final = frozenset(
+    "tokenizer.json vocab.txt vocab.json tokenizer.model spiece.model sentencepiece.bpe.model spm.model bpe.codes "
+    "tekken.json".split()
+)
+"""One of these makes a tokenizer."""
+TOKENIZER_FILES: Final = VOCABULARY_FILES | frozenset(
+    "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt entity_vocab.json "
+    "chat_template.jinja".split()
 )
 # Tokenizers that read bytes or characters and have no vocabulary file.
 WITHOUT_VOCABULARY: Final = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverTokenizer")

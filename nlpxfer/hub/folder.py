@@ -20,15 +20,10 @@ from huggingface_hub import metadata_load
 
 from nlpxfer.checkpoint.safety import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from nlpxfer.checkpoint.static import HEAD_FILE, MODULES_FILE
+from nlpxfer.checkpoint.tokenizer import TOKENIZER_FILES, VOCABULARY_FILES
 from nlpxfer.errors import PushError
 from nlpxfer.hub.patience import TOKEN, TOKENS_PAGE, listed
 
-VOCABULARY_FILES: Final = frozenset(
-    "tokenizer.json vocab.txt vocab.json spm.model spiece.model tokenizer.model sentencepiece.bpe.model".split()
-)
-TOKENIZER_FILES: Final = VOCABULARY_FILES | frozenset(
-    "tokenizer_config.json special_tokens_map.json added_tokens.json merges.txt chat_template.jinja".split()
-)
 REPORT_FILES: Final = frozenset(
     "README.md report.json run.json labels.json calibration.json confusion.png per_class.png".split()
 )

@@ -68,11 +68,17 @@ def write_run(
 
 def recorded_options(folder: Path | None) -> dict[str, Any]:
     """The options of the training that wrote a model's folder; empty if it does not say."""
-    file = None if folder is None else folder / RUN_FILE
-    if file is None or not file.is_file():
+    options = recorded_run(folder).get("config")
+    return options if isinstance(options, dict) else {}
+
+
+def recorded_run(folder: Path | None) -> dict[str, Any]:
+    """What `run.json` of a model's folder holds; empty if there is none that can be read."""
+    try:
+        found = {} if folder is None else json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
-    options: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")).get("config", {})
-    return options
+    return found if isinstance(found, dict) else {}
 
 
 def versions() -> dict[str, str | None]:

@@ -76,7 +76,11 @@ class Panel:
         if isinstance(only, ModelTeacher) and len(self.teachers) == 1:
             return only.classifier.model_sha256
         weights = () if self.mixture is None else (*self.mixture.weights, *self.mixture.temperatures)
-        return fingerprint(list(self.parents(run).values()), [round(weight, 4) for weight in weights])
+        facts = [
+            teacher.parent(run) | ({"model": teacher.model.model_sha256} if teacher.model else {})
+            for teacher in self.teachers
+        ]
+        return fingerprint(facts, [round(weight, 4) for weight in weights])
 
     def logits(self, run: Run, splits: Sequence[str]) -> tuple[Array, dict[str, Any]]:
         """What the student learns from, for the rows of some splits, one after the other.

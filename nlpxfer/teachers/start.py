@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from nlpxfer.checkpoint.fingerprint import weights_fingerprint
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.errors import CheckpointError, ConfigError
-from nlpxfer.report.run import recorded_options
+from nlpxfer.report.run import recorded_options, recorded_run
 
 if TYPE_CHECKING:
     from nlpxfer.checkpoint.load import Checkpoint
@@ -36,15 +37,16 @@ def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Che
                 f"model_name_or_path: {teacher.name} did not start from {named}: their weights have other shapes."
             )
         return base
-    recorded = recorded_options(teacher.folder).get("model_name_or_path")
+    options = recorded_options(teacher.folder)
+    recorded = options.get("model_name_or_path")
     why = "no run.json says what it started from"
     if recorded:
         try:
-            base = load_classifier(str(recorded), schema=schema)
-            if _may_start_from(teacher, base):
+            base = load_classifier(str(recorded), schema=schema, revision=options.get("model_revision"))
+            if _may_start_from(teacher, base) and _is_recorded(base, teacher):
                 LOGGER.info("control: its layers come from %s, which %s started from", base.name, teacher.name)
                 return base
-            why = f"the weights of {recorded}, which its run.json names, have other shapes"
+            why = f"{recorded}, which its run.json names, has other weights here"
         except CheckpointError:
             why = f"{recorded}, which its run.json names, cannot be loaded"
     LOGGER.warning(
@@ -54,6 +56,13 @@ def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Che
         teacher.name,
     )
     return teacher
+
+
+def _is_recorded(base: Checkpoint, teacher: Checkpoint) -> bool:
+    """Whether run.json has the weights of a checkpoint: a name of a local folder may mean another one here."""
+    parents = recorded_run(teacher.folder).get("parents") or {}
+    recorded = parents.get("model", {}).get("loaded_weights")
+    return recorded in (None, weights_fingerprint(base.model, without=base.fresh))
 
 
 def _may_start_from(teacher: Checkpoint, base: Checkpoint) -> bool:
