@@ -50,6 +50,8 @@ class AdapterOptions(LabelLossOptions):
     adapter_rank: int | None = option(None, "r: inner size of the adapter. Default: that of the kind; LoRA: 8.")
     adapter_alpha: float | None = option(None, "alpha: the output counts alpha / r. Default: of the kind; LoRA: 2 r.")
     adapter_dropout: float | None = option(None, "Share of the adapter's inputs dropped in training. Default: 0.")
+    adapter_block_size: int | None = option(None, "Size of the blocks of a layer (oft, c3a, road, vblora).")
+    adapter_num_weights: int | None = option(None, "Numbers to learn (fourierft, waveft, tinylora, unilora).")
     adapter_target_modules: list[str] | None = option(None, "Names of the layers to adapt. Default: all linear ones.")
     num_virtual_tokens: int | None = option(None, "Length of a learnt prompt or prefix. Default: 20.")
     load_in_8bit: bool = option(False, "Train on a base in 8 bits; needs an NVIDIA GPU and bitsandbytes.")

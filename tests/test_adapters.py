@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import pickle
 import shutil
 import warnings
@@ -34,11 +35,14 @@ from nlpxfer.train.checkpoints import load_trained_, save_trained
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 MAIN_KINDS = ("lora", "rslora", "dora", "ia3", "prefix", "prompt", "p_tuning", "layernorm", "bitfit")
 FURTHER_KINDS = tuple(kind for kind in KINDS if kind not in MAIN_KINDS)
-SMALL = {"num_virtual_tokens": 4, "adapter_rank": 4}
+LINEAR_ONLY = tuple(kind for kind, row in KINDS.items() if not row.wraps_conv1d)
+SMALL = {"num_virtual_tokens": 4, "adapter_rank": 4, "adapter_num_weights": 64}
 IMPOSSIBLE = {
     **{("prefix", family): "takes none" for family in ("distilbert", "deberta-v2", "modernbert", "albert")},
     **{("bitfit", family): "has none" for family in ("modernbert", "llama")},
-    **{(kind, "gpt2"): "has Conv1D layers instead" for kind in ("loha", "lokr", "hra", "miss")},
+    **{(kind, "gpt2"): "has Conv1D layers instead" for kind in LINEAR_ONLY},
+    ("beft", "gpt2"): "not known which layers",
+    ("beft", "llama"): "have none",
 }
 """Kind and family that cannot go together, and what the refusal says. All other pairs work."""
 PAIRS = [(kind, family) for kind in MAIN_KINDS for family in FAMILIES]
@@ -67,6 +71,12 @@ def batch(tokenizer, count=6):
 @torch.no_grad()
 def logits_of(model, inputs):
     return model.eval()(**inputs).logits
+
+
+@torch.no_grad()
+def body_of(model, inputs):
+    """The states below the head, where nothing is put before the text."""
+    return model.get_base_model().eval().base_model(**inputs)[0]
 
 
 def trained(model, inputs, steps=3):
@@ -113,10 +123,12 @@ def test_each_kind_in_each_family(kind, family, tiny_checkpoint, tmp_path):
     assert set(checkpoint.fresh) <= trained_names(model)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     inputs = batch(checkpoint.tokenizer)
-    before = logits_of(model, inputs)
+    before, body_before = logits_of(model, inputs), body_of(model, inputs)
     assert trained(model, inputs) == []
     after = logits_of(model, inputs)
     assert (after - before).abs().max() > 0.1
+    if KINDS[kind].merges:
+        assert (body_of(model, inputs) - body_before).abs().max() > 1e-4, "not the head alone"
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
 
     save_adapter(model, checkpoint.tokenizer, SCHEMA, tmp_path / "bundle", base=facts)
@@ -233,6 +245,25 @@ def test_ia3_scales_keys_values_and_the_input_of_the_last_layer(family, scaled, 
     assert {name for name, last in found.items() if last} == feedforward
 
 
+@pytest.mark.parametrize("kind", ["oft", "c3a", "road", "vblora"])
+def test_blocks_divide_the_layers(kind, tiny_checkpoint):
+    """The default is cut down to what fits (32 and 64 here); a size that was asked for is used or refused."""
+    folder = tiny_checkpoint("bert", layers=2)
+    field = KINDS[kind].options["adapter_block_size"]
+    for given, used in ((None, math.gcd(KINDS[kind].defaults["adapter_block_size"], 32)), (4, 4)):
+        _, _, model = adapted(folder, kind, adapter_block_size=given)
+        assert getattr(model.active_peft_config, field) == used
+    with pytest.raises(ConfigError, match="cuts layers into blocks of 24, and here they have 32, 64") as refused:
+        adapted(folder, kind, adapter_block_size=24)
+    assert "a divisor of 32" in str(refused.value)
+
+
+def test_where_no_block_fits_another_kind_is_named(tiny_checkpoint):
+    folder = tiny_checkpoint("bert", layers=2, intermediate_size=63)
+    with pytest.raises(ConfigError, match=r"(?s)c3a cuts layers into blocks of 1,.*--adapter lora"):
+        adapted(folder, "c3a")
+
+
 def test_targets_that_the_user_names(tiny_checkpoint):
     folder = tiny_checkpoint("bert", layers=2)
     _, _, model = adapted(folder, "lora", adapter_target_modules=("query", "output.dense"))
@@ -277,7 +308,7 @@ def test_a_copy_of_a_decoder_with_a_prompt_reads_its_own_rows(bundle):
 @pytest.mark.parametrize(
     ("options", "faults"),
     [
-        ({"adapter": "lroa"}, ["adapter: 'lroa' is not one of lora, rslora", "did you mean lora"]),
+        ({"adapter": "lorra"}, ["adapter: 'lorra' is not one of lora, rslora", "did you mean lora"]),
         (
             {"adapter": "prompt", "adapter_rank": 0, "adapter_alpha": 1.0, "num_virtual_tokens": 0},
             ["adapter_rank: the adapter prompt has no use for it", "adapter_alpha: the adapter prompt has no use",
@@ -285,6 +316,11 @@ def test_a_copy_of_a_decoder_with_a_prompt_reads_its_own_rows(bundle):
         ),
         ({"num_virtual_tokens": 4}, ["num_virtual_tokens: the adapter lora has no use for it; it has adapter_rank"]),
         ({"adapter": "bitfit", "adapter_dropout": 0.1}, ["the adapter bitfit has no use for it; it has no option"]),
+        (
+            {"adapter": "oft", "adapter_block_size": 1, "adapter_num_weights": 0},
+            ["adapter_num_weights: the adapter oft has no use", "adapter_block_size: 1 is below 2",
+             "adapter_num_weights: 0 is below 1"],
+        ),
         (
             {"adapter_alpha": float("inf"), "adapter_dropout": 1.0, "adapter_target_modules": ("",)},
             ["adapter_alpha: inf", "adapter_dropout: 1.0", "a name is empty"],
@@ -311,6 +347,8 @@ def test_defaults_and_options_reach_peft(tiny_checkpoint):
     assert config("rslora").lora_alpha == 8
     assert config("loha", adapter_rank=2).alpha == 2
     assert config("prefix").num_virtual_tokens == 20
+    assert config("tinylora", adapter_num_weights=5).u == 5
+    assert sorted(config("beft").target_modules) == ["attention.self.value"]
 
 
 def test_without_gpu_and_bitsandbytes_bits_are_refused(tiny_checkpoint, monkeypatch):

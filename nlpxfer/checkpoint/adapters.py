@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import torch
 from torch import nn
 
 from nlpxfer.checkpoint.adapter_kinds import KINDS
@@ -186,6 +187,10 @@ def is_adapted(model: nn.Module) -> bool:
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
     """Without the warnings that say nothing here (2026-11, peft 0.21.2)."""
+    checks = torch.sparse.check_sparse_tensor_invariants
+    if not checks.is_enabled():  # type: ignore[no-untyped-call]
+        # the default, of which torch warns where SHiRA and FRoD rely on it
+        checks.disable()  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():
         # reads a name that transformers 5.23 deprecates
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")

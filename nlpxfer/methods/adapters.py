@@ -21,7 +21,19 @@ from typing import TYPE_CHECKING, Any, Final, cast, final
 
 from torch import Tensor, nn
 
-from nlpxfer.checkpoint.adapter_kinds import ALPHA, DROPOUT, KINDS, OPTIONS, RANK, TARGETS, VIRTUAL_TOKENS, AdapterKind
+from nlpxfer.checkpoint.adapter_kinds import (
+    ALPHA,
+    BLOCK,
+    DROPOUT,
+    IA3_FEEDFORWARD,
+    KINDS,
+    NUM_WEIGHTS,
+    OPTIONS,
+    RANK,
+    TARGETS,
+    VIRTUAL_TOKENS,
+    AdapterKind,
+)
 from nlpxfer.checkpoint.adapters import head_modules, refuse_frozen_fresh, trained_names, wrap
 from nlpxfer.errors import CheckpointError, ConfigError, nearest
 from nlpxfer.methods.base import Batch, LossTerm, Method, is_sharded
@@ -36,12 +48,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _IN_A_BLOCK: Final = re.compile(r"\.\d+\.")
-_IA3_SCALED: Final = re.compile(
-    r"(^|\.)(key|value|k_lin|v_lin|k_proj|v_proj|key_proj|value_proj|c_attn|query_key_value|Wqkv|qkv_proj)$"
-)
-_IA3_FEEDFORWARD: Final = re.compile(
-    r"(^|\.)(ffn\.lin2|ffn_output|mlp\.(Wo|c_proj|dense_4h_to_h|down_proj)|(?<!attention\.)output\.dense)$"
-)
 UNFIT_OPTIONS: Final[dict[str, Any]] = {
     "freeze_embeddings": True,
     "num_trained_layers": None,
@@ -63,6 +69,8 @@ class Adapters(Method):
         adapter_rank: r, the inner size of the adapter; at least 1. None: the default of the kind.
         adapter_alpha: alpha, the adapter's output times alpha / r; above 0.
         adapter_dropout: Share of the adapter's inputs that is dropped while training, in [0, 1).
+        adapter_block_size: Size of the blocks into which some kinds cut a layer; at least 2.
+        adapter_num_weights: How many numbers some kinds learn: of each layer, or in all; at least 1.
         adapter_target_modules: Names, or ends of names, of the linear layers to adapt; empty: see the module.
         num_virtual_tokens: Length of a learnt prompt or prefix; at least 1.
         label_loss: The loss with the gold labels.
@@ -75,6 +83,8 @@ class Adapters(Method):
     adapter_rank: int | None = None
     adapter_alpha: float | None = None
     adapter_dropout: float | None = None
+    adapter_block_size: int | None = None
+    adapter_num_weights: int | None = None
     adapter_target_modules: tuple[str, ...] = ()
     num_virtual_tokens: int | None = None
     label_loss: FineTune = field(default_factory=FineTune)
@@ -87,10 +97,10 @@ class Adapters(Method):
             ]
             used = ", ".join(self.kind.options) or "no option of its own"
             faults += [f"{name}: the adapter {self.adapter} has no use for it; it has {used}" for name in unused]
-        for name in (RANK, VIRTUAL_TOKENS):
+        for name, least in {RANK: 1, BLOCK: 2, NUM_WEIGHTS: 1, VIRTUAL_TOKENS: 1}.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(f"{name}: {value} is below 1")
+            if value is not None and value < least:
+                faults.append(f"{name}: {value} is below {least}")
         if self.adapter_alpha is not None and not 0 < self.adapter_alpha < math.inf:
             faults.append(f"{ALPHA}: {self.adapter_alpha} is not a finite number above 0")
         if self.adapter_dropout is not None and not 0 <= self.adapter_dropout < 1:
@@ -165,8 +175,10 @@ class Adapters(Method):
         if TARGETS in kind.options:
             linear = self._targets(model)
             values["target_modules"] = _short(linear, model)
+            if BLOCK in kind.options:
+                values[kind.options[BLOCK]] = self._block_size(linear)
             if self.adapter == "ia3":
-                feedforward = {name: module for name, module in linear.items() if _IA3_FEEDFORWARD.search(name)}
+                feedforward = {name: module for name, module in linear.items() if re.search(IA3_FEEDFORWARD, name)}
                 values["feedforward_modules"] = _short(feedforward, model)
             if kind.transposes:
                 values["fan_in_fan_out"] = any(_is_transposed(module) for module in linear.values())
@@ -194,8 +206,8 @@ class Adapters(Method):
                     available=_endings(linear),
                 )
             chosen = {full: linear[full] for full in linear if any(full in found for found in endings.values())}
-        elif self.adapter == "ia3":
-            chosen = {n: m for n, m in linear.items() if _IA3_SCALED.search(n) or _IA3_FEEDFORWARD.search(n)}
+        elif self.kind.default_targets:
+            chosen = {name: linear[name] for name in linear if re.search(self.kind.default_targets, name)}
         if not chosen:
             raise ConfigError(
                 f"adapter: it is not known which layers of {type(model).__name__} the adapter {self.adapter} is for.",
@@ -207,7 +219,32 @@ class Adapters(Method):
                 f"adapter: {self.adapter} wraps nn.Linear, and {type(model).__name__} has Conv1D layers instead.",
                 available=[name for name, kind in KINDS.items() if kind.wraps_conv1d],
             )
+        if self.kind.needs_bias and any(getattr(module, "bias", None) is None for module in chosen.values()):
+            raise ConfigError(
+                f"adapter: {self.adapter} trains biases, and layers of {type(model).__name__} have none.",
+                fix="--adapter lora",
+            )
         return chosen
+
+    def _block_size(self, linear: dict[str, nn.Module]) -> int:
+        """The block size: as given, else the default or the largest part of it that fits.
+
+        Raises:
+            ConfigError: It does not divide the layers.
+        """
+        sides = self.kind.block_divides
+        shapes = [cast("Tensor", module.weight).shape for module in linear.values()]  # `Conv1D`: only where both count
+        sizes = sorted({size for shape in shapes for side, size in zip(("outputs", "inputs"), shape, strict=True)
+                        if side in sides})  # fmt: skip
+        fitting = math.gcd(*sizes)
+        block = self.adapter_block_size or math.gcd(int(self.kind.defaults[BLOCK]), fitting)
+        if block < 2 or fitting % block:
+            raise ConfigError(
+                f"{BLOCK}: {self.adapter} cuts layers into blocks of {block}, and here they have "
+                f"{', '.join(map(str, sizes))} {' and '.join(sides)}.",
+                fix=f"a divisor of {fitting}" if fitting > 1 else "--adapter lora",
+            )
+        return block
 
     def _prompt(self, model: PreTrainedModel) -> dict[str, Any]:
         """Sizes of a prompt or prefix, for families where peft does not find them itself."""
