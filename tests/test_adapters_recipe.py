@@ -164,6 +164,14 @@ def test_options_that_do_not_fit_an_adapter_are_refused_together(bert, tiny_data
     assert not (tmp_path / "out").exists()
 
 
+def test_an_adapter_that_cannot_compute_in_bfloat16_is_refused(tiny_data, tiny_checkpoint, tmp_path):
+    words = tiny_words(tiny_data, tiny_checkpoint("deberta-v2"))
+    words += ["--adapter", "loha", "--control_arm", "false", "--max_steps", "1"]
+    finished("adapters", tmp_path / "float32", *words)
+    words[words.index("--bf16") + 1] = "true"
+    assert "adapter: loha does not compute in bfloat16" in refused("adapters", tmp_path / "out", *words)
+
+
 @pytest.mark.parametrize(
     ("words", "messages"),
     [

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
 from nlpxfer.checkpoint.adapters import (
     BUNDLE_FOLDER,
@@ -37,9 +38,9 @@ from nlpxfer.checkpoint.save import refuse_not_finite, save_classifier
 from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.errors import CheckpointError
+from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.evaluate.task import task_metrics
-from nlpxfer.methods.base import Method
+from nlpxfer.methods.base import Batch, Method, model_inputs
 from nlpxfer.problem import ProblemType
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
@@ -228,6 +229,8 @@ def prepare_arm(
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
+    if method.adapter and options.bf16:
+        _check_bfloat16(model, collator([splits.train[0]]), method.adapter)
     start = time.perf_counter()
     probe = _prepare_(
         model, checkpoint, splits, collator, options, schema.problem_type, whole_head=method.compares_sizes
@@ -254,6 +257,23 @@ def prepare_arm(
         seconds=time.perf_counter() - start,
         trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
+
+
+def _check_bfloat16(model: PreTrainedModel, batch: Batch, adapter: str) -> None:
+    """Refuse an adapter that does not compute in bfloat16 in this family: its layers answer in float32.
+
+    Raises:
+        ConfigError: Says so.
+    """
+    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
+            model(**inputs)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"adapter: {adapter} does not compute in bfloat16 in this model: {str(error).splitlines()[0]}.",
+            fix="--bf16 false",
+        ) from error
 
 
 def _prepare_(
