@@ -118,7 +118,7 @@ def test_unlabelled_texts_that_are_all_in_the_test_file(tiny_data, bert, out, tm
     path = tmp_path / "texts.txt"
     path.write_text("".join(text + "\n" for text in texts))
     words = [*tiny_words(tiny_data, bert), "--unlabelled_file", str(path)]
-    assert "all 80 rows also stand in validation or test" in refused("distill", out, *words)
+    assert "all 80 rows also stand in train, validation or test" in refused("distill", out, *words)
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

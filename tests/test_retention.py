@@ -200,12 +200,12 @@ def test_a_gate_that_could_judge_nothing_is_refused():
 
 
 def test_temperatures_are_fitted_on_the_rows_that_are_answered():
-    logits, gold = hot([0, 1, 0, 1, 1, 0], 2, 3.0), np.array([0, 1, 0, 1, 0, 0])
+    logits, gold = hot([0, 1, 0, 1, 1, 0] * 200, 2, 3.0), np.array([0, 1, 0, 1, 0, 0] * 200)
     task, none = Gold(SINGLE_LABEL, ("a", "b"), gold, gold), np.full_like(logits, np.nan)
     some = np.concatenate([logits, none[:4]])
     labels = np.concatenate([gold, [1, 1, 0, 0]])
     whole = fitted_temperature(Answers(logits, none), task)
-    assert whole == pytest.approx(3 / np.log(5), rel=1e-3)
+    assert whole == pytest.approx(3 / np.log(5), rel=5e-3)
     assert fitted_temperature(Answers(some, none), replace(task, validation=labels)) == pytest.approx(whole)
     assert fitted_temperature(Answers(none, none), task) == 1.0
     assert fitted_temperature(Answers(logits[:, :1], none), replace(task, problem_type=REGRESSION)) == 1.0
