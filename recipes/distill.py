@@ -154,7 +154,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
         _, alone = methods_for(run, plan)
         base = resolve_checkpoint(str(plan.student_name_or_path or next(iter(plan.teacher_names), plan.pretrained)))
         panel, source, pretrained = get_teachers(run, plan, alone)
-        check_scored(plan, scored=panel.arm is not None)
 
         def untaught(plan: DistillOptions, source: Checkpoint) -> dict[str, Any]:
             build, (method, _) = student_of(run, plan, source), methods_for(run, plan)
@@ -256,10 +255,12 @@ def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Pane
         named, needless = plan.model_name_or_path, plan.student_name_or_path or not run.options.control_arm
         base = source if needless and not named else start_of(source, named, run.data.schema)
     models = [teacher.model for teacher in given if teacher.model]
+    files = None if models else measure_panel(run, plan, given)
+    check_scored(plan, scored=files is None or files.arm is not None)
     begin(run, plan, source, models, arms=2)
     for model in models:
         model.model.to(run.options.device)
-    return measure_panel(run, plan, given), source, base
+    return files or measure_panel(run, plan, given), source, base
 
 
 def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Panel, Checkpoint, Checkpoint]:

@@ -228,6 +228,7 @@ def test_a_target_that_needs_a_score_is_refused_before_the_student_trains(
     message = refused("distill", tmp_path / "out", *words(tiny_data, *own))
     assert f"{target}: needs a teacher that answers all validation and test rows" in message
     assert trained == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_weights_that_the_file_cannot_find_are_refused(tiny_data, tiny_checkpoint, tmp_path):
