@@ -560,11 +560,12 @@ class Run:
 
     def parent_facts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What run.json says about a parent of the model."""
+        weights, fresh = checkpoint.weights_sha256, checkpoint.fresh
         return {
             "name": checkpoint.name,
             "revision": checkpoint.revision,
-            "weights": checkpoint.weights_sha256,
-            "loaded_weights": weights_fingerprint(checkpoint.model, without=checkpoint.fresh),
+            "weights": weights,
+            "loaded_weights": weights_fingerprint(checkpoint.model, without=fresh) if fresh else weights,
             "tokenizer": checkpoint.tokenizer_sha256,
         }
 

@@ -101,7 +101,7 @@ def foreign_paths(folder: Path) -> list[str]:
     """Paths in an output folder that nlpxfer did not write, sorted; a whole foreign folder is one of them."""
     sealed = _sealed_paths(folder)
     found = []
-    for entry in _entries(folder):
+    for entry in entries_of(folder):
         if entry.is_dir() and not entry.is_symlink() and entry.name not in OWN_FOLDERS:
             found.append(entry.name)
         else:
@@ -161,7 +161,8 @@ def _is_removed(file: Path) -> bool:
     return True
 
 
-def _entries(folder: Path) -> list[Path]:
+def entries_of(folder: Path) -> list[Path]:
+    """What lies in an output folder, sorted, without what was being written when a run was killed."""
     return [entry for entry in sorted(folder.iterdir()) if not entry.name.startswith(STAGING_PREFIX)]
 
 

@@ -20,6 +20,7 @@ from torch import nn
 
 from nlpxfer.checkpoint.own_files import (
     STAGING_PREFIX,
+    entries_of,
     foreign_paths,
     is_bare,
     is_of_nlpxfer,
@@ -211,9 +212,9 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
 
 def _entries(folder: Path) -> list[Path]:
     """What lies in an output folder, without what a run left that ended before it had written anything else."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = entries_of(folder) if folder.is_dir() else []
     skipped = "checkpoints" if is_bare(folder) else None
-    return [entry for entry in found if not entry.name.startswith(STAGING_PREFIX) and entry.name != skipped]
+    return [entry for entry in found if entry.name != skipped]
 
 
 def check_free_space(folder: str | Path, needed_bytes: int, *, fix: str = "") -> None:
