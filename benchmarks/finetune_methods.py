@@ -6,7 +6,8 @@
 A cell `<data>/<method>/<seed>` is a run of the method's recipe with its defaults, save for what METHODS and the sizes
 name. Its seconds hold features or linear probe, training, validation after each epoch and checkpoints; loading,
 tokenising and the final scoring are not in them. Memory is the highest resident memory of the process during the cell
-less that before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone.
+less that before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone. The seconds
+of `taught` come on top of those of its teachers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import measuring
 import psutil
 import torch
 from data_sets import data_sets
-from measuring import Results, judged, mean_and_deviation, median_and_range
+from measuring import Results, Skipped, judged, mean_and_deviation, median_and_range
 from peers import STOCK, stock_arguments, stock_model, stock_trainer
 
 from nlpxfer.checkpoint.adapter_kinds import KINDS
@@ -47,8 +48,13 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "prefix": ("adapters", ["--adapter", "prefix"]),
     "layernorm": ("adapters", ["--adapter", "layernorm"]),
     "bitfit": ("adapters", ["--adapter", "bitfit"]),
+    "r-drop": ("finetune", ["--r_drop_weight", "1", "--dropout", "0.1"]),
+    "taught": ("distill", []),
 }
-"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read."""
+"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read. `taught` is
+the whole checkpoint once more, which the models of `TEACHERS` teach together; they have to be measured before it."""
+TEACHERS = ("lp-ft", "r-drop", "lora")
+BASIC = tuple(method for method in METHODS if method not in ("r-drop", "taught"))
 DEFAULTS = {
     **measuring.DEFAULTS,
     "adapters": {name: kind.learning_rate for name, kind in KINDS.items() if name in METHODS},
@@ -56,6 +62,7 @@ DEFAULTS = {
 """Of the recipes; cells that were measured with others are not taken over."""
 HEADLINE = {"debian-tags": "micro_f1", "unfair_tos": "macro_f1", "scicite": "macro_f1", "pubmedqa": "macro_f1"}
 """The score that is usual on a data set; accuracy elsewhere."""
+ALL_WEIGHTS = ("full", "lp-ft", "whole-probe", "r-drop")
 ACCURACY_TARGETS = {"banking77": 0.940, "clinc150": 0.965}
 FEATURE_POINTS, FEATURE_TIME, LORA_POINTS = 0.02, 0.05, 0.005
 
@@ -70,17 +77,18 @@ class Size:
     rows: int | None
     epochs: int
     seeds: tuple[int, ...]
-    methods: tuple[str, ...] = tuple(METHODS)
+    methods: tuple[str, ...] = BASIC
     stock_epochs: int = 0
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
-LARGE = ("lp-ft", "features", "lora", "full")
+LARGE = ("r-drop", "lp-ft", "features", "lora", "taught", "full")
 SMOOTHED = ("--label_smoothing_factor", "0.1")
 LARGE_OPTIONS: dict[str, tuple[str, ...]] = {
     "lp-ft": ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED),
     "lora": ("--linear_probe_size", "0", "--learning_rate", "1e-3", *SMOOTHED),
     "full": SMOOTHED,
+    "r-drop": ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED),
 }
 """Many rows are many steps: smoothed labels. Chosen on validation rows of banking77, where 3e-5, 1e-4 and 2e-4
 were tried for all weights, with the probe at its own size (94.4 %) and scaled down (93.7 % at 3e-4)."""
@@ -104,7 +112,7 @@ SIZES: dict[str, dict[str, Size]] = {
 }
 MOST = {"small": {"validation": 500, "test": 2000}}
 """Scale -> rows that are kept of a split of a set that is not bundled."""
-SMOKE = Size(rows=96, epochs=1, seeds=(42, 43), stock_epochs=1)
+SMOKE = Size(rows=96, epochs=1, seeds=(42, 43), stock_epochs=1, methods=tuple(METHODS))
 
 
 class Bench:
@@ -137,19 +145,21 @@ class Bench:
         """A run of the recipe."""
         recipe, own = METHODS[method]
         words = [word for key, value in self.values.items() for word in (f"--{key}", str(value))]
-        words += ["--model_name_or_path", self.asked.model, "--output_dir", str(self.folder)]
-        shutil.rmtree(self.folder, ignore_errors=True)
+        folder = self._folder(method, seed)
+        shutil.rmtree(folder, ignore_errors=True)
+        words += ["--output_dir", str(folder)]
         words += ["--control_arm", "false", "--seed", str(seed), *own, *self.size.options.get(method, ())]
         if recipe == "features":
             words += ["--feature_cache", str(self.folder.with_name(self.folder.name + "-features"))]
             shutil.rmtree(words[-1], ignore_errors=True)  # each run computes its own
         else:
             words += ["--num_train_epochs", str(self.size.epochs)]
+        words += self._teachers(seed) if method == "taught" else ["--model_name_or_path", self.asked.model]
         with MemoryPeak() as memory:
             report: Report = load_recipe(recipe).main(words)
         self.results.use_data(self.name, report.data["fingerprint"])
         arm = next(arm for arm in report.arms if arm.metrics == report.metrics)
-        bundle = self.folder / "adapter" / "adapter_model.safetensors"
+        bundle = folder / "adapter" / "adapter_model.safetensors"
         return {
             "seed": seed,
             "rows": report.data["rows"],
@@ -161,6 +171,27 @@ class Bench:
             "without_leaks": report.checks.get("test_without_leaks"),
             "bf16": report.checks["precision"]["bf16"],
         }
+
+    def _folder(self, method: str, seed: int) -> Path:
+        """Where a method's model lies: that of a teacher until the end, others until the next cell."""
+        kept = "taught" in self.size.methods and method in TEACHERS
+        return self.folder.with_name(f"{self.folder.name}-{method}-{seed}") if kept else self.folder
+
+    def _teachers(self, seed: int) -> list[str]:
+        """Options that name the models of `TEACHERS`, and the whole checkpoint as their student."""
+        folders = [self._folder(method, seed) for method in TEACHERS]
+        for method, folder in zip(TEACHERS, folders, strict=True):
+            if not (folder / "report.json").is_file():
+                raise Skipped(f"there is no model of {method} yet: measure the cell {self.name}/{method}/{seed} first")
+        cache = self.folder.with_name(self.folder.name + "-cache")
+        shutil.rmtree(cache, ignore_errors=True)  # each run computes its own
+        words = ["--student_name_or_path", self.asked.model, "--teacher_cache", str(cache)]
+        return [*words, "--teacher_name_or_path", ",".join(map(str, folders))]
+
+    def drop(self, *, all_folders: bool) -> None:
+        """Delete what the cells left behind; models that cells still to come need only with `all_folders`."""
+        for folder in self.folder.parent.glob(f"{self.folder.name}*" if all_folders else self.folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def stock(self, seed: int) -> dict[str, Any]:
         """The stock Trainer in float32, at the learning rate that was best for it in `finetune.py`."""
@@ -207,7 +238,7 @@ class Bench:
 
     def _targets(self, methods: Mapping[str, Any], metric: str) -> dict[str, Any]:
         score = {name: item["test"][metric]["mean"] for name, item in methods.items()}
-        best_full = max((score[name] for name in ("full", "lp-ft", "whole-probe") if name in score), default=None)
+        best_full = max((score[name] for name in ALL_WEIGHTS if name in score), default=None)
         targets: dict[str, Any] = {}
         if best_full is not None and "features" in score:
             targets["features: points lost"] = judged(best_full - score["features"], FEATURE_POINTS, at_most=True)
@@ -248,10 +279,11 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     measuring.show_log()
     known = data_sets(asked.data, asked.work, MOST.get(asked.scale)) if sets is None else sets
     sizes = {name: SIZES.get(asked.scale, {}).get(name, SMOKE) for name in (*SIZES.get(asked.scale, {}), *known)}
+    used = [name for name in METHODS if any(name in size.methods for size in sizes.values())]
     results = Results(
         "finetune_methods",
         asked,
-        {"model": asked.model, "methods": METHODS, "defaults": DEFAULTS, "stock": STOCK, "stock_learning_rate": 3e-4}
+        {"model": asked.model, "methods": {name: METHODS[name] for name in used}, "defaults": DEFAULTS, "stock": STOCK, "stock_learning_rate": 3e-4}
         | {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()},
     )
     benches = [Bench(name, values, sizes[name], asked, results) for name, values in known.items()]
@@ -261,7 +293,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
             cells |= bench.cells(number)
     results.measure(cells)
     for bench in benches:
-        shutil.rmtree(bench.folder, ignore_errors=True)
+        bench.drop(all_folders=not results.missing(cells))
     return results.write({bench.name: bench.summary() | {"threads": torch.get_num_threads()} for bench in benches})
 
 

@@ -130,6 +130,10 @@ class Results:
         """Whether the command line asks for this cell."""
         return not self.asked.only or any(part in key for part in self.asked.only)
 
+    def missing(self, cells: Iterable[str]) -> list[str]:
+        """Those of the cells that are not finished and were not left out."""
+        return [key for key in cells if key not in self.cells and key not in self.skipped]
+
     def measure(self, cells: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
         """Measure the cells that are asked for and missing, in order, with a progress bar."""
         missing = {key: cell for key, cell in cells.items() if self.wants(key) and key not in self.cells}

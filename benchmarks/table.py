@@ -26,6 +26,8 @@ METHODS = {
     "prefix": "prefix tuning",
     "layernorm": "LayerNorm tuning",
     "bitfit": "BitFit",
+    "r-drop": "all weights, head from a linear probe, R-Drop",
+    "taught": "all weights, taught by three of the others",
     "stock": "stock Trainer, float32",
 }
 
