@@ -51,8 +51,8 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "r-drop": ("finetune", ["--r_drop_weight", "1", "--dropout", "0.1"]),
     "taught": ("distill", []),
 }
-"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read. `taught` is
-the whole checkpoint once more, which the models of `TEACHERS` teach together; they have to be measured before it."""
+"""Method -> its recipe and options. All read the mean of the token states, as MiniLM was trained to be read. `taught`
+is the whole checkpoint once more, which the models of `TEACHERS` teach together; they are measured before it."""
 TEACHERS = ("lp-ft", "r-drop", "lora")
 BASIC = tuple(method for method in METHODS if method not in ("r-drop", "taught"))
 DEFAULTS = {
@@ -283,7 +283,13 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     results = Results(
         "finetune_methods",
         asked,
-        {"model": asked.model, "methods": {name: METHODS[name] for name in used}, "defaults": DEFAULTS, "stock": STOCK, "stock_learning_rate": 3e-4}
+        {
+            "model": asked.model,
+            "methods": {name: METHODS[name] for name in used},
+            "defaults": DEFAULTS,
+            "stock": STOCK,
+            "stock_learning_rate": 3e-4,
+        }
         | {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()},
     )
     benches = [Bench(name, values, sizes[name], asked, results) for name, values in known.items()]

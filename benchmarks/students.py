@@ -13,7 +13,8 @@ Cells of each data set:
 - `model2vec`: the same teacher's body made static by model2vec, and logistic regression on the labels
 - `speed`: rows per second of `Classifier.logits` for teacher, static student and its int8 form, and of model2vec with
   its regression, in turns, tokenising included
-- `few-teacher`, `few-<student>`: the same with few labels per class, and the other training texts without labels
+- `more-<student>`: the teacher labels more texts: the other training texts, or the unlabelled ones of bundled data
+- `few-teacher`, `few-<student>`: the same with few labels per class, for the teacher too
 
 What a student keeps is its test accuracy over the teacher's. Defaults of the recipes, save for epochs and seeds. The
 others have as many epochs, one seed, and the learning rate of `LEARNING_RATES` that is best on validation rows.
@@ -70,14 +71,16 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 class Size:
     """How much is measured on a data set; rows are stratified samples of the training rows.
 
-    `few` rows have labels in the cells that start so, and all training texts serve without; None leaves these out.
+    The `more` students learn from texts without labels too, for `text_epochs`; `few` rows have labels in the cells
+    that start so, None leaves these out.
     """
 
     rows: int | None
     epochs: int
     seeds: int
     few: int | None = None
-    few_epochs: int = 3
+    more: tuple[str, ...] = ("3 layers", "static")
+    text_epochs: int = 3
     students: tuple[str, ...] = ("3 layers", "2 layers", "static")
     speed_rows: int = 1000
 
@@ -94,7 +97,9 @@ SIZES: dict[str, dict[str, Size]] = {
 }
 MOST = {"small": {"validation": 500, "test": 2000}}
 """Scale -> rows that are kept of a split of a set that is not bundled."""
-SMOKE = Size(rows=96, epochs=1, seeds=1, few=48, few_epochs=1, students=("2 layers", "static"), speed_rows=16)
+SMOKE = Size(
+    rows=96, epochs=1, seeds=1, few=48, text_epochs=1, students=("2 layers", "static"), more=("static",), speed_rows=16
+)
 
 
 class Bench:
@@ -120,9 +125,12 @@ class Bench:
         found |= {student: lambda s=student: self.student(s) for student in self.size.students}
         found |= {"textbrewer": self.textbrewer, "sentence-transformers": self.sentence_transformers}
         found |= {"model2vec": self.model2vec, "speed": self.speed}
+        for student in self.size.more:
+            found[f"more-{student}"] = lambda s=student: self.student(s, "more-")
         if self.size.few is not None:
             found["few-teacher"] = lambda: self.teacher("few-teacher", self.few)
-            found |= {f"few-{student}": lambda s=student: self.student(s, few=True) for student in self.size.students}
+            for student in self.size.students:
+                found[f"few-{student}"] = lambda s=student: self.student(s, "few-")
         return {f"{self.name}/{key}": cell for key, cell in found.items()}
 
     def teacher(self, key: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,17 +140,18 @@ class Bench:
         arm = report.arms[0]
         return {"rows": report.data["rows"], **_arm(arm), "train_seconds": arm.seconds}
 
-    def student(self, student: str, *, few: bool = False) -> dict[str, Any]:
-        """A run of the recipe: the student and its control arm, all seeds."""
-        prefix, values = ("few-", dict(self.few)) if few else ("", dict(self.rows))
-        teacher = self._kept(f"{prefix}teacher")
+    def student(self, student: str, prefix: str = "") -> dict[str, Any]:
+        """A run of the recipe: the student and its control arm, all seeds; a prefix adds texts without labels."""
+        few = prefix == "few-"
+        values = dict(self.few if few else self.rows)
+        teacher = self._kept("few-teacher" if few else "teacher")
         words = ["--teacher_name_or_path", str(teacher), "--model_name_or_path", self.asked.model, *STUDENTS[student]]
-        words += ["--num_seeds", str(self.size.seeds), "--teacher_cache", str(self.folder / f"cache-{prefix}teacher")]
-        epochs = self.size.few_epochs if few else self.size.epochs
+        words += ["--num_seeds", str(self.size.seeds), "--teacher_cache", str(self.folder / f"cache-{teacher.name}")]
+        epochs = self.size.text_epochs if prefix else self.size.epochs
         if "static" not in STUDENTS[student]:  # it has epochs of its own
             words += ["--num_train_epochs", str(epochs)]
-        if few:
-            values["unlabelled_file"] = str(self._texts())
+        if prefix:
+            values["unlabelled_file"] = self._texts()
         report = self._run("distill", f"{prefix}{student}".replace(" ", "-"), values, words)
         arms = {arm.name: arm for arm in report.arms}
         kept = report.checks["retention"]["students"]
@@ -266,7 +275,8 @@ class Bench:
         if recipe == "finetune":
             asked += ["--model_name_or_path", self.asked.model, "--control_arm", "false"]
         report: Report = load_recipe(recipe).main([*asked, *words, "--output_dir", str(folder)])
-        self.results.use_data(f"{self.name}{'-few' if key.startswith('few') else ''}", report.data["fingerprint"])
+        kind = next((prefix for prefix in ("-more", "-few") if key.startswith(prefix[1:])), "")
+        self.results.use_data(f"{self.name}{kind}", report.data["fingerprint"])
         return report
 
     def _kept(self, key: str) -> Path:
@@ -281,30 +291,30 @@ class Bench:
         options = RunOptions(output_dir=str(folder))
         return start_run("finetune", DataOptions(**self.rows), options)
 
-    def _texts(self) -> Path:
-        """The training texts without their labels, one a line."""
+    def _texts(self) -> str:
+        """The training texts without their labels, one a line; of bundled data its own unlabelled ones."""
         file: Path = self.folder / "unlabelled.txt"
         source = self.few.get("train_file")
         if source is None:
-            raise Skipped("the data set has no file of training rows")
+            return "auto"
         with Path(source).open(encoding="utf-8", newline="") as rows:
             texts = [" ".join(row["text"].split()) for row in csv.DictReader(rows)]
         file.write_text("".join(f"{text}\n" for text in dict.fromkeys(texts)), encoding="utf-8")
-        return file
+        return str(file)
 
     def summary(self) -> dict[str, Any]:
         """Each student beside its control arm, with the targets."""
         found: dict[str, Any] = {}
-        for prefix in ("", "few-"):
+        for prefix in ("", "more-", "few-"):
             students = {}
-            for student in self.size.students:
+            for student in self.size.more if prefix == "more-" else self.size.students:
                 cell = self.results.get(f"{self.name}/{prefix}{student}")
                 if cell is None:
                     continue
                 kept, ratio = cell["distilled"]["kept"]["value"], cell["speed_ratio"]["median"]
                 students[student] = {key: cell[key] for key in ("teacher", "distilled", "control", "gain")} | {
                     "rows": cell["rows"],
-                    "kept": judged(kept, KEPT_TARGETS[student]) if not prefix else kept,
+                    "kept": judged(kept, KEPT_TARGETS[student]) if prefix != "few-" else kept,
                     "speed_ratio": judged(ratio, SPEED_TARGETS[student])
                     if student in SPEED_TARGETS and student != "static"
                     else ratio,

@@ -234,6 +234,11 @@ def predict_tables(found: Mapping[str, Any]) -> str:
     return text + (table(heads, rows) if rows else "")
 
 
+STUDENT_TEXTS = {
+    "": "all labels",
+    "more-": "all labels, and other texts without",
+    "few-": "few labels, and other texts without",
+}
 STUDENT_PEERS = {
     "textbrewer": "TextBrewer, as many layers as the first student",
     "sentence-transformers": "sentence-transformers, as many layers, and logistic regression",
@@ -244,10 +249,10 @@ STUDENT_PEERS = {
 def students_tables(found: Mapping[str, Any]) -> str:
     """What each student keeps of its teacher, its gain over the control arm, and speeds with tokenising."""
     text = ""
-    for prefix, labels in (("", "all labels"), ("few-", "few labels, other texts without")):
+    for prefix, labels in STUDENT_TEXTS.items():
         rows = []
         for name, item in found["summary"].items():
-            for student, each in item[f"{prefix}students"].items():
+            for student, each in item.get(f"{prefix}students", {}).items():
                 gain = each["gain"]
                 shown = [100 * gain[key] for key in ("gain", "low", "high")]
                 kept, ratio = each["kept"], each["speed_ratio"]

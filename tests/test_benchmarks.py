@@ -110,14 +110,15 @@ def test_students_side_by_side(load, sets, words):
     keys = {key.removeprefix("tiny/") for key in found["cells"]}
     own = {"teacher", "2 layers", "static", "speed"}
     others = {"model2vec", "textbrewer", "sentence-transformers"}  # as far as they are installed
-    assert own | {f"few-{key}" for key in own - {"speed"}} == keys - others
+    assert own | {f"few-{key}" for key in own - {"speed"}} | {"more-static"} == keys - others
     assert keys & others == others - {key.removeprefix("tiny/").partition(":")[0] for key in found["skipped"]}
     summary = found["summary"]["tiny"]
     static, teacher = summary["students"]["static"], found["cells"]["tiny/teacher"]
     accuracies = [arm["test_accuracy"]["mean"] for arm in (static["distilled"], static["teacher"])]
     assert static["teacher"]["test_accuracy"]["mean"] == pytest.approx(teacher["test_accuracy"]["mean"], abs=1e-5)
     assert static["kept"]["value"] == pytest.approx(accuracies[0] / accuracies[1], rel=1e-4)
-    assert summary["few-students"]["static"]["rows"]["unlabelled"] > 0
+    for prefix in ("few-", "more-"):
+        assert summary[f"{prefix}students"]["static"]["rows"]["unlabelled"] > 0
     assert summary["static_speed"]["value"] > 0
     assert "| tiny | 96 | static |" in load("table").main([str(path)])
 
