@@ -192,7 +192,8 @@ def test_run_json_says_what_a_teacher_started_from(tiny_data, teacher, bert, tmp
     """As `recipes/finetune.py` leaves it; a checkpoint that does not fit is not taken."""
     folder = shutil.copytree(teacher, tmp_path / "teacher")
     start = build_checkpoint(tmp_path / "deeper", "bert", layers=layers) if layers else bert
-    (folder / "run.json").write_text(json.dumps({"config": {"model_name_or_path": str(start)}}), encoding="utf-8")
+    foreign = {"config": {"model_name_or_path": str(start)}, "parents": {"model": "bert"}}
+    (folder / "run.json").write_text(json.dumps(foreign), encoding="utf-8")
     found = distil(tiny_data, tmp_path / "found", folder)
     description = found.arm("control")["description"]
     if layers:
