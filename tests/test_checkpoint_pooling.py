@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 
@@ -24,7 +25,7 @@ TEXTS = ["the goal of the match in the new stadium before the concert", "bread a
 
 @pytest.fixture
 def load(tiny_checkpoint):
-    return lambda family: load_classifier(str(tiny_checkpoint(family, "classifier")), schema=SCHEMA)
+    return lambda family, **how: load_classifier(str(tiny_checkpoint(family, "classifier", **how)), schema=SCHEMA)
 
 
 def pooled_input(model, batch):
@@ -84,7 +85,7 @@ def test_reload_without_our_code_gives_the_same(load, family, tmp_path):
     batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
     save_classifier(pooled, checkpoint.tokenizer, SCHEMA, tmp_path / "pooled")
     reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "pooled").eval()
-    assert torch.equal(reloaded(**batch).logits, pooled(**batch).logits)
+    torch.testing.assert_close(reloaded(**batch).logits, pooled(**batch).logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", POST_NORM)
@@ -105,6 +106,70 @@ def test_the_layer_trains_and_stays_a_mean(load, family):
     weights = {name: value for name, value in last.named_parameters() if "query" in name or "q_lin" in name}
     assert len(weights) == 2
     assert not any(value.any() for value in weights.values())
+
+
+def as_it_stands(pooled):
+    """The same model, its mean computed token by token by the family's own layer."""
+    plain = copy.deepcopy(pooled)
+    del model_layers(plain)[1][-1].forward
+    return plain
+
+
+def perturbed(model):
+    """As after some training: no weight is 0 or 1 any more but those of queries and keys."""
+    last = model_layers(model)[1][-1]
+    noise = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in last.named_parameters():
+            if not any(part in name for part in ("query", "key", "q_lin", "k_lin")):
+                weight += 0.05 * torch.randn(weight.shape, generator=noise)
+    return model
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("family", POST_NORM)
+def test_the_mean_is_computed_once_per_text(load, family, padded):
+    checkpoint = load(family)
+    pooled = perturbed(use_mean_pooling(checkpoint.model))
+    for part in pooled.modules():
+        if isinstance(part, torch.nn.Dropout):
+            part.p = 0.0
+    plain = as_it_stands(pooled)
+    batch = checkpoint.tokenizer(TEXTS if padded else TEXTS[:1] * 3, padding=True, return_tensors="pt")
+    last = model_layers(pooled)[1][-1]
+    inner = last.get_submodule("ffn.lin1" if family == "distilbert" else "intermediate.dense")
+    seen = []
+    inner.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    for train in (False, True):
+        found, expected = (model.train(train)(**batch, labels=torch.tensor([0, 1, 2])) for model in (pooled, plain))
+        torch.testing.assert_close(found.logits, expected.logits, rtol=1e-4, atol=1e-5)
+    assert set(seen) == {(3, 1, pooled.config.hidden_size)}
+    for loss in (found.loss, expected.loss):
+        loss.backward()
+    theirs = dict(plain.named_parameters())
+    for name, weight in pooled.named_parameters():
+        assert (weight.grad is None) == (theirs[name].grad is None), name
+        if weight.grad is not None:
+            torch.testing.assert_close(weight.grad, theirs[name].grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_token_by_token_where_it_matters(load, family, kernel):
+    """Dropout of attention draws for each token; eager attention shows its weights."""
+    checkpoint = load(family, dropout=0.1)
+    pooled = perturbed(use_mean_pooling(checkpoint.model))
+    pooled.set_attn_implementation(kernel)
+    plain = as_it_stands(pooled)
+    batch = checkpoint.tokenizer(TEXTS, padding=True, return_tensors="pt")
+    train, asked = (True, {}) if kernel == "sdpa" else (False, {"output_attentions": True})
+    found = []
+    for model in (pooled, plain):
+        torch.manual_seed(0)
+        found.append(model.train(train)(**batch, **asked))
+    assert torch.equal(found[0].logits, found[1].logits)
+    if asked:
+        assert len(found[0].attentions) == pooled.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen2", "deberta-v2", "albert"])

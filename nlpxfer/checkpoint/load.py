@@ -22,7 +22,7 @@ from torch import nn
 from nlpxfer.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.head import head_of, replace_final_
 from nlpxfer.checkpoint.narrow import Kept, narrow_model
-from nlpxfer.checkpoint.pooling import is_mean_encoder
+from nlpxfer.checkpoint.pooling import compute_mean_once_, is_mean_encoder
 from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
@@ -139,7 +139,7 @@ def load_classifier(
     logger.info("%s: %d newly initialised parameters: %s", name, len(fresh), ", ".join(fresh) or "none")
     model.eval()  # type: ignore[no-untyped-call]
     return Checkpoint(
-        model=model,
+        model=compute_mean_once_(model),
         tokenizer=tokenizer,
         name=name,
         folder=resolved.folder,

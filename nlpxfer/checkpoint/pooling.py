@@ -10,7 +10,10 @@ attention weights are uniform over the tokens that are not padding), value = ide
 identity. Its first LayerNorm then gives LayerNorm(s m + h_i) = LayerNorm(m + h_i / s), and its feed-forward output is
 0, so the second LayerNorm changes nothing. s = 2048 leaves 0.05 % of h_i and stays within float16 for |m| < 32.
 
-Shapes: H hidden.
+Any program computes that layer as it stands, for each token. Here it is computed once per text, from the mean: values
+are linear, so their mean is the value of the mean, and the head reads the first token alone (`compute_mean_once_`).
+
+Shapes: B batch, L tokens, H hidden.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from types import MethodType
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nlpxfer.checkpoint.student import check_reload, model_layers, renumber_
 from nlpxfer.config.options import POOLINGS
@@ -94,7 +98,8 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     """A new model of the same plain class whose head reads the mean over the tokens that are not padding.
 
     ModernBERT: `config.classifier_pooling = "mean"`, no cost. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT:
-    one more layer, as the module says, which costs the memory and time of one layer; its head reads LayerNorm(mean).
+    one more layer, as the module says, which costs the memory of one layer, and its time outside of nlpxfer; its head
+    reads LayerNorm(mean).
     The layer trains like any other, save that its queries and keys get no gradient at 0: it stays a mean. Cut layers
     (`slice_layers`) before, not after. The original is untouched, and nothing is
     added to a model that has such a layer.
@@ -105,7 +110,7 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     family = model.config.model_type
     if has_mean_layer(model):
         logger.info("Mean pooling: the last layer computes the mean already.")
-        return copy.deepcopy(model)
+        return compute_mean_once_(copy.deepcopy(model))
     if family == "modernbert":
         pooled = copy.deepcopy(model)
         pooled.config.classifier_pooling = "mean"
@@ -127,7 +132,77 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     pooled.config.num_hidden_layers = count + 1
     check_reload(pooled, reason="adding a layer that computes the mean")
     logger.info("Mean pooling: added layer %d, which computes the mean of the token states.", count)
-    return pooled
+    return compute_mean_once_(pooled)
+
+
+def compute_mean_once_(model: PreTrainedModel) -> PreTrainedModel:
+    """Let the layer that `use_mean_pooling` added, if there is one, compute its mean once per text; returns the model.
+
+    What the head reads is the same up to rounding, and so are the gradients; weights, config and a saved folder stay
+    as they are. The layer gives the first token's state for all tokens, from which the others differ by 0.05 % of
+    their own. It computes them one by one where that is asked for or matters: with dropout in its attention, with
+    prefixes, and with an attention kernel that returns its weights (eager) or has masks of its own.
+    """
+    if has_mean_layer(model):
+        layer = model_layers(model)[1][-1]
+        quick = _distilbert_forward if model.config.model_type == "distilbert" else _bert_forward
+        layer.forward = MethodType(quick, layer)
+    return model
+
+
+def _bert_forward(
+    layer: Any,  # noqa: ANN401 - BertLayer and its like
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    *args: Any,  # noqa: ANN401
+    **kwargs: Any,  # noqa: ANN401
+) -> Tensor:
+    attention = layer.attention.self
+    if not _is_plain_mean(attention, attention_mask, kwargs):
+        return type(layer).forward(layer, hidden_states, attention_mask, *args, **kwargs)  # type: ignore[no-any-return]
+    value_B1H = _mean_value(attention.query, attention.key, attention.value, hidden_states, attention_mask)
+    state_B1H = layer.attention.output(value_B1H, hidden_states[:, :1])
+    return layer.feed_forward_chunk(state_B1H).expand_as(hidden_states)  # type: ignore[no-any-return]
+
+
+def _distilbert_forward(
+    layer: Any,  # noqa: ANN401 - TransformerBlock
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,  # noqa: ANN401
+) -> Tensor:
+    attention = layer.attention
+    if not _is_plain_mean(attention, attention_mask, kwargs):
+        return type(layer).forward(layer, hidden_states, attention_mask, **kwargs)  # type: ignore[no-any-return]
+    value_B1H = _mean_value(attention.q_lin, attention.k_lin, attention.v_lin, hidden_states, attention_mask)
+    state_B1H = layer.sa_layer_norm(attention.out_lin(value_B1H) + hidden_states[:, :1])
+    state_B1H = layer.output_layer_norm(layer.ffn(state_B1H) + state_B1H)
+    return state_B1H.expand_as(hidden_states)  # type: ignore[no-any-return]
+
+
+def _is_plain_mean(attention: Any, mask: Tensor | None, kwargs: Mapping[str, Any]) -> bool:  # noqa: ANN401
+    """Whether the attention is a mean over the tokens that `mask` leaves, and nothing else."""
+    if attention.config._attn_implementation == "eager" or kwargs.get("past_key_values") is not None:
+        return False
+    if attention.training and any(isinstance(part, nn.Dropout) and part.p > 0 for part in attention.modules()):
+        return False
+    return mask is None or mask.dim() == 4
+
+
+def _mean_value(query: nn.Module, key: nn.Module, value: nn.Module, states_BLH: Tensor, mask: Tensor | None) -> Tensor:
+    """The value (B, 1, H) of the mean state; `mask` (B or 1, 1, L or 1, L) is True, or 0, where a token counts."""
+    if mask is None:
+        mean_B1H = states_BLH.mean(1, keepdim=True)
+    else:
+        row_B1L = mask[:, 0, :1]
+        share_B1L = row_B1L.float() if row_B1L.dtype == torch.bool else torch.softmax(row_B1L.float(), -1)
+        share_B1L = share_B1L / share_B1L.sum(-1, keepdim=True)
+        mean_B1H = share_B1L.to(states_BLH.dtype) @ states_BLH
+    value_B1H: Tensor = value(mean_B1H)
+    if value.training:  # several processes wait for gradients of all parameters: those of the zeros are zero
+        first_B1H = states_BLH[:, :1]
+        value_B1H = value_B1H + 0.0 * (query(first_B1H) + key(first_B1H))
+    return value_B1H
 
 
 def can_read_mean(model: PreTrainedModel) -> bool:

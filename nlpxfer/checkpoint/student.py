@@ -178,7 +178,7 @@ def check_reload(model: PreTrainedModel, *, reason: str) -> None:
         )
     rebuilt.load_state_dict(state, assign=True)
     _copy_buffers_(rebuilt, model)
-    if not torch.equal(_probe(rebuilt), _probe(model)):
+    if not torch.allclose(_probe(rebuilt), _probe(model), rtol=1e-4, atol=1e-5):  # a mean may be computed in two ways
         raise CheckpointError(
             f"{type(model).__name__} cannot be saved after {reason}: a reload would compute something else.",
             why="What a layer of this family computes depends on its place, and its config cannot say so.",
