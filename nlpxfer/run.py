@@ -237,7 +237,8 @@ class Run:
 
     def learning_rate_for(self, checkpoint: Checkpoint) -> float:
         """The learning rate that was asked for, or else that of such a model where all weights learn."""
-        default = default_learning_rate(checkpoint.hidden_size, gently=self.starts_large(checkpoint))
+        gently, static = self.starts_large(checkpoint), checkpoint.is_static
+        default = default_learning_rate(checkpoint.hidden_size, gently=gently, static=static)
         return self.options.learning_rate_or(default)
 
     def settle_learning_rate(self, default: float) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
 
-from nlpxfer.checkpoint.load import Checkpoint, hidden_size, layer_student, load_classifier, narrow_student
+from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, narrow_student, width_and_kind
 from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
 from nlpxfer.checkpoint.pooling import has_mean_layer, wants_mean
 from nlpxfer.checkpoint.static import is_static
@@ -25,9 +25,6 @@ from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
 from nlpxfer.train.width_scores import parts_by_activation
-
-STATIC_LEARNING_RATE: Final = 0.01
-"""Where none is asked for, of a static one: each token's vector learns from the few rows that it stands in."""
 
 STATIC_DIM: Final = 256
 """Numbers per token where none are asked for, as in model2vec."""
@@ -75,11 +72,11 @@ def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str,
     if plan.student != STATIC:
         name = plan.student_name_or_path
         if name:
-            width = run.once(("hidden size", name), lambda: hidden_size(name))
+            width, static = run.once(("width", name), lambda: width_and_kind(name))
         else:
-            width = plan.student_hidden_size or source.hidden_size
-        return {"learning_rate": run.options.learning_rate_or(default_learning_rate(width))}
-    rate = run.options.learning_rate_or(STATIC_LEARNING_RATE)
+            width, static = plan.student_hidden_size or source.hidden_size, False
+        return {"learning_rate": run.options.learning_rate_or(default_learning_rate(width, static=static))}
+    rate = run.options.learning_rate_or(default_learning_rate(0, static=True))
     return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
 
 

@@ -74,7 +74,10 @@ def test_few_steps_start_from_a_sure_probe(given, rows, small):
 def test_a_large_head_wants_a_low_rate(given, problem_type, head_kept, rate):
     run = SimpleNamespace(options=RunOptions(**given), problem_type=problem_type)
     run.starts_large = lambda checkpoint: Run.starts_large(run, checkpoint)
-    assert Run.learning_rate_for(run, SimpleNamespace(hidden_size=384, head_kept=head_kept)) == rate
+    start = SimpleNamespace(hidden_size=384, head_kept=head_kept, is_static=False)
+    assert Run.learning_rate_for(run, start) == rate
+    start.is_static = True
+    assert Run.learning_rate_for(run, start) == run.options.learning_rate_or(0.01)
 
 
 @pytest.mark.parametrize(("width", "gently", "rate"), [(384, False, 1e-3), (768, True, 3e-4), (2048, True, 9e-5)])
@@ -117,6 +120,21 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
     assert run.run["config"]["linear_probe_size"] == 0.02
     told = next(name for name in ("distilled", "adapter", "fine-tuned") if name in expected)
     assert run.run["config"]["learning_rate"] == expected[told]
+
+
+def test_a_static_checkpoint_goes_on_at_its_rate(rates, tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    """At the rate of its width, with a head that is large already, it would hardly learn."""
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    teacher = [*tiny_words(tiny_data, tiny_checkpoint("bert", "classifier"))]
+    at = teacher.index("--learning_rate")
+    words = [*teacher[:at], *teacher[at + 2 :], "--max_steps", "2"]
+    static = finished("distill", tmp_path / "static", *words, "--student", "static").folder
+    rates.clear()
+    start = words.index("--model_name_or_path")
+    finished("finetune", tmp_path / "more", *words[:start], *words[start + 2 :], "--model_name_or_path", static)
+    assert rates == {"fine-tuned": 0.01}
+    finished("distill", tmp_path / "taught", *words, "--student_name_or_path", static)
+    assert rates["distilled"] == rates["control"] == 0.01
 
 
 @pytest.mark.parametrize(

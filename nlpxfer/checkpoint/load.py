@@ -27,7 +27,7 @@ from nlpxfer.checkpoint.quantised import Bits, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
-from nlpxfer.checkpoint.static import STATIC_BODY
+from nlpxfer.checkpoint.static import STATIC, STATIC_BODY, is_static
 from nlpxfer.checkpoint.student import slice_layers
 from nlpxfer.checkpoint.tokenizer import align_pad_token_, load_tokenizer
 from nlpxfer.data.schema import LabelSchema
@@ -80,6 +80,11 @@ class Checkpoint:
     def tokenizer_sha256(self) -> str:
         """sha256 over what decides how the tokenizer maps a text to ids."""
         return tokenizer_fingerprint(self.tokenizer)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the model is a static one, with token vectors and no layers."""
+        return is_static(self.model)
 
     @property
     def hidden_size(self) -> int:
@@ -292,9 +297,10 @@ def _shown(names: Sequence[str], limit: int = 40) -> str:
     return (", ".join(names[:limit]) or "none") + more
 
 
-def hidden_size(name: str) -> int:
-    """Numbers per token between the layers of a checkpoint, from its config alone; raises as `load_classifier`."""
-    return int(_open(name, None)[1].get_text_config().hidden_size)
+def width_and_kind(name: str) -> tuple[int, bool]:
+    """Numbers per token, and whether it is static, from a checkpoint's config alone; raises as `load_classifier`."""
+    config = _open(name, None)[1]
+    return int(config.get_text_config().hidden_size), config.model_type == STATIC
 
 
 def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[ResolvedCheckpoint, PreTrainedConfig]:

@@ -99,6 +99,8 @@ LEARNING_RATES = ((512, 3e-4, 3e-5), (768, 5e-5, 5e-6))
 """Up to this hidden size -> default learning rates where all weights learn, and where they learn gently."""
 WIDEST_LEARNING_RATES = (2e-5, 2e-6)
 """The same for all wider models."""
+STATIC_LEARNING_RATE = 0.01
+"""The same for a static model: each token's vector learns from the few rows that it stands in."""
 DEFAULT_HEAD_SIZE = 0.02
 """That of a random head: the deviation of its weights in BERT and GPT-2."""
 STEPS_FOR_SMALL_HEAD = 60
@@ -107,7 +109,7 @@ was 2.9 against 0.6 of a probe of its own size, the accuracy alike; with 75 (800
 alike and the accuracy 3.5 points higher."""
 
 
-def default_learning_rate(hidden_size: int, *, gently: bool = False) -> float:
+def default_learning_rate(hidden_size: int, *, gently: bool = False, static: bool = False) -> float:
     """Peak learning rate where all weights of a model of this width learn and none was asked for.
 
     The wider, the lower: 3e-4 was chosen on validation rows for MiniLM, and is that of ELECTRA-Small; for BERT-Base
@@ -117,10 +119,13 @@ def default_learning_rate(hidden_size: int, *, gently: bool = False) -> float:
     Args:
         hidden_size: Numbers per token between the layers.
         gently: Whether the head is large from the start, so that a small step of the layers changes the answers.
+        static: Whether the model has no layers at all: then neither of the other two counts.
 
     >>> default_learning_rate(384), default_learning_rate(768), default_learning_rate(384, gently=True)
     (0.0003, 5e-05, 3e-05)
     """
+    if static:
+        return STATIC_LEARNING_RATE
     known = (rates for widest, *rates in LEARNING_RATES if hidden_size <= widest)
     return next(known, [*WIDEST_LEARNING_RATES])[gently]
 
