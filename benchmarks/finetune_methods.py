@@ -84,11 +84,12 @@ class Size:
 
 LARGE = ("r-drop", "lp-ft", "features", "lora", "taught", "full")
 SMOOTHED = ("--label_smoothing_factor", "0.1")
+PROBED = ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED)
 LARGE_OPTIONS: dict[str, tuple[str, ...]] = {
-    "lp-ft": ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED),
+    "lp-ft": PROBED,
     "lora": ("--linear_probe_size", "0", "--learning_rate", "1e-3", *SMOOTHED),
     "full": SMOOTHED,
-    "r-drop": ("--linear_probe_size", "0", "--learning_rate", "2e-4", *SMOOTHED),
+    "r-drop": PROBED,
 }
 """Many rows are many steps: smoothed labels. Chosen on validation rows of banking77, where 3e-5, 1e-4 and 2e-4
 were tried for all weights, with the probe at its own size (94.4 %) and scaled down (93.7 % at 3e-4)."""
@@ -150,7 +151,7 @@ class Bench:
         words += ["--output_dir", str(folder)]
         words += ["--control_arm", "false", "--seed", str(seed), *own, *self.size.options.get(method, ())]
         if recipe == "features":
-            words += ["--feature_cache", str(self.folder.with_name(self.folder.name + "-features"))]
+            words += ["--feature_cache", str(self._beside("features"))]
             shutil.rmtree(words[-1], ignore_errors=True)  # each run computes its own
         else:
             words += ["--num_train_epochs", str(self.size.epochs)]
@@ -175,7 +176,11 @@ class Bench:
     def _folder(self, method: str, seed: int) -> Path:
         """Where a method's model lies: that of a teacher until the end, others until the next cell."""
         kept = "taught" in self.size.methods and method in TEACHERS
-        return self.folder.with_name(f"{self.folder.name}-{method}-{seed}") if kept else self.folder
+        return self._beside(f"{method}-{seed}") if kept else self.folder
+
+    def _beside(self, name: str) -> Path:
+        """A folder that lasts for several cells."""
+        return self.folder.with_name(f"{self.folder.name}-{name}")
 
     def _teachers(self, seed: int) -> list[str]:
         """Options that name the models of `TEACHERS`, and the whole checkpoint as their student."""
@@ -183,7 +188,7 @@ class Bench:
         for method, folder in zip(TEACHERS, folders, strict=True):
             if not (folder / "report.json").is_file():
                 raise Skipped(f"there is no model of {method} yet: measure the cell {self.name}/{method}/{seed} first")
-        cache = self.folder.with_name(self.folder.name + "-cache")
+        cache = self._beside("cache")
         shutil.rmtree(cache, ignore_errors=True)  # each run computes its own
         words = ["--student_name_or_path", self.asked.model, "--teacher_cache", str(cache)]
         return [*words, "--teacher_name_or_path", ",".join(map(str, folders))]
@@ -298,8 +303,9 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
         for bench in benches:
             cells |= bench.cells(number)
     results.measure(cells)
+    complete = not results.missing(cells)
     for bench in benches:
-        bench.drop(all_folders=not results.missing(cells))
+        bench.drop(all_folders=complete)
     return results.write({bench.name: bench.summary() | {"threads": torch.get_num_threads()} for bench in benches})
 
 

@@ -136,7 +136,7 @@ class Results:
 
     def measure(self, cells: Mapping[str, Callable[[], dict[str, Any]]]) -> None:
         """Measure the cells that are asked for and missing, in order, with a progress bar."""
-        missing = {key: cell for key, cell in cells.items() if self.wants(key) and key not in self.cells}
+        missing = {key: cells[key] for key in self.missing(cells) if self.wants(key)}
         quiet = not sys.stderr.isatty()
         for key, cell in (bar := tqdm(missing.items(), desc=self.name, unit="cell", disable=quiet)):
             bar.set_postfix_str(key)

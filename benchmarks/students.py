@@ -275,8 +275,9 @@ class Bench:
         if recipe == "finetune":
             asked += ["--model_name_or_path", self.asked.model, "--control_arm", "false"]
         report: Report = load_recipe(recipe).main([*asked, *words, "--output_dir", str(folder)])
-        kind = next((prefix for prefix in ("-more", "-few") if key.startswith(prefix[1:])), "")
-        self.results.use_data(f"{self.name}{kind}", report.data["fingerprint"])
+        kind = key.partition("-")[0]
+        other_rows = f"-{kind}" if kind in ("more", "few") else ""
+        self.results.use_data(f"{self.name}{other_rows}", report.data["fingerprint"])
         return report
 
     def _kept(self, key: str) -> Path:

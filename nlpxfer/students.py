@@ -69,15 +69,12 @@ def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str,
         plan: What the student is.
         source: What it is cut from, if it is.
     """
-    if plan.student != STATIC:
-        name = plan.student_name_or_path
-        if name:
-            width, static = run.once(("width", name), lambda: width_and_kind(name))
-        else:
-            width, static = plan.student_hidden_size or source.hidden_size, False
-        return {"learning_rate": run.options.learning_rate_or(default_learning_rate(width, static=static))}
-    rate = run.options.learning_rate_or(default_learning_rate(0, static=True))
-    return {"num_train_epochs": plan.static_num_train_epochs, "learning_rate": rate}
+    if name := plan.student_name_or_path:
+        width, static = run.once(("width", name), lambda: width_and_kind(name))
+    else:
+        width, static = plan.student_hidden_size or source.hidden_size, plan.student == STATIC
+    found = {"learning_rate": run.options.learning_rate_or(default_learning_rate(width, static=static))}
+    return found | {"num_train_epochs": plan.static_num_train_epochs} if plan.student == STATIC else found
 
 
 def outline(plan: Plan) -> Plan:

@@ -99,10 +99,9 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
 
     ModernBERT: `config.classifier_pooling = "mean"`, no cost. BERT, RoBERTa, XLM-R, CamemBERT, ELECTRA, DistilBERT:
     one more layer, as the module says, which costs the memory of one layer, and its time outside of nlpxfer; its head
-    reads LayerNorm(mean).
-    The layer trains like any other, save that its queries and keys get no gradient at 0: it stays a mean. Cut layers
-    (`slice_layers`) before, not after. The original is untouched, and nothing is
-    added to a model that has such a layer.
+    reads LayerNorm(mean). The layer trains like any other, save that its queries and keys get no gradient at 0: it
+    stays a mean. Cut layers (`slice_layers`) before, not after. The original is untouched, and nothing is added to a
+    model that has such a layer.
 
     Raises:
         CheckpointError: The family cannot express a mean; lists those that can.

@@ -68,16 +68,17 @@ def write_run(
 
 def recorded_options(folder: Path | None) -> dict[str, Any]:
     """The options of the training that wrote a model's folder; empty if it does not say."""
-    options = recorded_run(folder).get("config")
-    return options if isinstance(options, dict) else {}
+    return recorded_run(folder, "config")
 
 
-def recorded_run(folder: Path | None) -> dict[str, Any]:
-    """What `run.json` of a model's folder holds; empty if there is none that can be read."""
+def recorded_run(folder: Path | None, *tables: str) -> dict[str, Any]:
+    """What `run.json` of a model's folder holds, or a table inside of it; empty if there is none that can be read."""
     try:
         found = {} if folder is None else json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    for name in tables:
+        found = found.get(name) if isinstance(found, dict) else None
     return found if isinstance(found, dict) else {}
 
 

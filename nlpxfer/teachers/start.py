@@ -60,9 +60,7 @@ def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Che
 
 def _is_recorded(base: Checkpoint, teacher: Checkpoint) -> bool:
     """Whether run.json has the weights of a checkpoint: a name of a local folder may mean another one here."""
-    parents = recorded_run(teacher.folder).get("parents")
-    parent = parents.get("model") if isinstance(parents, dict) else None
-    recorded = parent.get("loaded_weights") if isinstance(parent, dict) else None
+    recorded = recorded_run(teacher.folder, "parents", "model").get("loaded_weights")
     return recorded in (None, weights_fingerprint(base.model, without=base.fresh))
 
 
