@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, cast
 
 import numpy as np
-import torch
 
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.narrow import narrow_widths
@@ -46,7 +45,7 @@ from nlpxfer.strict_json import write_json_whole
 from nlpxfer.students import refuse_unused
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb, least_steps, rung_count
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone, world
 from nlpxfer.verdict import stages_of
 
 if TYPE_CHECKING:
@@ -320,7 +319,7 @@ def _measured(
 
     Measured by the first process alone; all get the same. Int8 forms that the family cannot have are missing.
     """
-    box: list[dict[str, Measured | None]] = [{}]
+    measured: dict[str, Measured | None] = {}
     # by all processes: what students are built from is computed together
     students = {name: _as_trained(run, arm["build"](run.seeds[0])) for name, arm in arms.items()}
     if is_main_process():
@@ -337,13 +336,11 @@ def _measured(
         times = latency_facts(
             {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
         )
-        box[0] = {TEACHER: None}
+        measured[TEACHER] = None
         for name, model in models.items():
             size = int(getattr(model.model, "file_bytes", None) or stored_bytes(model.model))
-            box[0][name] = Measured(latency=times[name], bytes=size)
-    if world()[1] > 1:
-        torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+            measured[name] = Measured(latency=times[name], bytes=size)
+    return from_main(measured)
 
 
 def _as_trained(run: Run, student: Checkpoint) -> Checkpoint:

@@ -24,7 +24,7 @@ from nlpxfer.hub import check_push_request
 from nlpxfer.problem import BEST, METRICS, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import REPORT_FILE
 from nlpxfer.run import Run
-from nlpxfer.train.launch import check_process_count, is_main_process, use_threads, wait_for_everyone, world
+from nlpxfer.train.launch import check_process_count, from_main, is_main_process, use_threads, wait_for_everyone
 from nlpxfer.train.precision import Precision, choose_precision
 from nlpxfer.train.reporters import check_reporters
 from nlpxfer.train.study import check_search_installed
@@ -166,10 +166,7 @@ def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:
     if options.fp16:
         return Precision(False, None, "user: fp16")
     wanted = True if options.mixed_precision == "bf16" else options.wanted_bf16
-    choice = [choose_precision(wanted, device)]
-    if world()[1] > 1:
-        torch.distributed.broadcast_object_list(choice, src=0)
-    return choice[0]
+    return from_main(choose_precision(wanted, device))
 
 
 def _show_progress(options: RunOptions) -> None:

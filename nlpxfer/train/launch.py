@@ -15,6 +15,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from nlpxfer.errors import LaunchError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
 _BY_ITSELF: contextvars.ContextVar[bool] = contextvars.ContextVar("by_itself", default=False)
 
@@ -50,6 +52,15 @@ def by_itself() -> Iterator[None]:
 def is_main_process() -> bool:
     """Whether this process is the one that writes."""
     return world()[0] == 0
+
+
+def from_main(value: T) -> T:
+    """The first process's value, in all processes; pickled, so small."""
+    if world()[1] > 1:
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+    return value
 
 
 def wait_for_everyone() -> None:

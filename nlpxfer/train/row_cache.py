@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from nlpxfer.checkpoint.save import check_free_space
 from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone, world
 
 logger = logging.getLogger(__name__)
 
@@ -175,11 +175,7 @@ class RowCache:
                     own = ~np.broadcast_to(theirs, keys.shape)
                     if own.any():
                         wanted.seen.add(self._write_part(keys[own], values[own]))
-        if world()[1] > 1:
-            shared = [news]
-            torch.distributed.broadcast_object_list(shared, src=0)
-            news = shared[0]
-        return news
+        return from_main(news)
 
     def _new_parts(self, wanted: _Wanted) -> list[tuple[Array, Array]]:
         """Parts that have not been read yet, as far as they hold wanted rows."""

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nlpxfer.train.checkpoints import MANIFEST, RunIdentity, require_same_run, seal
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone
 from nlpxfer.train.study import Curve, Outcome, SearchPlan, Study
 
 T = TypeVar("T")
@@ -55,11 +54,7 @@ class Search:
 
     def _from_main(self, make: Callable[[Study], T]) -> T:
         """What the first process makes of its study, in all processes."""
-        box = [make(self.study) if is_main_process() else None]
-        if world()[1] > 1:
-            torch.distributed.broadcast_object_list(box, src=0)
-        made: T = box[0]  # type: ignore[assignment]
-        return made
+        return cast("T", from_main(make(self.study) if is_main_process() else None))
 
     def wants_more(self) -> bool:
         """As `Study.wants_more`."""
