@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[str, list[str]]] = {
     "lp-ft": ("finetune", []),
     "whole-probe": ("finetune", ["--linear_probe_size", "0"]),
     "features": ("features", []),
+    "last-layer": ("features", ["--feature_layer", "-1"]),
     "lora": ("adapters", ["--adapter", "lora"]),
     "prefix": ("adapters", ["--adapter", "prefix"]),
     "layernorm": ("adapters", ["--adapter", "layernorm"]),

@@ -22,6 +22,7 @@ METHODS = {
     "lp-ft": "all weights, head from a linear probe",
     "whole-probe": "the same, the probe at its own size",
     "features": "frozen features, logistic regression",
+    "last-layer": "the same, of the last layer",
     "lora": "LoRA",
     "prefix": "prefix tuning",
     "layernorm": "LayerNorm tuning",

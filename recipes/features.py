@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from nlpxfer.checkpoint.depth import cut_to_depth
 from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import can_read_mean, use_mean_pooling
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
@@ -65,6 +66,9 @@ class FeatureOptions(RunOptions):
     pooling: Literal["auto", "own", "mean"] = option(  # type: ignore[assignment]
         "auto", "State the head reads: the mean where the family can hold one, the model's own, or the mean."
     )
+    feature_layer: int | None = option(
+        None, "Layer to read, from 1 (-1: the last); those above are cut off. Default: the one of highest LogME."
+    )
     feature_cache: str | None = option(None, "Folder of the features. Default: ~/.cache/nlpxfer/features.")
 
     bf16: bool | None = option(  # type: ignore[assignment]
@@ -84,6 +88,8 @@ class FeatureOptions(RunOptions):
         faults = super()._faults()
         if self.classifier not in ("logistic", "mlp"):
             faults.append(f"classifier: {self.classifier!r} is not one of logistic, mlp")
+        if self.feature_layer == 0:
+            faults.append("feature_layer: layers count from 1, or from -1 for the last")
         if self.num_train_epochs % 1:
             faults.append(f"num_train_epochs: {self.num_train_epochs} is not a whole number")
         if self.classifier == "logistic" and self.num_seeds > 1:
@@ -139,6 +145,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
                 split=split,
                 options=options,
                 seed=seed,
+                choose_layer=options.feature_layer is None,
                 folder=options.feature_cache,
                 plan=options.plan,
             )
@@ -161,13 +168,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
 
 def build_frozen(run: Run, options: FeatureOptions, seed: int) -> Checkpoint:
-    """The checkpoint with a new final layer, its head reading the state that was asked for."""
+    """The checkpoint with a new final layer, its head reading the state that was asked for, of the layer asked for."""
     checkpoint = load_classifier(
         options.model_name_or_path, schema=run.data.schema, seed=seed, head="new", revision=options.model_revision
     )
     run.check_length(checkpoint)
     if options.pooling == "mean" or (options.pooling == "auto" and can_read_mean(checkpoint.model)):
         checkpoint = replace(checkpoint, model=use_mean_pooling(checkpoint.model))
+    if options.feature_layer is not None:
+        checkpoint = replace(checkpoint, model=cut_to_depth(checkpoint.model, options.feature_layer))
     return checkpoint
 
 

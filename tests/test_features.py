@@ -244,6 +244,10 @@ def words_of(data, model, *words):
     return [*QUICK, *files(data), "--model_name_or_path", model, "--control_arm", "false", *words]
 
 
+WHOLE = ("--feature_layer", "-1")
+"""All layers of a tiny checkpoint; else LogME chooses."""
+
+
 def computed(run):
     details = run.report["arms"][0]["details"]["features"]
     return {split: facts["computed"] for split, facts in details.items()}
@@ -251,7 +255,7 @@ def computed(run):
 
 def test_a_run_and_what_others_share_with_it(tiny_data, bert, tmp_path, caplog):
     caplog.set_level("INFO", logger="nlpxfer")
-    plan = [*QUICK, *files(tiny_data), "--model_name_or_path", bert]
+    plan = [*QUICK, *files(tiny_data), "--model_name_or_path", bert, *WHOLE]
     first = finished("features", tmp_path / "one", *plan, "--feature_cache", tmp_path / "mine")
     report = first.report
     assert [arm["name"] for arm in report["arms"]] == ["features", "no transfer (TF-IDF)", "majority class"]
@@ -265,7 +269,7 @@ def test_a_run_and_what_others_share_with_it(tiny_data, bert, tmp_path, caplog):
     assert report["checks"]["features"]["logits_difference"] < 1e-4
     assert str(tmp_path) not in (first.folder / "run.json").read_text()
     assert not (tmp_path / "cache").exists()
-    shared = words_of(tiny_data, bert, "--feature_cache", tmp_path / "mine")
+    shared = words_of(tiny_data, bert, *WHOLE, "--feature_cache", tmp_path / "mine")
     network = finished("features", tmp_path / "two", *shared, "--classifier", "mlp", "--num_seeds", "2")
     assert computed(network) == {"train": 0, "validation": 0, "test": 0}
     assert [result["seed"] for result in network.arm("features")["per_seed"]] == [42, 43]
@@ -280,7 +284,7 @@ def test_a_run_and_what_others_share_with_it(tiny_data, bert, tmp_path, caplog):
 
 @pytest.mark.parametrize("classifier", ["logistic", "mlp"])
 def test_the_folder_works_without_nlpxfer_and_with_it(classifier, tiny_data, bert, tmp_path):
-    words = ["--classifier", classifier, "--save_predictions", "true"]
+    words = [*WHOLE, "--classifier", classifier, "--save_predictions", "true"]
     run = finished("features", tmp_path / "out", *words_of(tiny_data, bert, *words))
     with tiny_data.test.open(newline="") as file:
         texts = [row["text"] for row in csv.DictReader(file)]
@@ -301,7 +305,7 @@ def test_the_folder_works_without_nlpxfer_and_with_it(classifier, tiny_data, ber
     ("family", "pooling", "layers"), [("gpt2", "auto", 4), ("bert", "own", 4), ("bert", "mean", 5)]
 )
 def test_pooling(family, pooling, layers, tiny_data, tiny_checkpoint, tmp_path):
-    words = words_of(tiny_data, tiny_checkpoint(family), "--pooling", pooling)
+    words = words_of(tiny_data, tiny_checkpoint(family), *WHOLE, "--pooling", pooling)
     run = finished("features", tmp_path / "out", *words)
     model = AutoModelForSequenceClassification.from_pretrained(run.folder)
     assert model.config.num_hidden_layers == layers
@@ -310,7 +314,7 @@ def test_pooling(family, pooling, layers, tiny_data, tiny_checkpoint, tmp_path):
 def test_a_trained_classifier_gets_a_new_head(tiny_data, tiny_checkpoint, tmp_path):
     """Its own head is that of another fit, also where the labels are the same."""
     base = tiny_checkpoint("bert", "classifier")
-    run = finished("features", tmp_path / "out", *words_of(tiny_data, base, "--pooling", "own"))
+    run = finished("features", tmp_path / "out", *words_of(tiny_data, base, *WHOLE, "--pooling", "own"))
     weights, before = (load_file(folder / "model.safetensors") for folder in (run.folder, base))
     changed = {name for name in before if not torch.equal(weights[name], before[name])}
     assert changed == {f"{part}.{kind}" for part in ("bert.pooler.dense", "classifier") for kind in ("weight", "bias")}

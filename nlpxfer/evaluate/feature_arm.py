@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 import numpy as np
 import torch
@@ -26,12 +26,13 @@ from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, NlpxferError
 from nlpxfer.evaluate.arms import Splits, TrainedArm
+from nlpxfer.evaluate.feature_depth import read_at_best_depth
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.methods.features import FeatureBased
 from nlpxfer.problem import REGRESSION
 from nlpxfer.train.feature_cache import Features, pooled_features
 from nlpxfer.train.feature_head import MlpPlan, fit_logistic_head_, fit_mlp_head_, logits_of_features
-from nlpxfer.train.launch import is_main_process, seed_everything, world
+from nlpxfer.train.launch import from_main, is_main_process, seed_everything, world
 from nlpxfer.train.linear_probe import Probe
 from nlpxfer.train.predict import predict
 
@@ -53,7 +54,7 @@ class FeatureArm(TrainedArm):
     """A trained arm, and what is known about its features and its classifier.
 
     Attributes:
-        details: Classifier, penalty or weight decay, and what each split's features cost.
+        details: Classifier, penalty or weight decay, the layer that is read, and what each split's features cost.
         logits_difference: Largest difference between the scored logits and those of the whole model.
     """
 
@@ -69,6 +70,7 @@ def feature_arm(
     split: Callable[[PreTrainedTokenizerBase], Splits],
     options: RunOptions,
     seed: int,
+    choose_layer: bool = False,
     folder: str | Path | None = None,
     plan: MlpPlan | None = None,
 ) -> FeatureArm:
@@ -83,6 +85,7 @@ def feature_arm(
         split: Tokenises the rows with the model's tokenizer.
         options: Batch size, precision, device and progress; `linear_probe` starts an mlp from logistic regression.
         seed: Seed of this repetition.
+        choose_layer: Whether `read_at_best_depth` chooses the layer that is read; else it is the last one.
         folder: Folder of the feature caches.
         plan: How an mlp is trained; its seed is replaced by `seed`.
 
@@ -109,6 +112,19 @@ def feature_arm(
         )
 
     start = time.perf_counter()
+    depth = None
+    if choose_layer:
+        model, depth = read_at_best_depth(
+            model,
+            splits.train,
+            collator,
+            problem_type=method.problem_type,
+            batch_size=size,
+            bf16=bool(options.bf16),
+            folder=folder,
+            description=f"{name}: states of each layer",
+            quiet=quiet,
+        )
     found = {"train": features_of("train", bool(options.bf16)), "validation": features_of("validation", False)}
     labels = {part: getattr(splits, part).columns["labels"] for part in ("train", "validation")}
     plan = replace(plan or MlpPlan(), seed=seed)
@@ -130,7 +146,7 @@ def feature_arm(
         validation_logits=logits["validation"],
         test_logits=logits["test"],
         train_seconds=seconds,
-        tokens=found["train"].tokens,
+        tokens=found["train"].tokens + (depth.tokens if depth else 0),
         trained_parameters=sum(p.numel() for p in method.trained_parameters(model).values()),
         steps=fitted.steps,
         probe=fitted.probe,
@@ -138,6 +154,7 @@ def feature_arm(
         details={
             "classifier": method.classifier,
             **fitted.choice,
+            **({"layers": depth.facts()} if depth else {}),
             "features": {part: features.facts() for part, features in found.items()},
         },
         logits_difference=difference,
@@ -165,23 +182,21 @@ def _fit_(
     quiet: bool,
 ) -> _Fitted:
     """Fit the head on the first process, and give its weights to all."""
-    fitted: list[Any] = [None]
+    fitted: _Fitted | NlpxferError | None = None
     if is_main_process():
         arrays = [values for part in ("train", "validation") for values in (found[part].states_NH, labels[part])]
         try:
-            fitted = [_fit_here_(model, method, arrays, plan, linear_probe=linear_probe, quiet=quiet)]
+            fitted = _fit_here_(model, method, arrays, plan, linear_probe=linear_probe, quiet=quiet)
         except NlpxferError as error:  # the others wait
-            fitted = [error]
-    if world()[1] > 1:
-        torch.distributed.broadcast_object_list(fitted, src=0)
-    if isinstance(fitted[0], NlpxferError):
-        raise fitted[0]
+            fitted = error
+    fitted = from_main(fitted)
+    if isinstance(fitted, NlpxferError):
+        raise fitted
     if world()[1] > 1:
         for parameter in head_parameters(model).values():
             torch.distributed.broadcast(parameter.data, src=0)
     refuse_not_finite(model)
-    result: _Fitted = fitted[0]
-    return result
+    return cast("_Fitted", fitted)
 
 
 def _fit_here_(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from nlpxfer.checkpoint.depth import depth_of, states_by_depth
 from nlpxfer.checkpoint.fingerprint import body_fingerprint
 from nlpxfer.checkpoint.head import head_of, pooled_states
 from nlpxfer.data.tokenise import Collator, TokenisedRows
@@ -84,6 +85,7 @@ def pooled_features(
     rows: TokenisedRows,
     collator: Collator,
     *,
+    by_depth: bool = False,
     batch_size: int = 64,
     bf16: bool = False,
     folder: str | Path | None = None,
@@ -98,6 +100,7 @@ def pooled_features(
         model: A sequence classifier on its device; its head takes no part.
         rows: N tokenised rows.
         collator: Pads a batch.
+        by_depth: What it would read above each layer, one after the other, shape (N, K * H): `states_by_depth`.
         batch_size: Rows of the longest length per batch.
         bf16: Compute in bfloat16; the features are kept in float32.
         folder: Folder of caches; default `$NLPXFER_CACHE/features`, else `~/.cache/nlpxfer/features`.
@@ -108,21 +111,26 @@ def pooled_features(
         StaleCacheError: The folder of this body's cache holds something else.
         NotFiniteError: The model gives NaN or infinite states.
         NoSpaceError: The disk has no room for the missing rows.
+        CheckpointError: The family has no list of layers to tell depths apart by.
     """
     start = time.perf_counter()
     head = head_of(model)
-    manifest = {
+    width = next(iter(head.transforms.values()), head.final).in_features
+    manifest: dict[str, str | int] = {
         "version": FORMAT_VERSION,
         "body": body_fingerprint(model),
         "precision": "bfloat16" if bf16 else "float32",
-        "width": next(iter(head.transforms.values()), head.final).in_features,
+        "width": width,
     }
+    if by_depth:
+        manifest["width"] = width = width * depth_of(model)
+        manifest["depths"] = depth_of(model)
     identity = json.dumps(manifest, sort_keys=True).encode()
     key = hashlib.sha256(identity).hexdigest()[:20]
     cache = RowCache(
         folder=(Path(folder) if folder else cache_root("features")) / key,
         manifest=manifest,
-        width=int(str(manifest["width"])),
+        width=width,
         values="features",
         owner="feature",
         option="--feature_cache",
@@ -132,8 +140,8 @@ def pooled_features(
     )
 
     def compute(indices: Array) -> Array:
-        chosen = rows.select(indices)
-        return predict(model, chosen, collator, batch_size=batch_size, bf16=bf16, output=_pooled, quiet=True)
+        chosen, output = rows.select(indices), _by_depth if by_depth else _pooled
+        return predict(model, chosen, collator, batch_size=batch_size, bf16=bf16, output=output, quiet=True)
 
     states_NH, computed = cache.rows(
         row_keys(rows), compute, lengths=rows.lengths, description=description, quiet=quiet
@@ -153,3 +161,7 @@ def pooled_features(
 
 def _pooled(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return pooled_states(cast("PreTrainedModel", model), inputs)
+
+
+def _by_depth(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    return states_by_depth(cast("PreTrainedModel", model), inputs).flatten(1)
