@@ -138,6 +138,8 @@ class Bench:
         found: dict[str, Callable[[], dict[str, Any]]] = {}
         for seed in self.size.seeds[number : number + 1]:
             for method in self.size.methods:
+                if number and METHODS[method][0] == "features":
+                    continue  # draws no random numbers
                 found[f"{self.name}/{method}/{seed}"] = lambda m=method, s=seed: self.method(m, s)
             if self.size.stock_epochs and number == 0:
                 found[f"{self.name}/stock/{seed}"] = lambda s=seed: self.stock(s)

@@ -79,7 +79,7 @@ class Size:
     epochs: int
     seeds: int
     few: int | None = None
-    more: tuple[str, ...] = ("3 layers", "static")
+    more: tuple[str, ...] = ("3 layers", "2 layers", "static")
     text_epochs: int = 3
     students: tuple[str, ...] = ("3 layers", "2 layers", "static")
     speed_rows: int = 1000
