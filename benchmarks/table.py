@@ -28,6 +28,7 @@ METHODS = {
     "layernorm": "LayerNorm tuning",
     "bitfit": "BitFit",
     "r-drop": "all weights, head from a linear probe, R-Drop",
+    "lora-r-drop": "LoRA, R-Drop",
     "taught": "all weights, taught by three of the others",
     "stock": "stock Trainer, float32",
 }

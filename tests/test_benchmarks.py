@@ -94,7 +94,7 @@ def test_methods_side_by_side(load, sets, words):
     path = bench.main([*words, *only], sets=sets)
     found = read(path)
     methods = found["summary"]["tiny"]["methods"]
-    assert list(methods) == ["lp-ft", "features", "lora", "r-drop", "taught", "stock"]
+    assert list(methods) == ["lp-ft", "features", "lora", "r-drop", "lora-r-drop", "taught", "stock"]
     assert methods["lora"]["trained_parameters"] < methods["lp-ft"]["trained_parameters"]
     accuracies = [found["cells"][f"tiny/lora/{seed}"]["metrics"]["test"]["accuracy"] for seed in (42, 43)]
     assert methods["lora"]["test"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies), rel=1e-5)
