@@ -27,7 +27,6 @@ from nlpxfer.evaluate.feature_arm import FeatureArm, feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
-from nlpxfer.run import Run
 from nlpxfer.start import start_run
 from nlpxfer.train.feature_head import WEIGHT_DECAYS, MlpPlan
 
@@ -117,7 +116,7 @@ class FeatureOptions(RunOptions):
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, options = parse((DataOptions, FeatureOptions), argv)
-    name, classifier = options.model_name_or_path, options.classifier
+    name, revision, classifier = options.model_name_or_path, options.model_revision, options.classifier
     if data_options.long_texts == "sliding_window":
         raise ConfigError(
             "long_texts: features are computed once per text, not per window.", fix="--long_texts head_tail"
@@ -127,15 +126,20 @@ def main(argv: Sequence[str] | None = None) -> Report:
         smoothing = options.label_smoothing_factor
         method = FeatureBased(problem_type=run.problem_type, classifier=classifier, label_smoothing=smoothing)
 
-        def build(seed: int) -> Checkpoint:
-            return build_frozen(run, options, seed)
+        def load(seed: int) -> Checkpoint:
+            return load_classifier(name, schema=run.data.schema, seed=seed, head="new", revision=revision)
 
-        base = resolve_checkpoint(name, revision=options.model_revision)
-        start = build(options.seed)
+        def build(seed: int) -> Checkpoint:
+            return as_read(load(seed), options)
+
+        base, pretrained = resolve_checkpoint(name, revision=revision), load(options.seed)
+        run.check_length(pretrained)
+        parent = run.parent_facts(pretrained)
+        start = as_read(pretrained, options)
         if classifier == "mlp":
             require_hidden_layer(start.model)
         run.begin(start, arms=1, checkpoints=False)
-        parent = run.parent_facts(start)
+        del pretrained, start
 
         def train(name: str, split: Callable[[PreTrainedTokenizerBase], Splits], seed: int) -> FeatureArm:
             return feature_arm(
@@ -152,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         trained = [train("features", run.split, seed) for seed in run.seeds]
         run.train_on_folds(partial(train, seed=run.seeds[0]))
-        arm = run.arm(trained, f"{name}, frozen, with {classifier} on its features")
+        arm = run.arm(trained, f"{name}, frozen, with {classifier} on its features{where_read(trained[0], options)}")
         arms, verdict = run.against_no_transfer(trained, [replace(arm, details={**arm.details, **trained[0].details})])
         run.checks["features"] = {"logits_difference": max(one.logits_difference for one in trained)}
         arms = run.with_speed(arms, {"features": trained[0]})
@@ -161,23 +165,27 @@ def main(argv: Sequence[str] | None = None) -> Report:
             trained,
             arms,
             verdict,
-            description=f"A {classifier} classifier on frozen features of {name}.",
+            description=f"A {classifier} classifier on frozen features of {name}{where_read(trained[0], options)}.",
             base_model=base,
             parents={"model": parent},
         )
 
 
-def build_frozen(run: Run, options: FeatureOptions, seed: int) -> Checkpoint:
-    """The checkpoint with a new final layer, its head reading the state that was asked for, of the layer asked for."""
-    checkpoint = load_classifier(
-        options.model_name_or_path, schema=run.data.schema, seed=seed, head="new", revision=options.model_revision
-    )
-    run.check_length(checkpoint)
+def as_read(checkpoint: Checkpoint, options: FeatureOptions) -> Checkpoint:
+    """The checkpoint with its head reading the state that was asked for, of the layer that was asked for."""
     if options.pooling == "mean" or (options.pooling == "auto" and can_read_mean(checkpoint.model)):
         checkpoint = replace(checkpoint, model=use_mean_pooling(checkpoint.model))
-    if options.feature_layer is not None:
+    if options.feature_layer not in (None, -1):
         checkpoint = replace(checkpoint, model=cut_to_depth(checkpoint.model, options.feature_layer))
     return checkpoint
+
+
+def where_read(arm: FeatureArm, options: FeatureOptions) -> str:
+    """The layer that was chosen or asked for, for descriptions; empty for the last one."""
+    layers = arm.details.get("layers")
+    if layers and layers["chosen"] < len(layers["logme"]):
+        return f" at layer {layers['chosen']} of {len(layers['logme'])}"
+    return "" if layers or options.feature_layer in (None, -1) else f" at layer {options.feature_layer}"
 
 
 if __name__ == "__main__":

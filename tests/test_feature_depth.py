@@ -8,10 +8,10 @@ import torch
 from recipe_runs import QUICK, files, finished, refused
 from scipy.optimize import minimize
 from scipy.stats import multivariate_normal
-from tiny import LABELS, make_rows
+from tiny import LABELS, build_tokenizer, make_rows
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from nlpxfer.checkpoint import load_classifier
+from nlpxfer.checkpoint import load_classifier, student
 from nlpxfer.checkpoint.depth import cut_to_depth, depth_of, states_by_depth
 from nlpxfer.checkpoint.head import pooled_states
 from nlpxfer.checkpoint.pooling import can_read_mean, use_mean_pooling
@@ -109,6 +109,58 @@ def test_states_by_depth_are_those_of_models_cut_there(tiny_checkpoint, family, 
         torch.testing.assert_close(model(**batch).logits, before, rtol=0, atol=0)
 
 
+def built(family, folder, **options):
+    """A classifier of a family that tiny.py lacks, with the tokenizer of BERT or of the family."""
+    tokenizer = build_tokenizer("deberta-v2" if family == "deberta-v2" else "bert")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = AutoConfig.for_model(family, **sizes, intermediate_size=64, max_position_embeddings=64, **options)
+    torch.manual_seed(0)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_what_runs_between_the_layers_runs_at_each_depth(tmp_path):
+    """DeBERTa's convolution stands between its first two layers."""
+    checkpoint = load_classifier(str(built("deberta-v2", tmp_path, conv_kernel_size=3)), schema=SCHEMA, head="new")
+    model, batch = checkpoint.model, batch_of(checkpoint)
+    with torch.no_grad():
+        states_BKH = states_by_depth(model, batch)
+        for depth in range(1, 5):
+            expected = pooled_states(cut_to_depth(model, depth), batch)
+            torch.testing.assert_close(states_BKH[:, depth - 1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_of_longformer_are_cut_with_its_layers(tmp_path):
+    folder = built("longformer", tmp_path, attention_window=[4, 4, 8, 8], pad_token_id=0)
+    cut = cut_to_depth(load_classifier(str(folder), schema=SCHEMA, head="new").model, 3)
+    assert cut.config.attention_window == [4, 4, 8]
+
+
+def test_a_family_whose_layers_are_not_called_as_modules(tmp_path):
+    widths = {f"{part}_groups": 1 for part in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    folder = built("squeezebert", tmp_path / "model", embedding_size=32, **widths)
+    checkpoint = load_classifier(str(folder), schema=SCHEMA, head="new")
+    with pytest.raises(CheckpointError, match="cannot be told apart"), torch.no_grad():
+        states_by_depth(checkpoint.model, batch_of(checkpoint))
+    rows, collator = task_of(checkpoint, "class"), Collator.for_tokenizer(checkpoint.tokenizer)
+    model, choice = read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path / "cache")
+    assert model is checkpoint.model
+    assert choice is None
+
+
+def test_a_cut_that_a_family_does_not_survive_is_refused(tiny_checkpoint, monkeypatch):
+    model = load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA).model
+
+    def fail(model):
+        raise IndexError("a layer is missing")
+
+    monkeypatch.setattr(student, "_probe", fail)
+    with pytest.raises(CheckpointError, match="does not run after keeping") as error:
+        cut_to_depth(model, 2)
+    assert "a layer is missing" in str(error.value)
+
+
 def test_a_cut_keeps_the_mean(tiny_checkpoint):
     checkpoint = load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA)
     cut = cut_to_depth(use_mean_pooling(checkpoint.model), 2)
@@ -171,18 +223,32 @@ def test_rows_without_a_label_and_more_than_the_sample_do_not_count(tiny_checkpo
     known = rows.select(np.arange(1, 96, 2))
     assert choice.logme == read_at_best_depth(checkpoint.model, known, collator, folder=tmp_path)[1].logme
     monkeypatch.setattr(feature_depth, "SAMPLE_ROWS", 20)
-    assert read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path)[1].rows == 20
+    sampled = read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path / "sample")[1]
+    assert (sampled.rows, sampled.computed) == (20, 20)
+    shuffled = rows.select(np.random.default_rng(0).permutation(96))
+    again = read_at_best_depth(checkpoint.model, shuffled, collator, folder=tmp_path / "sample")[1]
+    assert again.logme == pytest.approx(sampled.logme)
+    assert (again.rows, again.computed) == (20, 0), "the same rows in whatever order they come"
 
 
 def test_where_there_is_no_choice_the_model_stays(tiny_checkpoint, tmp_path):
-    for family, label in (("albert", None), ("bert", 2)):
+    for family, label, count in (("albert", None, 96), ("bert", 2, 96), ("bert", None, 15)):
         checkpoint = load_classifier(str(tiny_checkpoint(family)), schema=SCHEMA)
-        rows, collator = task_of(checkpoint, "class"), Collator.for_tokenizer(checkpoint.tokenizer)
+        rows, collator = task_of(checkpoint, "class", count), Collator.for_tokenizer(checkpoint.tokenizer)
         if label is not None:
             rows.columns["labels"][:] = label
         model, choice = read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path)
         assert model is checkpoint.model
         assert choice is None
+
+
+def test_layers_that_say_the_same_are_not_cut_off(tiny_copy, tmp_path):
+    """Rounding does not choose."""
+    checkpoint = load_classifier(str(forgetful(tiny_copy("bert"), 0)), schema=SCHEMA)
+    rows, collator = task_of(checkpoint, "class"), Collator.for_tokenizer(checkpoint.tokenizer)
+    model, choice = read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path)
+    assert model is checkpoint.model
+    assert choice.layer == 4
 
 
 def test_a_depth_that_the_family_cannot_hold_is_passed_over(tiny_copy, tmp_path, monkeypatch):
@@ -221,12 +287,34 @@ def test_the_recipe_saves_the_layers_that_are_read(tiny_data, tiny_copy, tmp_pat
     model = AutoModelForSequenceClassification.from_pretrained(run.folder)
     assert model.num_parameters() == json.loads((run.folder / "report.json").read_text())["arms"][0]["parameters"]
     assert run.report["checks"]["features"]["logits_difference"] < 1e-4
+    place = f"at layer {layers['chosen']} of 4"
+    assert place in run.arm("features")["description"]
+    assert place in (run.folder / "README.md").read_text()
 
 
 def test_a_layer_that_is_not_there_is_refused(tiny_data, tiny_checkpoint, tmp_path):
     for family, layer, fault in (("bert", "5", "no layer 5 among 4"), ("bert", "0", "count from 1")):
         words = words_of(tiny_data, tiny_checkpoint(family), "--feature_layer", layer)
         assert fault in refused("features", tmp_path / "out", *words)
-    words = words_of(tiny_data, tiny_checkpoint("albert"), "--feature_layer", "2")
-    assert "ALBERT" in refused("features", tmp_path / "out", *words)
+    words = words_of(tiny_data, tiny_checkpoint("albert"), "--feature_layer")
+    assert "ALBERT" in refused("features", tmp_path / "out", *words, "2")
     assert not (tmp_path / "out" / "config.json").exists()
+    assert finished("features", tmp_path / "whole", *words, "-1").report["metrics"]
+
+
+@pytest.mark.parametrize("words", [[], ["--feature_layer", "2"], ["--pooling", "own"]])
+def test_a_model_that_was_cut_teaches(words, tiny_data, tiny_copy, tmp_path, monkeypatch):
+    """The control student has its layers from the checkpoint that the teacher reads a part of."""
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    folder = forgetful(tiny_copy("bert"), 2)
+    teacher = finished("features", tmp_path / "teacher", *words_of(tiny_data, folder, *words)).folder
+    assert AutoConfig.from_pretrained(teacher).num_hidden_layers <= 3
+    plan = [*QUICK, *files(tiny_data), "--teacher_name_or_path", teacher, "--student_num_layers", "1"]
+    for more in ([], ["--model_name_or_path", folder]):
+        if not more:  # run.json keeps no path of this machine
+            told = json.loads((teacher / "run.json").read_text())
+            told["config"]["model_name_or_path"] = str(folder)
+            (teacher / "run.json").write_text(json.dumps(told))
+        run = finished("distill", tmp_path / f"out{len(more)}", *plan, *more)
+        assert run.arm("control")["description"].endswith(f"from {folder.name}")
+        assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]

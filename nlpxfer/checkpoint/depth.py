@@ -15,7 +15,7 @@ from torch import nn
 from nlpxfer.checkpoint.head import pooled_states
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.student import model_layers, slice_layers
-from nlpxfer.errors import ConfigError
+from nlpxfer.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,8 +33,8 @@ def depth_of(model: PreTrainedModel) -> int:
 def states_by_depth(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """What the head would read if the model ended after its first, second, ... last layer.
 
-    The layers run once. For each depth the rest of the model (mean layer, last norm, choice of the token) runs on
-    the states that the layer of this depth gave.
+    The layers run once. For each depth the rest of the model (mean layer, last norm, choice of the token) runs again,
+    with the layer of this depth giving what it gave, and those above what they get.
 
     Args:
         model: A sequence classifier, in eval mode.
@@ -44,7 +44,7 @@ def states_by_depth(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -
         states_BKH; the last ones are `pooled_states(model, batch)`.
 
     Raises:
-        CheckpointError: See `depth_of`.
+        CheckpointError: See `depth_of`; or the family does not call its layers as modules (SqueezeBERT).
     """
     layers = model_layers(model)[1][: depth_of(model)]
     outputs: list[Any] = []
@@ -54,19 +54,25 @@ def states_by_depth(model: PreTrainedModel, batch: Mapping[str, torch.Tensor]) -
     finally:
         for handle in handles:
             handle.remove()
+    if len(outputs) != len(layers):
+        raise CheckpointError(f"The layers of {type(model).__name__} cannot be told apart in a pass.")
     states = []
-    for output in outputs[:-1]:
-        with _giving(layers, output):
+    for depth, output in enumerate(outputs[:-1], start=1):
+        with _ending(layers, depth, output):
             states.append(pooled_states(model, batch))
     return torch.stack([*states, whole_BH], dim=1)
 
 
 @contextmanager
-def _giving(layers: nn.ModuleList, output: Any) -> Iterator[None]:  # noqa: ANN401 - a tensor or a tuple
-    """Inside, each of the layers gives `output` and computes nothing."""
+def _ending(layers: nn.ModuleList, depth: int, output: Any) -> Iterator[None]:  # noqa: ANN401 - a tensor or a tuple
+    """Inside, the first `depth` layers give `output`, and those above the states that they get; none computes."""
+
+    def passed(hidden_states: torch.Tensor, *_: Any, **__: Any) -> Any:  # noqa: ANN401
+        return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
     own = [vars(layer).get("forward") for layer in layers]
-    for layer in layers:
-        layer.forward = lambda *_, **__: output
+    for index, layer in enumerate(layers):
+        layer.forward = passed if index >= depth else lambda *_, **__: output
     try:
         yield
     finally:

@@ -125,7 +125,8 @@ def slice_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel
     name, layers = model_layers(model)
     total = len(layers)
     _check_keep(keep, total)
-    student = copy.deepcopy(model)
+    dropped = [layer for index, layer in enumerate(layers) if index not in keep]
+    student = copy.deepcopy(model, {id(layer): layer for layer in dropped})  # those are not copied
     parent, _, child = name.rpartition(".")
     kept = [student.get_submodule(f"{name}.{index}") for index in keep]
     for new, (old, layer) in enumerate(zip(keep, kept, strict=True)):
@@ -150,7 +151,7 @@ def _slice_config_(config: Any, keep: Sequence[int], total: int) -> None:  # noq
     per_layer = {
         key: value
         for key, value in vars(text).items()
-        if "layer" in key and isinstance(value, list | tuple) and len(value) == total
+        if ("layer" in key or key == "attention_window") and isinstance(value, list | tuple) and len(value) == total
     }
     text.num_hidden_layers = len(keep)
     for key, value in per_layer.items():
@@ -166,8 +167,13 @@ def check_reload(model: PreTrainedModel, *, reason: str) -> None:
         CheckpointError: Names or shapes of weights differ, or the outputs do.
     """
     state = model.state_dict()
-    with torch.device("meta"):
-        rebuilt = type(model)(copy.deepcopy(model.config))
+    try:
+        with torch.device("meta"):
+            rebuilt = type(model)(copy.deepcopy(model.config))
+    except Exception as error:
+        raise CheckpointError(
+            f"{type(model).__name__} cannot be saved after {reason}: its config would be refused.", why=str(error)
+        ) from error
     wanted = {key: tuple(value.shape) for key, value in rebuilt.state_dict().items()}
     differing = sorted(key for key in wanted.keys() | state.keys() if wanted.get(key) != _shape(state.get(key)))
     if differing:
@@ -180,7 +186,11 @@ def check_reload(model: PreTrainedModel, *, reason: str) -> None:
     rebuilt.load_state_dict(state, assign=True)
     _copy_buffers_(rebuilt, model)
     _copy_forwards_(rebuilt, model)
-    if not torch.equal(_probe(rebuilt), _probe(model)):
+    try:
+        same = torch.equal(_probe(rebuilt), _probe(model))
+    except Exception as error:
+        raise CheckpointError(f"{type(model).__name__} does not run after {reason}.", why=str(error)) from error
+    if not same:
         raise CheckpointError(
             f"{type(model).__name__} cannot be saved after {reason}: a reload would compute something else.",
             why="What a layer of this family computes depends on its place, and its config cannot say so.",

@@ -125,6 +125,7 @@ def feature_arm(
             description=f"{name}: states of each layer",
             quiet=quiet,
         )
+        checkpoint = replace(checkpoint, model=model)  # nothing holds the whole one from here on
     found = {"train": features_of("train", bool(options.bf16)), "validation": features_of("validation", False)}
     labels = {part: getattr(splits, part).columns["labels"] for part in ("train", "validation")}
     plan = replace(plan or MlpPlan(), seed=seed)

@@ -28,7 +28,7 @@ from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.transferability import logme
 from nlpxfer.losses.classification import labelled
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
-from nlpxfer.train.feature_cache import pooled_features
+from nlpxfer.train.feature_cache import pooled_features, row_keys
 from nlpxfer.train.launch import from_main, is_main_process
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
 SAMPLE_ROWS: Final = 1024
-"""Training rows at most that layers are compared on."""
+"""Training rows that layers are compared on; more where there are many classes."""
+FEWEST_ROWS, ROWS_PER_TARGET = 8, 4
+"""Labelled rows from which on layers are compared: fewer say as much of the noise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,22 +49,30 @@ class DepthChoice:
 
     Attributes:
         layer: From 1.
-        logme: Of each layer; empty where there was nothing to compare.
+        logme: Of each layer.
         rows: Training rows that they were compared on.
-        tokens: Tokens that went through the model for it.
+        computed: Those whose states were not in the cache.
+        tokens: Tokens of these.
         seconds: Wall-clock time.
     """
 
     layer: int
-    logme: Sequence[float] = ()
-    rows: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
+    logme: Sequence[float]
+    rows: int
+    computed: int
+    tokens: int
+    seconds: float
 
     def facts(self) -> dict[str, Any]:
         """For the report."""
         scores = {str(layer): score for layer, score in enumerate(self.logme, start=1)}
-        return {"chosen": self.layer, "rows": self.rows, "seconds": round(self.seconds, 2), "logme": scores}
+        return {
+            "chosen": self.layer,
+            "rows": self.rows,
+            "computed": self.computed,
+            "seconds": round(self.seconds, 2),
+            "logme": scores,
+        }
 
 
 def read_at_best_depth(
@@ -79,9 +89,10 @@ def read_at_best_depth(
 ) -> tuple[PreTrainedModel, DepthChoice | None]:
     """The model cut to the layers that suit the rows best, and how they compare.
 
-    The model itself is returned if its last layer is the best; with None if there is nothing to compare: one layer, a
-    family without a list of layers (ALBERT), or fewer than two kinds of labels. Depths that the family cannot be cut
-    to do not count. All processes call this together and get the same choice.
+    The model itself is returned if no layer is better than its last; with None if there is nothing to compare: one
+    layer, a family whose layers cannot be told apart (ALBERT), fewer than four labelled rows per class or eight in
+    all, or all with the same label. Depths that the family cannot be cut to do not count. All processes call this
+    together and get the same choice.
 
     Args:
         model: A sequence classifier on its device, with the pooling that it shall have.
@@ -98,50 +109,61 @@ def read_at_best_depth(
         StaleCacheError, NotFiniteError, NoSpaceError: See `pooled_features`.
     """
     start = time.perf_counter()
-    try:
-        total = depth_of(model)
-    except CheckpointError:
-        return model, None
     sample = _sample(rows)
     targets_NC = _targets(sample, problem_type)
-    if total == 1 or len(sample) < 2 or not np.ptp(targets_NC, axis=0).any():
+    few = len(sample) < max(FEWEST_ROWS, ROWS_PER_TARGET * targets_NC.shape[1])
+    if few or not np.ptp(targets_NC, axis=0).any():
         return model, None
-    found = pooled_features(
-        model,
-        sample,
-        collator,
-        by_depth=True,
-        batch_size=batch_size,
-        bf16=bf16,
-        folder=folder,
-        description=description,
-        quiet=quiet,
-    )
+    try:
+        total = depth_of(model)
+        if total == 1:
+            return model, None
+        found = pooled_features(
+            model,
+            sample,
+            collator,
+            by_depth=True,
+            batch_size=batch_size,
+            bf16=bf16,
+            folder=folder,
+            description=description,
+            quiet=quiet,
+        )
+    except CheckpointError as error:
+        logger.info("features are read at the last layer: %s", error.what)
+        return model, None
     scores: list[float] = []
     if is_main_process():
         scores = [logme(states_NH, targets_NC) for states_NH in np.split(found.states_NH, total, axis=1)]
     scores = from_main(scores)
-    cut, layer = _cut(model, sorted(range(1, total + 1), key=lambda layer: (-scores[layer - 1], layer)))
+    cut, layer = _cut(model, scores)
     seconds = time.perf_counter() - start
     shown = ", ".join(f"{score:.3f}" for score in scores)
     logger.info("features are read at layer %d of %d (LogME %s; %d rows)", layer, total, shown, len(sample))
-    return cut, DepthChoice(layer=layer, logme=scores, rows=len(sample), tokens=found.tokens, seconds=seconds)
+    return cut, DepthChoice(
+        layer=layer, logme=scores, rows=len(sample), computed=found.computed, tokens=found.tokens, seconds=seconds
+    )
 
 
-def _cut(model: PreTrainedModel, layers: Sequence[int]) -> tuple[PreTrainedModel, int]:
-    """The model cut to the first of these depths that its family can hold; its own is one of them."""
-    for layer in layers[: layers.index(depth_of(model))]:
+def _cut(model: PreTrainedModel, scores: Sequence[float]) -> tuple[PreTrainedModel, int]:
+    """The model cut to the best depth that its family can hold; its own if no other is better, rounding aside."""
+    better = [layer for layer, score in enumerate(scores, start=1) if score > scores[-1] + 1e-6]
+    for layer in sorted(better, key=lambda layer: -scores[layer - 1]):
         try:
             return cut_to_depth(model, layer), layer
         except CheckpointError as error:
             logger.info("not read at layer %d: %s", layer, error.what)
-    return model, depth_of(model)
+    return model, len(scores)
 
 
 def _sample(rows: TokenisedRows) -> TokenisedRows:
-    """Labelled rows, the same ones for all seeds, so that these share what is cached."""
-    known = np.flatnonzero(labelled(torch.from_numpy(rows.columns["labels"])).numpy())
-    return rows.select(np.sort(np.random.default_rng(0).permutation(known)[:SAMPLE_ROWS]))
+    """Labelled rows by the order of their keys: the same ones however rows are ordered, so that states are shared."""
+    labels = rows.columns["labels"]
+    known = np.flatnonzero(labelled(torch.from_numpy(labels)).numpy())
+    classes = labels.shape[1] if labels.ndim > 1 else len(np.unique(labels[known]))
+    keys = row_keys(rows.select(known))
+    first = sorted(range(len(known)), key=keys.__getitem__)[: max(SAMPLE_ROWS, ROWS_PER_TARGET * classes)]
+    return rows.select(np.sort(known[first]))
 
 
 def _targets(rows: TokenisedRows, problem_type: ProblemType) -> Array:

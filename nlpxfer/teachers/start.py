@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from nlpxfer.checkpoint.depth import cut_to_depth, depth_of
 from nlpxfer.checkpoint.fingerprint import weights_fingerprint
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.checkpoint.pooling import has_mean_layer
@@ -31,7 +33,7 @@ def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Che
         CheckpointError: What was named cannot be loaded.
     """
     if named is not None:
-        base = load_classifier(named, schema=schema)
+        base = _as_deep(load_classifier(named, schema=schema), teacher)
         if not _may_start_from(teacher, base):
             raise ConfigError(
                 f"model_name_or_path: {teacher.name} did not start from {named}: their weights have other shapes."
@@ -42,8 +44,9 @@ def start_of(teacher: Checkpoint, named: str | None, schema: LabelSchema) -> Che
     why = "no run.json says what it started from"
     if recorded:
         try:
-            base = load_classifier(str(recorded), schema=schema, revision=options.get("model_revision"))
-            if _may_start_from(teacher, base) and _is_recorded(base, teacher):
+            whole = load_classifier(str(recorded), schema=schema, revision=options.get("model_revision"))
+            base = _as_deep(whole, teacher)
+            if _may_start_from(teacher, base) and _is_recorded(whole, teacher):
                 LOGGER.info("control: its layers come from %s, which %s started from", base.name, teacher.name)
                 return base
             why = f"{recorded}, which its run.json names, has other weights here"
@@ -62,6 +65,18 @@ def _is_recorded(base: Checkpoint, teacher: Checkpoint) -> bool:
     """Whether run.json has the weights of a checkpoint: a name of a local folder may mean another one here."""
     recorded = recorded_run(teacher.folder, "parents", "model").get("loaded_weights")
     return recorded in (None, weights_fingerprint(base.model, without=base.fresh))
+
+
+def _as_deep(base: Checkpoint, teacher: Checkpoint) -> Checkpoint:
+    """The checkpoint cut to the depth of a teacher that reads it below its last layer (`recipes/features.py`)."""
+    if recorded_run(teacher.folder).get("recipe") == "features":
+        try:
+            depth = depth_of(teacher.model)
+            if depth < depth_of(base.model):
+                return replace(base, model=cut_to_depth(base.model, depth))
+        except CheckpointError:  # no layers to count: it was not cut
+            pass
+    return base
 
 
 def _may_start_from(teacher: Checkpoint, base: Checkpoint) -> bool:
