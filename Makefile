@@ -1,5 +1,5 @@
 # make demo   set up, then distil the bundled data with the bundled checkpoint   (ARGS="--overwrite" to do it again)
-# make test   set up, then run the tests with coverage                          (ARGS="-k distill" adds options)
+# make test   set up, then run the tests             (ARGS="-k distill" adds options; ARGS=--cov: with coverage, slow)
 # make lint   set up, then check format, rules and types
 # make setup  set up all that these need, and no more
 # make clean  remove .venv and caches
@@ -108,8 +108,7 @@ demo:
 
 test:
 	@sh -c "$$SETUP" setup demo test
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile \
-		--cov --cov-report=term-missing:skip-covered $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
 
 lint:
 	@sh -c "$$SETUP" setup demo test dev
