@@ -232,6 +232,16 @@ def test_rows_without_a_label_and_more_than_the_sample_do_not_count(tiny_checkpo
     assert (again.rows, again.computed) == (20, 0), "the same rows in whatever order they come"
 
 
+def test_numbers_are_one_target_however_many_they_are(tiny_checkpoint, tmp_path, monkeypatch):
+    """The sample of a regression does not grow with the number of distinct values."""
+    monkeypatch.setattr(feature_depth, "SAMPLE_ROWS", 20)
+    checkpoint = load_classifier(str(tiny_checkpoint("bert")), schema=SCHEMA)
+    rows, collator = task_of(checkpoint, "number"), Collator.for_tokenizer(checkpoint.tokenizer)
+    rows.columns["labels"] = np.linspace(0, 1, 96, dtype=np.float32)
+    choice = read_at_best_depth(checkpoint.model, rows, collator, folder=tmp_path, problem_type=REGRESSION)[1]
+    assert choice.rows == 20
+
+
 def test_where_there_is_no_choice_the_model_stays(tiny_checkpoint, tmp_path):
     for family, label, count in (("albert", None, 96), ("bert", 2, 96), ("bert", None, 15)):
         checkpoint = load_classifier(str(tiny_checkpoint(family)), schema=SCHEMA)

@@ -109,7 +109,7 @@ def read_at_best_depth(
         StaleCacheError, NotFiniteError, NoSpaceError: See `pooled_features`.
     """
     start = time.perf_counter()
-    sample = _sample(rows)
+    sample = _sample(rows, problem_type)
     targets_NC = _targets(sample, problem_type)
     few = len(sample) < max(FEWEST_ROWS, ROWS_PER_TARGET * targets_NC.shape[1])
     if few or not np.ptp(targets_NC, axis=0).any():
@@ -156,13 +156,13 @@ def _cut(model: PreTrainedModel, scores: Sequence[float]) -> tuple[PreTrainedMod
     return model, len(scores)
 
 
-def _sample(rows: TokenisedRows) -> TokenisedRows:
+def _sample(rows: TokenisedRows, problem_type: ProblemType) -> TokenisedRows:
     """Labelled rows by the order of their keys: the same ones however rows are ordered, so that states are shared."""
     labels = rows.columns["labels"]
     known = np.flatnonzero(labelled(torch.from_numpy(labels)).numpy())
-    classes = labels.shape[1] if labels.ndim > 1 else len(np.unique(labels[known]))
+    targets = len(np.unique(labels[known])) if problem_type == SINGLE_LABEL else labels[:1].size
     keys = row_keys(rows.select(known))
-    first = sorted(range(len(known)), key=keys.__getitem__)[: max(SAMPLE_ROWS, ROWS_PER_TARGET * classes)]
+    first = sorted(range(len(known)), key=keys.__getitem__)[: max(SAMPLE_ROWS, ROWS_PER_TARGET * targets)]
     return rows.select(np.sort(known[first]))
 
 

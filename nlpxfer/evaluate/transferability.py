@@ -36,24 +36,22 @@ def logme(features_ND: Array, targets_NC: Array) -> float:
     if features_ND.ndim != 2 or targets_NC.ndim != 2 or len(features_ND) != len(targets_NC) or len(features_ND) < 2:
         raise ValueError(f"logme got features {features_ND.shape} and targets {targets_NC.shape}")
     x_ND = features_ND.astype(np.float64) - features_ND.mean(axis=0, dtype=np.float64)
-    y_NC = targets_NC.astype(np.float64) - targets_NC.mean(axis=0, dtype=np.float64)
-    y_NC = y_NC[:, np.abs(y_NC).max(axis=0) > 0]
-    if not y_NC.shape[1]:
+    varying_NC = targets_NC[:, np.ptp(targets_NC, axis=0) > 0].astype(np.float64)
+    if not varying_NC.shape[1]:
         raise ValueError("no target varies")
+    y_NC = varying_NC - varying_NC.mean(axis=0)
     freedom = len(x_ND) - 1
     left, sizes, _ = np.linalg.svd(x_ND, full_matrices=False)
     kept = sizes > sizes[0] * max(x_ND.shape) * np.finfo(np.float32).eps
     variances_R, along_RC = np.square(sizes[kept]), np.square(left[:, kept].T @ y_NC)
     outside_C = np.maximum(np.square(y_NC).sum(axis=0) - along_RC.sum(axis=0), 0.0)
-    if not len(variances_R):
-        return float(_evidences(freedom, variances_R, along_RC, outside_C, np.ones(1)).mean()) / freedom
+    largest = float(np.square(sizes[0])) or 1.0  # features that do not vary: any ratio
     logs, step = np.linspace(*RATIOS, POINTS, retstep=True)
-    coarse_PC = _evidences(freedom, variances_R, along_RC, outside_C, variances_R[0] * 10**logs)
-    best = [
-        _evidences(freedom, variances_R, along_RC[:, [c]], outside_C[[c]], variances_R[0] * 10**fine).max()
-        for c, place in enumerate(logs[coarse_PC.argmax(axis=0)])
-        for fine in [np.linspace(place - step, place + step, POINTS)]
-    ]
+    coarse_PC = _evidences(freedom, variances_R, along_RC, outside_C, largest * 10**logs)
+    best = []
+    for c, place in enumerate(logs[coarse_PC.argmax(axis=0)]):
+        ratios_P = largest * 10 ** np.linspace(place - step, place + step, POINTS)
+        best.append(_evidences(freedom, variances_R, along_RC[:, [c]], outside_C[[c]], ratios_P).max())
     return float(np.mean(best)) / freedom
 
 
