@@ -33,7 +33,7 @@ from nlpxfer.methods.adapters import Adapters, linear_layers
 from nlpxfer.train.checkpoints import load_trained_, save_trained
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
-MAIN_KINDS = ("lora", "rslora", "dora", "ia3", "prefix", "prompt", "p_tuning", "layernorm", "bitfit")
+MAIN_KINDS = ("lora", "rslora", "dora", "adalora", "ia3", "prefix", "prompt", "p_tuning", "layernorm", "bitfit")
 FURTHER_KINDS = tuple(kind for kind in KINDS if kind not in MAIN_KINDS)
 LINEAR_ONLY = tuple(kind for kind, row in KINDS.items() if not row.wraps_conv1d)
 SMALL = {"num_virtual_tokens": 4, "adapter_rank": 4, "adapter_num_weights": 64}

@@ -293,7 +293,19 @@ def test_other_kinds_of_task(kind, problem_type, bert, tmp_path):
         assert len(bundle.schema) == 4
 
 
-@pytest.mark.parametrize("kind", ["lora", "p_tuning"])
+def test_adalora_ends_with_the_ranks_that_were_asked_for(bert, tiny_data, tmp_path):
+    words = [*tiny_words(tiny_data, bert, epochs=3), *QUICKLY, "--adapter", "adalora", "--adapter_rank", "2"]
+    run = finished("adapters", tmp_path / "out", *words, "--control_arm", "false", "--load_best_model_at_end", "false")
+    weights = load_file(run.folder / "adapter" / "adapter_model.safetensors")
+    kept = {name: values for name, values in weights.items() if "lora_E" in name}
+    assert {tuple(values.shape) for values in kept.values()} == {(3, 1)}
+    assert sum(int(values.count_nonzero()) for values in kept.values()) == 2 * len(kept)
+    config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] is None
+    assert (config["total_step"], config["tinit"], config["tfinal"]) == (6, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "p_tuning", "adalora"])
 def test_an_interrupted_run_goes_on_bit_for_bit(kind, tiny_checkpoint, tiny_data, tmp_path, monkeypatch):
     words = [
         *tiny_words(tiny_data, tiny_checkpoint("bert", layers=2, dropout=0.1), epochs=3),

@@ -70,6 +70,24 @@ def test_two_processes_interrupted_and_resumed_give_what_one_process_gives(words
     assert (weights[name] - expected[name]).norm() < 0.01 * moved
 
 
+def test_two_processes_keep_the_ranks_of_one(words, tmp_path):
+    """AdaLoRA scores by gradients and ranks by scores: each process by itself, and all of them alike."""
+    plan = [*words[:-1], "3", "--adapter", "adalora", "--control_arm", "false"]
+    plan += ["--load_best_model_at_end", "false"]
+    shares = ["--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "two")]
+    two = run(torchrun("recipes/adapters.py", *plan, *shares))
+    assert two.returncode == 0, two.stderr
+    one = finished("adapters", tmp_path / "one", *plan, "--per_device_train_batch_size", "8")
+    weights, expected = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (tmp_path / "two", one.folder)
+    )
+    kept = {name: values != 0 for name, values in expected.items() if "lora_E" in name}
+    agreeing = [float((kept[name] == (weights[name] != 0)).float().mean()) for name in kept]
+    assert sum(int(values.sum()) for values in kept.values()) == 8 * len(kept)
+    assert sum(int(weights[name].count_nonzero()) for name in kept) == 8 * len(kept)
+    assert sum(agreeing) / len(agreeing) > 0.95
+
+
 def test_a_program_that_is_terminated_can_be_resumed(words, tmp_path):
     own = [*words, "--learning_rate", "1e-3", "--control_arm", "false"]
     arm = tmp_path / "out" / "checkpoints" / "fine-tuned-42"

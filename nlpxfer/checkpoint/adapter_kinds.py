@@ -125,6 +125,16 @@ _ROWS: Final = (
         source="Liu et al. 2024, arXiv:2402.09353",
     ),
     AdapterKind(
+        name="adalora",
+        config="AdaLoraConfig",
+        peft_type="ADALORA",
+        options={RANK: "target_r", ALPHA: "lora_alpha", DROPOUT: "lora_dropout", TARGETS: "target_modules"},
+        fixed={"total_step": 1},  # until the training knows how many there are
+        defaults=_LORA_DEFAULTS,
+        learning_rate=5e-3,
+        source="Zhang et al. 2023, arXiv:2303.10512",
+    ),
+    AdapterKind(
         name="ia3",
         config="IA3Config",
         peft_type="IA3",

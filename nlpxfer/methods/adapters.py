@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FIRST_RANKS: Final = 1.5
+"""Ranks that AdaLoRA starts with over those that it keeps: the paper's, section 4.1."""
 _IN_A_BLOCK: Final = re.compile(r"\.\d+\.")
 UNFIT_OPTIONS: Final[dict[str, Any]] = {
     "freeze_embeddings": True,
@@ -130,6 +132,8 @@ class Adapters(Method):
             for name, neutral in UNFIT_OPTIONS.items()
             if getattr(options, name) != neutral
         ]
+        if self.adapter == "adalora" and options.fp16:
+            faults.append("fp16: adalora scores ranks by their gradients, which fp16 scales; use bf16")
         if is_sharded(options):
             faults.append("fsdp: adapters train with DDP; the frozen weights need no optimizer state anyway")
         if faults:
@@ -172,6 +176,8 @@ class Adapters(Method):
             values[name] = kind.defaults.get(option) if given in (None, ()) else given
         if ALPHA in kind.options and self.adapter_alpha is None:
             values[kind.options[ALPHA]] = kind.alpha_per_rank * values[kind.options[RANK]]
+        if self.adapter == "adalora":
+            values["init_r"] = math.ceil(FIRST_RANKS * values["target_r"])
         if TARGETS in kind.options:
             linear = self._targets(model)
             values["target_modules"] = _short(linear, model)

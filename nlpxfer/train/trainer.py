@@ -67,10 +67,12 @@ from nlpxfer.train.moving_average import MovingAverage
 from nlpxfer.train.precision import autocast_type, padding_multiple
 from nlpxfer.train.predict import predict
 from nlpxfer.train.preflight import preflight
+from nlpxfer.train.rank_budget import RankBudget
 from nlpxfer.train.regime import float32_head, training_attention
 from nlpxfer.train.sampler import LengthGroupedSampler
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -153,6 +155,7 @@ class TransferTrainer(Trainer):
         self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
         self.depths = parameter_depths(model) if is_layerwise(options) else {}
         self.penalty = self._start_penalty(model)
+        self.ranks = RankBudget(cast("PeftModel", model)) if method.adapter == "adalora" else None
         self.remove_callback(PrinterCallback)
         if not options.disable_tqdm:
             self.remove_callback(ProgressCallback)
@@ -160,6 +163,8 @@ class TransferTrainer(Trainer):
         self.add_callback(EpochOrder(self))
         if self.average is not None:
             self.add_callback(AverageWeights(self, self.average))
+        if self.ranks is not None:
+            self.add_callback(self.ranks)
         self.stop = StopOnSignal()
         self.add_callback(self.stop)
         if options.early_stopping_patience:
@@ -324,8 +329,11 @@ class TransferTrainer(Trainer):
                 why="the learning rate is too high for this model",
                 fix=f"--learning_rate {self.args.learning_rate / 10:g}",
             )
-        if self.penalty is not None and self.accelerator.sync_gradients:
-            self.penalty.add_gradient_(self.network)
+        if self.accelerator.sync_gradients:
+            if self.penalty is not None:
+                self.penalty.add_gradient_(self.network)
+            if self.ranks is not None:
+                self.ranks.add_gradient_()
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - a number or a tensor
@@ -390,6 +398,8 @@ class TransferTrainer(Trainer):
                 write_json_whole(folder / PREFLIGHT_FILE, self.preflight)
             if self.average is not None:
                 self.average.save(folder)
+            if self.ranks is not None:
+                self.ranks.save(folder)
             seal(folder, self.identity, self.state.global_step)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
@@ -408,6 +418,8 @@ class TransferTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.average is not None:
             self.average.load_(Path(resume_from_checkpoint))
+        if self.ranks is not None:
+            self.ranks.load_(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if is_adapted(self.network):
