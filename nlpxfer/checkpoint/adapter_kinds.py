@@ -131,7 +131,6 @@ _ROWS: Final = (
         options={RANK: "target_r", ALPHA: "lora_alpha", DROPOUT: "lora_dropout", TARGETS: "target_modules"},
         fixed={"total_step": 1},  # until the training knows how many there are
         defaults=_LORA_DEFAULTS,
-        learning_rate=5e-3,
         source="Zhang et al. 2023, arXiv:2303.10512",
     ),
     AdapterKind(
