@@ -27,6 +27,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.methods.adapters import Adapters
 from nlpxfer.methods.finetune import FineTune
+from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Arm, Report
 from nlpxfer.result import finish
 from nlpxfer.run import Run
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             revision = plan.model_revision
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=revision, quantised=bits)
 
-        base = resolve_checkpoint(name, revision=plan.model_revision)
+        base, shown = resolve_checkpoint(name, revision=plan.model_revision), scrub_text(name)
         start = build(options.seed)
         gently, width = run.starts_large(start), start.hidden_size
         run.settle_learning_rate(plan.method().kind.learning_rate_for(width, gently=gently))
@@ -113,14 +114,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
         plan = run.search("adapter", arm, plan)
         trained = run.train("adapter", **arm(plan))
         run.cross_validate(**arm(plan))
-        own = adapter_arm(run, trained, f"{name}, {plan.adapter} and head trained")
+        own = adapter_arm(run, trained, f"{shown}, {plan.adapter} and head trained")
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
             rate = default_learning_rate(width, gently=gently)
             whole: dict[str, Any] = {"facts": facts, "learning_rate": rate}
             full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
-            arms.insert(1, run.arm(full, f"{name}, all weights trained for as many epochs"))
+            arms.insert(1, run.arm(full, f"{shown}, all weights trained for as many epochs"))
             models["full"] = full[0]
             run.checks["gain_over_full"] = vars(run.gain(trained, [arm.test_logits for arm in full], versus="full"))
         arms = run.with_speed(arms, models)
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             trained,
             arms,
             verdict,
-            description=f"{name} with an adapter of the kind {plan.adapter}"
+            description=f"{shown} with an adapter of the kind {plan.adapter}"
             + (", merged." if merges else "; no merged model exists, the folder `adapter` holds it."),
             base_model=base,
             parents={"model": parent},

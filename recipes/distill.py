@@ -35,6 +35,7 @@ from nlpxfer.methods.base import is_sharded
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import REGRESSION
+from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.result import finish
 from nlpxfer.run import Run
@@ -92,6 +93,8 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
     kd_loss: Literal["kl", "mse"] = option("kl", "Compare logits by T^2 KL, or by their squared error.")
 
     def __post_init__(self) -> None:
+        if len(self.teacher_names) > 1:  # each by itself in what is recorded
+            object.__setattr__(self, "teacher_name_or_path", list(self.teacher_names))
         faults = self.teacher_faults() + self.student_faults() + self.target_faults()
         own = {"student": LAYERS, "student_name_or_path": None, "hidden_layers": "auto", **CUTS}
         own |= {"assistant_num_layers": None, "generations": 1, "student_int8": False}
@@ -198,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             training = training_of(run, plan, source) | {"max_steps": student[0].steps}
             control = run.train("control", build, alone, **training)
             taught = pretrained is source and plan.teacher_names and not plan.student_name_or_path
-            start = plan.student_name_or_path or pretrained.name
+            start = scrub_text(plan.student_name_or_path or pretrained.name)
             start = f"the teacher's own weights ({start})" if taught else start
             description = f"the same student and number of steps, without a teacher; from {start}"
             arms.insert(0, run.arm(control, description))
@@ -278,7 +281,7 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
     }
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
     held_out = train_on_folds(run, folds, build, method, **training)
-    name = f"{pretrained} fine-tuned"
+    name = f"{scrub_text(pretrained)} fine-tuned"
     started = {"model_name_or_path": pretrained, **training}
     teacher = run.keep_beside("teacher", trained[0], as_name=name, parent=base, recipe="finetune", options=started)
     panel = Panel(
@@ -322,7 +325,7 @@ def assistant_plan(plan: DistillOptions, layers: int) -> DistillOptions:
 def distil_itself(run: Run, plan: DistillOptions) -> Report:
     """A student whose teacher is the moving average of its own weights, and the same student without that."""
     name = str(plan.student_name_or_path or plan.pretrained)
-    source = load_classifier(name, schema=run.data.schema)
+    source, shown = load_classifier(name, schema=run.data.schema), scrub_text(name)
     whole = all(getattr(plan, name) == default for name, default in CUTS.items())
 
     def build(seed: int) -> Checkpoint:
@@ -339,7 +342,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     run.begin(build(run.seeds[0]), arms=2)
     plan = run.search("distilled", arm, plan)
     student = run.train("distilled", **arm(plan))
-    arms = [run.arm(student, f"{name}, taught by the moving average of its weights"), run.majority_arm()]
+    arms = [run.arm(student, f"{shown}, taught by the moving average of its weights"), run.majority_arm()]
     models = {"distilled": student[0]}
     verdict = Verdict.unmeasured("the control arm was switched off")
     if run.options.control_arm:
@@ -354,7 +357,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         student,
         with_latency(run, run.with_speed(arms, models), models),
         verdict,
-        description=f"{name}, taught by the moving average of its own weights (mean teacher).",
+        description=f"{shown}, taught by the moving average of its own weights (mean teacher).",
         base_model=resolve_checkpoint(name),
         parents={"model": run.parent_facts(source)},
         tags=["knowledge-distillation"],

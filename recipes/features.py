@@ -25,6 +25,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.feature_arm import FeatureArm, feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
+from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
 from nlpxfer.start import start_run
@@ -133,6 +134,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return as_read(load(seed), options)
 
         base, pretrained = resolve_checkpoint(name, revision=revision), load(options.seed)
+        shown = scrub_text(name)
         run.check_length(pretrained)
         parent = run.parent_facts(pretrained)
         start = as_read(pretrained, options)
@@ -156,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         trained = [train("features", run.split, seed) for seed in run.seeds]
         run.train_on_folds(partial(train, seed=run.seeds[0]))
-        arm = run.arm(trained, f"{name}, frozen, with {classifier} on its features{where_read(trained[0], options)}")
+        arm = run.arm(trained, f"{shown}, frozen, with {classifier} on its features{where_read(trained[0], options)}")
         arms, verdict = run.against_no_transfer(trained, [replace(arm, details={**arm.details, **trained[0].details})])
         run.checks["features"] = {"logits_difference": max(one.logits_difference for one in trained)}
         arms = run.with_speed(arms, {"features": trained[0]})
@@ -165,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             trained,
             arms,
             verdict,
-            description=f"A {classifier} classifier on frozen features of {name}{where_read(trained[0], options)}.",
+            description=f"A {classifier} classifier on frozen features of {shown}{where_read(trained[0], options)}.",
             base_model=base,
             parents={"model": parent},
         )

@@ -19,6 +19,7 @@ from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.errors import ConfigError
+from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
 from nlpxfer.start import start_run
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)
 
-        base = resolve_checkpoint(name, revision=model_options.model_revision)
+        base, shown = resolve_checkpoint(name, revision=model_options.model_revision), scrub_text(name)
         start = build(options.seed)
         run.settle_learning_rate(run.learning_rate_for(start))
         parent = run.parent_facts(start)
@@ -62,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
         chosen = run.search("fine-tuned", arm, model_options)
         trained = run.train("fine-tuned", **arm(chosen))
         run.cross_validate(**arm(chosen))
-        arms, verdict = run.against_no_transfer(trained, [run.arm(trained, f"{name}, fine-tuned")])
+        arms, verdict = run.against_no_transfer(trained, [run.arm(trained, f"{shown}, fine-tuned")])
         arms = run.with_speed(arms, {trained[0].name: trained[0]})
         return finish(
             run,
             trained,
             arms,
             verdict,
-            description=f"{name}, fine-tuned on labelled texts.",
+            description=f"{shown}, fine-tuned on labelled texts.",
             base_model=base,
             parents={"model": parent},
         )

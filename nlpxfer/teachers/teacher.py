@@ -23,6 +23,7 @@ from nlpxfer.data.teacher_file import TeacherFile, read_teacher_file
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.folds import OutOfFold
 from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.report.privacy import scrub_text
 from nlpxfer.train.teacher_cache import teacher_logits
 from nlpxfer.train.zero_shot import zero_shot_logits
 
@@ -82,8 +83,8 @@ class ModelTeacher(Teacher):
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
-        return self.classifier.name
+        """As it was asked for, without folders of this machine."""
+        return scrub_text(self.classifier.name)
 
     @property
     def model(self) -> Checkpoint:
@@ -145,8 +146,8 @@ class ZeroShotTeacher(Teacher):
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
-        return f"{self.scorer.checkpoint.name}, zero-shot"
+        """As it was asked for, without folders of this machine."""
+        return f"{scrub_text(self.scorer.checkpoint.name)}, zero-shot"
 
     @property
     def model(self) -> Checkpoint:
