@@ -188,7 +188,7 @@ class Bench:
         def build(seed: int) -> Checkpoint:
             return load_classifier(self.model, schema=self.run.data.schema, seed=seed)
 
-        rate = self.run.learning_rate_for(build(0))
+        rate = self.run.start_of_training(build(0))["learning_rate"]
         arm = self.run.train("teacher", build, FineTune(), seeds=self.run.seeds[:1], learning_rate=rate)[0]
         shutil.rmtree(self.teacher_folder, ignore_errors=True)
         save_classifier(arm.model, arm.tokenizer, self.run.data.schema, self.teacher_folder)

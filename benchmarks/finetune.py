@@ -482,7 +482,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
         with start_run("finetune", DataOptions(**{**values, "max_train_samples": size.rows}), options) as run:
             results.use_data(name, run.data.fingerprint)
             bench = Bench(name, run, size, asked.model, results)
-            run.settle_learning_rate(run.learning_rate_for(bench.build(0)))
+            run.settle(**run.start_of_training(bench.build(0)))
             results.measure(bench.cells())
             summary[name] = bench.summary() | {"bf16": vars(run.precision), "threads": torch.get_num_threads()}
     return results.write(summary)

@@ -231,19 +231,41 @@ class Run:
         shared = {key: value for key, value in self.config.items() if key not in NOT_PART_OF_THE_RUN}
         return {**shared, "bf16": self.options.bf16, "data_fingerprint": self.data.fingerprint}
 
-    def starts_large(self, checkpoint: Checkpoint) -> bool:
+    def probe_size(self, **training: Any) -> float | None:  # noqa: ANN401 - values of options
+        """Size of the probe that a head starts from on the labelled rows; None without a probe.
+
+        Args:
+            training: Options in which the training differs from that of the run.
+        """
+        options = changed(self.options, **training)
+        if not options.linear_probe or "linear_probe_size" in options.idle:
+            return None
+        return options.probe_size(self.problem_type, len(self.data.train))
+
+    def starts_large(self, checkpoint: Checkpoint, **training: Any) -> bool:  # noqa: ANN401 - see `probe_size`
         """Whether the head is large from the start: it comes with the checkpoint, or from a probe of its own size."""
-        return checkpoint.head_kept or (self.options.linear_probe and not self.options.linear_probe_size)
+        return checkpoint.head_kept or self.probe_size(**training) == 0
 
-    def learning_rate_for(self, checkpoint: Checkpoint) -> float:
-        """The learning rate that was asked for, or else that of such a model where all weights learn."""
-        gently, static = self.starts_large(checkpoint), checkpoint.is_static
+    def start_of_training(self, checkpoint: Checkpoint, **training: Any) -> dict[str, Any]:  # noqa: ANN401
+        """Learning rate and size of the probe: those that were asked for, or else those of such a model.
+
+        They go together, and both follow from the steps that the labelled rows make. All weights learn.
+
+        Args:
+            checkpoint: Untrained.
+            training: See `probe_size`.
+        """
+        gently, static = self.starts_large(checkpoint, **training), checkpoint.is_static
         default = default_learning_rate(checkpoint.hidden_size, gently=gently, static=static)
-        return self.options.learning_rate_or(default)
+        rate = self.options.learning_rate_or(default)
+        return {"learning_rate": rate, "linear_probe_size": self.probe_size(**training)}
 
-    def settle_learning_rate(self, default: float) -> None:
-        """Take this learning rate for the run, if none was asked for."""
-        self.options.learning_rate = self.config["learning_rate"] = self.options.learning_rate_or(default)
+    def settle(self, **chosen: Any) -> None:  # noqa: ANN401 - values of options
+        """Take these values for the run, and into its record."""
+        for name, value in chosen.items():
+            setattr(self.options, name, value)
+            if name not in self.options.idle:
+                self.config[name] = value
 
     def label_method(self, plan: LabelLossOptions) -> FineTune:
         """The loss with the gold labels, with weights and offsets counted on the training rows.
@@ -278,7 +300,11 @@ class Run:
         logger.info("%s: searching %s in %d trials", name, ", ".join(ranges), options.num_trials)
         fixed = {key: value for key, value in self.facts().items() if key not in ranges}
         drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}
-        parents = arm_of(plan).get("facts") or {}
+        first = arm_of(plan)
+        for option in ("learning_rate", "linear_probe_size"):
+            if option in ranges and option in first:  # the first trial has what it would be without the range
+                setattr(options, option, first[option])
+        parents = first.get("facts") or {}
         search = Search(
             SearchPlan.of(options, plan),
             self.folder / "checkpoints" / "search",

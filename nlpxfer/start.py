@@ -105,9 +105,6 @@ def start_run(
     run = Run(recipe, folder, data, data_options, options, precision, config, started)
     run.checks["threads"] = threads
     _refuse_for_other_tasks(options, data.schema.problem_type)
-    if options.linear_probe and "linear_probe_size" not in options.idle:
-        size = options.probe_size(data.schema.problem_type, len(data.train))
-        options.linear_probe_size = config["linear_probe_size"] = size
     if options.abstain_precision is not None:
         refuse_unprovable(options.abstain_precision, len(data.validation))
     if options.num_folds:

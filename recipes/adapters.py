@@ -99,8 +99,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         base, shown = resolve_checkpoint(name, revision=plan.model_revision), scrub_text(name)
         start = build(options.seed)
-        gently, width = run.starts_large(start), start.hidden_size
-        run.settle_learning_rate(plan.method().kind.learning_rate_for(width, gently=gently))
         parent = run.parent_facts(start)
         facts = {"model": parent["weights"]}
 
@@ -108,17 +106,23 @@ def main(argv: Sequence[str] | None = None) -> Report:
             if plan.full_arm or not plan.adapter_dropout:
                 check_r_drop(start, plan.r_drop_weight, run.options.dropout)
             made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
-            return made | {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
+            return (
+                made
+                | start_of_training(run, plan, start)
+                | {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
+            )
 
         run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
         plan = run.search("adapter", arm, plan)
+        gently = run.starts_large(start)
+        run.settle(**start_of_training(run, plan, start))
         trained = run.train("adapter", **arm(plan))
         run.cross_validate(**arm(plan))
         own = adapter_arm(run, trained, f"{shown}, {plan.adapter} and head trained")
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
-            rate = default_learning_rate(width, gently=gently)
+            rate = default_learning_rate(start.hidden_size, gently=gently)
             whole: dict[str, Any] = {"facts": facts, "learning_rate": rate}
             full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
             arms.insert(1, run.arm(full, f"{shown}, all weights trained for as many epochs"))
@@ -152,6 +156,12 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
             raise ConfigError("pooling: mean adds a layer, which cannot be made in 8 or 4 bits; leave out load_in_...")
         check_quantised(plan.bits)
         options.pooling = "own"  # also of the full arm, so that the two differ in the adapter alone
+
+
+def start_of_training(run: Run, plan: AdapterOptions, start: Checkpoint) -> dict[str, Any]:
+    """Learning rate of this kind of adapter, if none was asked for, and size of the probe."""
+    rate = plan.method().kind.learning_rate_for(start.hidden_size, gently=run.starts_large(start))
+    return run.start_of_training(start) | {"learning_rate": run.options.learning_rate_or(rate)}
 
 
 def tried(start: Checkpoint, method: Adapters, options: RunOptions) -> Checkpoint:

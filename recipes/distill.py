@@ -180,8 +180,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
             method = replace(made["method"], teacher_labels=run.data.schema.names, states=states.guide(plan))
             return made | {"method": method}
 
-        if "learning_rate" in options.ranges:
-            options.learning_rate = training_of(run, plan, source)["learning_rate"]  # of the first trial
         plan = run.search("distilled", arm, plan)
         alone_there = panel.models.get("teacher")  # of several teachers none is the teacher alone
         plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run))
@@ -275,10 +273,9 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
 
     base, folds = build(run.seeds[0]), folds_of_teacher(run, plan)
     begin(run, plan, base, [base], arms=3 + plan.teacher_folds)
-    training = {
-        "num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs,
-        "learning_rate": plan.teacher_learning_rate or run.learning_rate_for(base),
-    }
+    training = {"num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs}
+    training |= run.start_of_training(base, **training)
+    training["learning_rate"] = plan.teacher_learning_rate or training["learning_rate"]
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
     held_out = train_on_folds(run, folds, build, method, **training)
     name = f"{scrub_text(pretrained)} fine-tuned"
@@ -333,14 +330,17 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
             return load_classifier(name, schema=run.data.schema, seed=seed)
         return student_of(run, plan, source)(seed)
 
-    def arm(plan: DistillOptions) -> dict[str, Any]:
-        return {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+    def training(plan: DistillOptions) -> dict[str, Any]:
+        return run.start_of_training(source) if whole else training_of(run, plan, source)
 
-    rate = run.learning_rate_for(source) if whole else training_of(run, plan, source)["learning_rate"]
-    run.settle_learning_rate(rate)
+    def arm(plan: DistillOptions) -> dict[str, Any]:
+        made = {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+        return made | training(plan)
+
     methods_for(run, plan)[0].check(run.options)
     run.begin(build(run.seeds[0]), arms=2)
     plan = run.search("distilled", arm, plan)
+    run.settle(**training(plan))
     student = run.train("distilled", **arm(plan))
     arms = [run.arm(student, f"{shown}, taught by the moving average of its weights"), run.majority_arm()]
     models = {"distilled": student[0]}

@@ -50,17 +50,18 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         base, shown = resolve_checkpoint(name, revision=model_options.model_revision), scrub_text(name)
         start = build(options.seed)
-        run.settle_learning_rate(run.learning_rate_for(start))
         parent = run.parent_facts(start)
 
         def arm(plan: FineTuneOptions) -> dict[str, Any]:
             check_r_drop(start, plan.r_drop_weight, run.options.dropout)
             method, facts = run.label_method(plan), {"model": parent["weights"]}
-            return {"build": build, "method": method, "facts": facts, "sampling": plan.sampling}
+            made = {"build": build, "method": method, "facts": facts, "sampling": plan.sampling}
+            return made | run.start_of_training(start)
 
         arm(model_options)  # refuses what this kind of task cannot have
         run.begin(start, arms=1)
         chosen = run.search("fine-tuned", arm, model_options)
+        run.settle(**run.start_of_training(start))
         trained = run.train("fine-tuned", **arm(chosen))
         run.cross_validate(**arm(chosen))
         arms, verdict = run.against_no_transfer(trained, [run.arm(trained, f"{shown}, fine-tuned")])

@@ -72,12 +72,15 @@ def test_few_steps_start_from_a_sure_probe(given, rows, small):
     ],
 )
 def test_a_large_head_wants_a_low_rate(given, problem_type, head_kept, rate):
-    run = SimpleNamespace(options=RunOptions(**given), problem_type=problem_type)
-    run.starts_large = lambda checkpoint: Run.starts_large(run, checkpoint)
+    run = Run.__new__(Run)
+    run.options, run.data = (
+        RunOptions(**given),
+        SimpleNamespace(train=range(1000), schema=SimpleNamespace(problem_type=problem_type)),
+    )
     start = SimpleNamespace(hidden_size=384, head_kept=head_kept, is_static=False)
-    assert Run.learning_rate_for(run, start) == rate
+    assert run.start_of_training(start)["learning_rate"] == rate
     start.is_static = True
-    assert Run.learning_rate_for(run, start) == run.options.learning_rate_or(0.01)
+    assert run.start_of_training(start)["learning_rate"] == run.options.learning_rate_or(0.01)
 
 
 @pytest.mark.parametrize(("width", "gently", "rate"), [(384, False, 1e-3), (768, True, 3e-4), (2048, True, 9e-5)])

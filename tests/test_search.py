@@ -237,6 +237,24 @@ def test_what_a_search_needs_is_checked_before_anything_runs(words, tiny_data, t
 
 
 @pytest.mark.processes
+def test_defaults_follow_from_the_options_of_each_trial(words, tmp_path, monkeypatch):
+    """16 steps an epoch: 3 epochs are too few for a small head and its rate, 4 are enough; as if they were typed."""
+    seen, plain = set(), TransferTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        seen.add((self.options.num_train_epochs, self.options.learning_rate, self.options.linear_probe_size))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", training_step)
+    epochs = {"num_train_epochs": "{choices: [3, 4]}", "num_trials": "2", "linear_probe": None}
+    rows = {"max_train_samples": "64", "per_device_train_batch_size": "4"}
+    plan = words(**epochs, **rows, learning_rate=None, label_smoothing_factor=None)
+    run = finished("finetune", tmp_path / "out", *plan)
+    assert seen == {(3, 3e-5, 0.0), (4, 3e-4, 0.02)}
+    config = run.run["config"]
+    assert (config["num_train_epochs"], config["learning_rate"], config["linear_probe_size"]) in seen
+
+
 def test_two_processes_make_the_same_trials_together(words, whole, tmp_path):
     """Scores agree to rounding with those of one process; what follows from a score may then differ."""
     plan = words(per_device_train_batch_size=4, num_trials="2", output_dir=tmp_path / "two")
