@@ -163,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return {"build": build, "method": method} | training_of(run, plan, source)
 
         first = TransferRows(run, panel)
-        states = TeacherStates(plan.asked(options.ranges), source, run.options, first.tokenise)
+        states = TeacherStates(plan.asked(options.ranges), source, run.options, first.tokenise, plan.teacher_cache)
         first.columns |= states.columns
         last, rows, between = taught_by_each_other(
             run,

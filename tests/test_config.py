@@ -323,6 +323,10 @@ def test_run_options_out_of_range(values, fault):
 
 
 def test_early_stopping_needs_evaluations():
+    with pytest.raises(
+        ConfigError, match="eval_strategy: no keeps no best weights; also give --load_best_model_at_end"
+    ):
+        RunOptions(eval_strategy="no")
     with pytest.raises(ConfigError, match="early_stopping_patience: needs eval_strategy"):
         RunOptions(early_stopping_patience=2, eval_strategy="no", save_strategy="no", load_best_model_at_end=False)
 

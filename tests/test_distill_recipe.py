@@ -59,9 +59,11 @@ def test_between_encoder_and_decoder(teacher, student, more, words, request, tmp
     """Logits and sentence states go between any two models, states of tokens do not."""
     models = [request.getfixturevalue(name) for name in (teacher, student)]
     own = [*words, "--teacher_name_or_path", models[0], "--student_name_or_path", models[1], *ALONE]
+    own += ["--teacher_cache", tmp_path / "cache"]
     terms = finished("distill", tmp_path / "out", *own, *more).report["checks"]["preflight"]["terms"]
     assert terms.keys() == {"label", "soft_target"} | ({"similarity"} if "--similarity_weight" in more else set())
     assert all(term["gradient_norm"] > 0 for term in terms.values())
+    assert len([*(tmp_path / "cache").iterdir()]) == 1 + ("similarity" in terms), "logits, and sentence states"
     for weight in ("hidden_weight", "relation_weight"):
         message = refused("distill", tmp_path / weight, *own, f"--{weight}", "1")
         assert "have different tokenizers" in message

@@ -78,9 +78,9 @@ def test_one_that_passes_ends_the_larger_ones():
     assert outcomes(result) == {
         "a": "out after rung 1",
         "b": "chosen",
-        "c": "passes, but is larger than b",
-        "d": "passes, but is larger than c",
-        "e": "larger than c",
+        "c": "passes, but is slower than b",
+        "d": "passes, but is slower than c",
+        "e": "slower than c",
     }
     assert result.steps == 100
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from gradients import step_rows
 from recipe_runs import finished, tiny_words
-from tiny import LABELS
+from tiny import LABELS, make_rows
 
 import nlpxfer.run
 from nlpxfer.checkpoint.adapter_kinds import KINDS
@@ -123,6 +123,26 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
     assert run.run["config"]["linear_probe_size"] == 0.02
     told = next(name for name in ("distilled", "adapter", "fine-tuned") if name in expected)
     assert run.run["config"]["learning_rate"] == expected[told]
+
+
+def test_a_student_of_many_texts_starts_small_where_its_teacher_of_few_labels_does_not(
+    tiny_data, tiny_checkpoint, tmp_path, monkeypatch
+):
+    """16 labelled rows are 8 steps for the teacher; the student takes more than 60, and so does its control."""
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    sizes, plain = [], arms.start_from_linear_probe_
+
+    def start(*arguments, size, **rest):
+        sizes.append(size)
+        return plain(*arguments, size=size, **rest)
+
+    monkeypatch.setattr(arms, "start_from_linear_probe_", start)
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(f"{row['text']} {number}" for number, row in enumerate(make_rows(150, seed=8))))
+    words = tiny_words(tiny_data, tiny_checkpoint("bert", layers=2), epochs=2)
+    own = ["--student_num_layers", "1", "--max_train_samples", "16", "--per_device_train_batch_size", "4"]
+    finished("distill", tmp_path / "out", *words, *own, "--unlabelled_file", str(file))
+    assert sizes == [0.0, 0.02, 0.02]
 
 
 def test_a_static_checkpoint_goes_on_at_its_rate(rates, tiny_data, tiny_checkpoint, tmp_path, monkeypatch):

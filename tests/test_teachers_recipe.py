@@ -258,6 +258,8 @@ def test_a_zero_shot_teacher_reads_no_label(tiny_data, tiny_checkpoint, taught, 
     finished("distill", tmp_path / "two", *words(other, *own))
     again = dict(zip(taught[1][0], taught[1][1].tolist(), strict=True))
     assert [again[text] for text in texts] == logits.tolist()
+    message = refused("distill", tmp_path / "windows", *words(tiny_data, *own, "--long_texts", "sliding_window"))
+    assert "long_texts: a zero-shot teacher reads the beginning" in message
     message = refused("distill", tmp_path / "three", *words(tiny_data, "--zero_shot_teacher",
                                                             tiny_checkpoint("bert", "classifier")))  # fmt: skip
     assert "mean entailment; one is needed" in message
@@ -338,6 +340,7 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--unlabelled_file", "x", "--transfer_curve", "0,some"], "is not a list of numbers"),
         (["--teacher_file", "x.csv", "--teacher_learning_rate", "1e-3"], "does nothing beside teacher_file"),
         (["--teacher_num_train_epochs", "3"], "teacher_num_train_epochs: does nothing beside max_steps"),
+        (["--teacher_file", "x.csv", "--teacher_cache", "c"], "teacher_cache: does nothing beside teacher_file alone"),
         (["--teacher_file", "x.csv", "--hidden_weight", "1"], "need one teacher, a classifier"),
         (["--generations", "2", "--similarity_weight", "1"], "need one teacher, a classifier"),
         (["--generations", "2", "--search", "true"], "generations: search tries students"),

@@ -373,6 +373,8 @@ class RunOptions(TrainingArguments):
         require(faults, self.num_folds == 0 or self.num_folds >= 2, f"num_folds: {self.num_folds} is not 0 or above 1")
         sure = self.abstain_precision
         require(faults, sure is None or 0 < sure < 1, f"abstain_precision: {sure} is not between 0 and 1")
+        scored = self.eval_strategy != "no" or not self.load_best_model_at_end
+        require(faults, scored, "eval_strategy: no keeps no best weights; also give --load_best_model_at_end false")
         limit = self.save_total_limit
         require(faults, limit is None or limit >= 1, f"save_total_limit: {limit} is below 1")
         require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")

@@ -139,6 +139,8 @@ class TeacherOptions:
         twice = [name for name in dict.fromkeys(self.teacher_names) if self.teacher_names.count(name) > 1]
         if twice:
             faults.append(f"teacher_name_or_path: named twice: {', '.join(twice)}")
+        if self.teacher_cache and self.teacher_file and not (self.teacher_names or self.zero_shot_teacher):
+            faults.append("teacher_cache: does nothing beside teacher_file alone, whose answers are read as they are")
         if self.hypothesis_template.count("{}") != 1:
             faults.append(f"hypothesis_template: {self.hypothesis_template!r} does not hold one {{}} for the label")
         return faults

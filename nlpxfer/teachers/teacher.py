@@ -18,6 +18,7 @@ import numpy as np
 
 from nlpxfer.checkpoint.entailment import Entailment, hypotheses, load_entailment
 from nlpxfer.checkpoint.load import Checkpoint, load_teacher
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.config.teachers import LEARNT, VALIDATION_LOSS, TeacherOptions
 from nlpxfer.data.teacher_file import TeacherFile, read_teacher_file
 from nlpxfer.errors import ConfigError
@@ -250,6 +251,11 @@ def open_teachers(run: Run, options: TeacherOptions) -> list[Teacher]:
         name = options.zero_shot_teacher
         if run.data_options.text_pair_column is not None:
             raise ConfigError("zero_shot_teacher: reads a text and a hypothesis; it cannot read pairs of texts.")
+        if run.long_texts.policy != LongTexts().policy:
+            raise ConfigError(
+                "long_texts: a zero-shot teacher reads the beginning of a text beside each hypothesis, and no more.",
+                fix="--long_texts head, or a teacher of another kind",
+            )
         asked = hypotheses(options.hypothesis_template, run.data.schema.names, options.label_descriptions)
         scorer = load_entailment(name, problem_type=run.problem_type)
         found.append(ZeroShotTeacher(scorer, asked, options.teacher_cache))

@@ -5,7 +5,7 @@ Successive halving: all candidates get a small budget, the better half of them a
 is wanted is the *smallest* candidate that reaches a target:
 
 - Who is too slow is never trained: latency is measured, it needs no training.
-- Who reaches the target at any rung has passed. It needs no further steps, and all that are larger are out; the rest
+- Who reaches the target at any rung has passed. It needs no further steps, and all that are slower are out; the rest
   of the budget goes to the smaller ones. Scores alone would throw the small candidates out first.
 
 Every call of a candidate's `train` starts anew and costs all of its steps, so that the learning rate's schedule is
@@ -13,9 +13,9 @@ that of a run of this length: a score of a half-finished schedule would mislead.
 best of several is too good by a little, and the more so the more candidates there are: what is chosen has to be
 measured on the test rows once more.
 
-Size is the median latency for one row, then the bytes. Successive halving over a plain grid, because most candidates
-of a ladder are far from the target on either side; over optuna's pruners, which compare scores at equal steps but
-know neither sizes nor a target.
+The smallest is the quickest: by the median latency for one row, then by bytes. Successive halving over a plain grid,
+because most candidates of a ladder are far from the target on either side; over optuna's pruners, which compare scores
+at equal steps but know neither sizes nor a target.
 
 Sources: Jamieson and Talwalkar 2016, arXiv:1502.07943 (successive halving, algorithm 1); Li et al. 2018, Hyperband,
 arXiv:1603.06560 (rungs, eta).
@@ -212,7 +212,7 @@ def climb(
             chosen = passing[0].name
             tried[chosen].outcome = "passes"
             for candidate in alive[alive.index(passing[0]) + 1 :]:
-                passes = "passes, but is larger than" if candidate in passing else "larger than"
+                passes = "passes, but is slower than" if candidate in passing else "slower than"
                 tried[candidate.name].outcome = f"{passes} {chosen}"
             alive = alive[: alive.index(passing[0])]
         alive = _better_part(alive, tried, eta, rung)
@@ -221,7 +221,7 @@ def climb(
     if chosen is not None:
         for each in tried.values():
             if each.outcome == "passes":
-                each.outcome = f"passes, but is larger than {chosen}"
+                each.outcome = f"passes, but is slower than {chosen}"
         tried[chosen].outcome = "chosen"
     return LadderResult(
         target=target,

@@ -43,6 +43,7 @@ class TeacherStates:
         teacher: Its model lies on its device.
         options: Batch size, precision and device.
         rows_of: From a tokenizer to the N rows that are trained on.
+        folder: Folder of caches; default as in `pooled_features`.
 
     Attributes:
         columns: Columns of the training rows.
@@ -54,12 +55,13 @@ class TeacherStates:
         teacher: Checkpoint,
         options: RunOptions,
         rows_of: Callable[[PreTrainedTokenizerBase], TokenisedRows],
+        folder: str | None = None,
     ) -> None:
         self.teacher, self.options = teacher, options
         self.columns: dict[str, Array] = {}
         self.others_KH: torch.Tensor | None = None
         if asked.similarity_weight:
-            states_NH = sentence_states(teacher, rows_of(teacher.tokenizer), options)
+            states_NH = sentence_states(teacher, rows_of(teacher.tokenizer), options, folder)
             chosen = np.random.default_rng(0).permutation(len(states_NH))[:OTHER_ROWS]
             self.columns[TEACHER_STATES] = states_NH
             self.others_KH = torch.from_numpy(np.ascontiguousarray(states_NH[chosen])).to(options.device)
@@ -73,13 +75,14 @@ class TeacherStates:
         return StatesGuide(plan=states, teacher=self.teacher.model, autocast=autocast, others_KH=self.others_KH)
 
 
-def sentence_states(teacher: Checkpoint, rows: TokenisedRows, options: RunOptions) -> Array:
+def sentence_states(teacher: Checkpoint, rows: TokenisedRows, options: RunOptions, folder: str | None = None) -> Array:
     """What the head of a frozen teacher reads for N rows, float32, shape (N, H).
 
     Args:
         teacher: Its model lies on its device.
         rows: As its tokenizer sees them.
         options: Batch size and precision.
+        folder: Folder of caches; default as in `pooled_features`.
 
     Raises:
         StaleCacheError, NotFiniteError, NoSpaceError: See `pooled_features`.
@@ -90,6 +93,7 @@ def sentence_states(teacher: Checkpoint, rows: TokenisedRows, options: RunOption
         Collator.for_tokenizer(teacher.tokenizer),
         batch_size=options.per_device_eval_batch_size,
         bf16=bool(options.bf16),
+        folder=folder,
         description="teacher sentence states",
         quiet=bool(options.disable_tqdm),
     ).states_NH
