@@ -1,4 +1,7 @@
-"""Recipes as functions: the same programs that `accelerate launch recipes/<method>.py` starts, called from Python."""
+"""Recipes as functions: the same programs that `accelerate launch recipes/<method>.py` starts, called from Python.
+
+Recipes of other packages are those of the methods that they register (`nlpxfer.methods`).
+"""
 
 from __future__ import annotations
 
@@ -45,18 +48,34 @@ def recipe_names() -> list[str]:
 
 
 def recipe_file(name: str) -> Path:
-    """The program of a recipe.
+    """The program of a recipe: ours, or that of a method of another package.
 
     Raises:
-        ConfigError: There is none of this name; names the nearest.
+        ConfigError: There is none of this name; names the nearest. Or a method of another package has none.
     """
     names = recipe_names()
-    if name not in names:
-        close = nearest(name, names)
+    if name in names:
+        return recipe_folder() / f"{name}.py"
+    from nlpxfer.methods import available_methods  # which imports torch
+
+    others = {row.key: row.recipe for row in available_methods() if row.key not in names}
+    if name not in others:
+        known = [*names, *(key for key, module in others.items() if module)]
+        close = nearest(name, known)
         raise ConfigError(
-            f"There is no recipe {name!r}." + (f" Did you mean {close!r}?" if close else ""), available=names
+            f"There is no recipe {name!r}." + (f" Did you mean {close!r}?" if close else ""), available=known
         )
-    return recipe_folder() / f"{name}.py"
+    try:
+        spec = importlib.util.find_spec(others[name]) if others[name] else None
+    except ImportError:  # a package above the module is not there
+        spec = None
+    if spec is None or not spec.origin:
+        raise ConfigError(
+            f"The method {name!r} of another package has no recipe.",
+            why=f"it names the module {others[name]!r}, which is not there" if others[name] else "it names no module",
+            fix="update the package that declares it",
+        )
+    return Path(spec.origin)
 
 
 def load_recipe(name: str) -> ModuleType:

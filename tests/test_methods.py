@@ -1,6 +1,7 @@
 """The registry of methods, and what each method minimises."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,12 +9,14 @@ import torch
 from tiny import make_rows
 
 import nlpxfer.methods
+from nlpxfer.cli import main
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses import label_loss, soft_target_loss
 from nlpxfer.methods import REGISTRY, Method, MethodRow, available_methods, method_row
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune, balanced_weights, log_shares
+from nlpxfer.recipes import recipe_file
 
 
 class Point:
@@ -100,6 +103,33 @@ def test_faulty_entry_points_are_named(installed, points, fault):
     with pytest.raises(ConfigError) as caught:
         available_methods()
     assert fault in str(caught.value)
+
+
+RECIPE = """
+import sys
+from nlpxfer.cli import run_main
+def main(argv=None):
+    sys.stdout.write(f"merging {(sys.argv[1:] if argv is None else argv)}")
+if __name__ == "__main__":
+    run_main(main)
+"""
+
+
+def test_recipes_of_other_packages_run(installed, tmp_path, monkeypatch, capsys):
+    (tmp_path / "a_merging_package.py").write_text(RECIPE)
+    monkeypatch.syspath_prepend(tmp_path)
+    installed(("merge", replace(row("merge"), recipe="a_merging_package")))
+    installed(("silent", row("silent")), ("gone", replace(row("gone"), recipe="no.such_module")))
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "merge", "--fast", "true"])
+    assert (ended.value.code or 0, capsys.readouterr().out) == (0, "merging ['--fast', 'true']")
+    assert recipe_file("distill").parent.name == "recipes"
+    for name, why in {"silent": "it names no module", "gone": "'no.such_module', which is not there"}.items():
+        with pytest.raises(ConfigError, match="of another package has no recipe") as caught:
+            recipe_file(name)
+        assert why in str(caught.value)
+    with pytest.raises(ConfigError, match="There is no recipe 'merg'. Did you mean 'merge'"):
+        recipe_file("merg")
 
 
 # -- methods

@@ -2,7 +2,7 @@
 
 A new method is one module, one line here, one recipe with its YAML, and one row of the README's table; the contract
 tests iterate over this registry. Other packages add methods through the entry-point group `nlpxfer.methods`: the name
-is the key, the value a `MethodRow`.
+is the key, the value a `MethodRow`, whose `recipe` is what `nlpxfer run <key>` runs.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ class MethodRow:
         family: Family of transfer methods it belongs to.
         summary: What it does, in one line.
         source: Paper it follows.
+        recipe: Of a method of another package: the module whose `main` takes the command line, and that ends in
+            `run_main(main)` when it is run as a program; ours have `recipes/<key>.py`.
     """
 
     key: str
@@ -34,6 +36,7 @@ class MethodRow:
     family: str
     summary: str
     source: str
+    recipe: str = ""
 
     def load(self) -> type[Method]:
         """Import the method's class."""
