@@ -11,7 +11,7 @@ from sklearn.metrics import f1_score
 
 from nlpxfer.checkpoint.save import check_output_folder
 from nlpxfer.errors import ConfigError, DataError, TargetMissedError
-from nlpxfer.evaluate.ratio import paired_ratio
+from nlpxfer.evaluate.ratio import intervals_by_label, paired_ratio
 from nlpxfer.evaluate.retention import (
     Answers,
     Gold,
@@ -55,6 +55,21 @@ def test_the_share_of_an_accuracy():
     assert found.value == pytest.approx((ours == gold).sum() / (theirs == gold).sum())
     slow = plain_ratio(lambda true, said: (true == said).mean(), [ours], theirs, gold)
     assert (found.low, found.high) == pytest.approx(slow, abs=0.01)
+
+
+def test_the_share_of_each_label():
+    """Each is the interval of its column alone, and that of plain resampling; a rare label has none."""
+    gold = np.random.default_rng(0).random((300, 3)) < [0.5, 0.2, 0.01]
+    theirs, *ours = (
+        noisy(seed, gold.astype(int), skill).astype(bool) for seed, skill in ((1, 0.9), (2, 0.6), (3, 0.8))
+    )
+    found = intervals_by_label(ours, theirs, gold)
+    columns = [slice(label, label + 1) for label in range(3)]
+    alone = [paired_ratio([o[:, c] for o in ours], theirs[:, c], gold[:, c], metric="micro_f1") for c in columns]
+    assert found == [(pytest.approx(one.low), pytest.approx(one.high)) for one in alone[:2]] + [(None, None)]
+    assert alone[2].low is None
+    slow = plain_ratio(lambda true, said: f1_score(true, said), [ours[0][:, 1]], theirs[:, 1], gold[:, 1], 1000)
+    assert intervals_by_label(ours[:1], theirs, gold)[1] == pytest.approx(tuple(slow), abs=0.03)
 
 
 def test_the_share_of_a_micro_f1():

@@ -101,10 +101,63 @@ def paired_ratio(
     return Share(value=value, low=low, high=high, metric=metric, level=level, resamples=resamples, seeds=seeds)
 
 
+def intervals_by_label(
+    treated_S: Sequence[ArrayLike],
+    reference: ArrayLike,
+    gold: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> list[tuple[float, float] | tuple[None, None]]:
+    """Intervals of the share of another model's F1, of each label; all labels on the same resamples.
+
+    Each is that of `paired_ratio` for the label's column alone.
+
+    Args:
+        treated_S: Labels given by the first model, (N, C), one array per training seed.
+        reference: Those of the second one.
+        gold: True labels.
+        level: Share of the resamples inside the interval.
+        resamples: R.
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper end; None where the other's F1 is not above 0 in some resample.
+    """
+    truth_NC = np.asarray(gold, dtype=bool)
+    models = [_f1_of_labels(np.asarray(each, dtype=bool), truth_NC) for each in (*treated_S, reference)]
+    generator = np.random.default_rng(seed)
+    scores_RMC = _resampled(models, len(truth_NC), resamples, generator)
+    shares_RS = seed_shares(len(treated_S), resamples, generator)
+    treated_RC = np.einsum("rsc,rs->rc", scores_RMC[:, :-1], shares_RS)
+    found: list[tuple[float, float] | tuple[None, None]] = []
+    for ours_R, theirs_R in zip(treated_RC.T, scores_RMC[:, -1].T, strict=True):
+        if not (theirs_R > 0).all():
+            found.append((None, None))
+            continue
+        low, high = np.quantile(ours_R / theirs_R, [(1 - level) / 2, (1 + level) / 2])
+        found.append((float(low), float(high)))
+    return found
+
+
+def _f1_of_labels(given_NC: NDArray[np.bool_], true_NC: NDArray[np.bool_]) -> Callable[[Counts], Counts]:
+    """From how often each row is drawn, (R, N), to the F1 of each label, (R, C)."""
+    hits_NC = 2.0 * (given_NC & true_NC)
+    total_NC = given_NC.astype(np.float64) + true_NC
+
+    def scores(counts_RN: Counts) -> Counts:
+        total_RC = counts_RN @ total_NC
+        found_RC: Counts = np.divide(counts_RN @ hits_NC, total_RC, out=np.zeros_like(total_RC), where=total_RC > 0)
+        return found_RC
+
+    return scores
+
+
 def _resampled(
     models: Sequence[Callable[[Counts], Counts]], rows: int, resamples: int, generator: np.random.Generator
 ) -> Counts:
-    """Scores of M models on the same R resamples, shape (R, M)."""
+    """Scores of M models on the same R resamples, shape (R, M), or (R, M, C) of those that give one per label."""
     chunk, parts = max(1, _CHUNK_CELLS // rows), []
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)

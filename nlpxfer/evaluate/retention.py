@@ -23,7 +23,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.calibration import calibrate, fit_temperature
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
 from nlpxfer.evaluate.mixture import answered
-from nlpxfer.evaluate.ratio import RatioMetric, Share, paired_ratio
+from nlpxfer.evaluate.ratio import RatioMetric, Share, intervals_by_label, paired_ratio
 from nlpxfer.evaluate.task import answers
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 
@@ -126,14 +126,33 @@ def class_shares(student_S: Sequence[Array], teacher: Array, gold: Gold) -> list
 
     Returns:
         For each class `label`, `rows` (test rows that have it), `few` (fewer than `FEW_ROWS`), `teacher` and
-        `student` (F1, the mean over the seeds), `share` (None where the teacher's F1 is 0).
+        `student` (F1, the mean over the seeds), `share` (None where the teacher's F1 is 0), and its interval `low` and
+        `high` over test rows and seeds (None where the teacher's F1 is 0 in some resample).
     """
     ours = [[row["f1"] for row in _table(logits, gold)] for logits in student_S]
+    intervals = intervals_by_label([_given(logits, gold) for logits in student_S], _given(teacher, gold), _true(gold))
     found = []
-    for row, student in zip(_table(teacher, gold), np.mean(ours, axis=0).tolist(), strict=True):
+    students = np.mean(ours, axis=0).tolist()
+    for row, student, (low, high) in zip(_table(teacher, gold), students, intervals, strict=True):
         entry = {"label": row["label"], "rows": row["rows"], "few": row["rows"] < FEW_ROWS}
         share = student / row["f1"] if row["f1"] else None
-        found.append(entry | {"teacher": row["f1"], "student": student, "share": share})
+        found.append(entry | {"teacher": row["f1"], "student": student, "share": share, "low": low, "high": high})
+    return found
+
+
+def _given(logits_NC: Array, gold: Gold) -> Array:
+    """Which classes or labels a model gives each row, bool, (N, C)."""
+    given = answers(gold.problem_type, logits_NC)
+    return given if gold.problem_type == MULTI_LABEL else _hot(given, gold)
+
+
+def _true(gold: Gold) -> Array:
+    """Which each test row has, bool, (N, C)."""
+    return gold.test > 0.5 if gold.problem_type == MULTI_LABEL else _hot(gold.test, gold)
+
+
+def _hot(classes_N: Array, gold: Gold) -> Array:
+    found: Array = classes_N[:, None] == np.arange(len(gold.names))
     return found
 
 
@@ -217,8 +236,7 @@ def check_gate(gold: Gold, min_class_retention: float | None) -> None:
         return
     if gold.problem_type == REGRESSION:
         raise ConfigError("min_class_retention: a regression has no classes.", fix="--min_retention")
-    hot = gold.test > 0.5 if gold.problem_type == MULTI_LABEL else np.eye(len(gold.names))[gold.test]
-    most = int(hot.sum(axis=0).max())
+    most = int(_true(gold).sum(axis=0).max())
     if most < FEW_ROWS:
         raise ConfigError(
             f"min_class_retention: no class has {FEW_ROWS} test rows (the largest has {most}), too few to judge one.",
