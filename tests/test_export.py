@@ -327,7 +327,10 @@ def test_other_kinds_of_task(family, kind, rows, tiny_checkpoint, tmp_path):
     logits = open_torch(str(source), bf16=False).logits
     if kind == MULTI_LABEL:  # thresholds amid the probabilities, so that rows differ in their labels
         tokens = tokenise(AutoTokenizer.from_pretrained(source), [row["text"] for row in rows], max_length=64)
-        middle = np.median(probabilities(logits(tokens, max_length=64), 2.0, MULTI_LABEL), axis=0)
+        ordered = np.sort(probabilities(logits(tokens, max_length=64), 2.0, MULTI_LABEL), axis=0)
+        inner = ordered[len(rows) // 4 : 3 * len(rows) // 4]
+        gaps = np.diff(inner, axis=0).argmax(axis=0)  # in the widest gap: no rounding decides about a label
+        middle = np.array([inner[gap : gap + 2, label].mean() for label, gap in enumerate(gaps)])
         save_calibration(source, 2.0, dict(zip(names, middle.tolist(), strict=True)))
     texts = write_csv(tmp_path / "in.csv", rows)
     report = export_classifier(ExportRequest(model=str(source), out=tmp_path / "onnx", int8=True, texts=texts))
@@ -410,7 +413,7 @@ def test_an_int8_student_is_not_taken_for_another_one_in_a_cascade(exported, tra
 
 def test_int8_may_be_limited(quick, monkeypatch, tmp_path):
     changed = quick(tmp_path / "first", int8=True)["parity"]["int8"]
-    assert 0 < changed["changed_share"] < 0.5
+    assert changed["changed_share"] > 0, "of a random model; how many depends on whether the CPU has VNNI"
     least = changed["changed_share"]
     quick(tmp_path / "allowed", int8=True, max_changed=least)
     with pytest.raises(ExportError, match=rf"int8 changes {changed['changed']} of {changed['rows']} predictions"):

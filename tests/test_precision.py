@@ -11,8 +11,9 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Replaces the stopwatch: seconds per dtype."""
+    """Replaces the stopwatch: seconds per dtype, of a CPU that has kernels for both."""
     seconds = {torch.float32: 1.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(precision, "_has_bf16_kernels", lambda: True)
     monkeypatch.setattr(precision, "_seconds_of", lambda left, right, device: seconds[left.dtype])
     return seconds
 
@@ -65,3 +66,10 @@ def test_computing_in(bf16, dtype):
 @pytest.mark.parametrize(("device", "bf16", "multiple"), [("cpu", False, 1), ("cpu", True, 8), ("cuda", True, 8)])
 def test_padding_multiple(device, bf16, multiple):
     assert padding_multiple(torch.device(device), bf16=bf16) == multiple
+
+
+def test_a_cpu_without_bfloat16_kernels_is_not_measured(monkeypatch):
+    """One product takes seconds there, and every command would wait for seven of them."""
+    monkeypatch.setattr(precision, "_has_bf16_kernels", lambda: False)
+    monkeypatch.setattr(precision, "_seconds_of", lambda *_: pytest.fail("measured"))
+    assert choose_precision(None, CPU) == Precision(False, 0.0, "measured")

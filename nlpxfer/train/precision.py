@@ -43,7 +43,7 @@ def choose_precision(wanted: bool | None, device: torch.device) -> Precision:
     """The user's wish, or the outcome of a measurement of about 50 ms on `device`."""
     if wanted is not None:
         return Precision(wanted, None, "user")
-    speed_up = bf16_speed_up(device)
+    speed_up = bf16_speed_up(device) if device.type != "cpu" or _has_bf16_kernels() else 0.0
     logger.info("bfloat16 matrix products run %.2f times as fast as float32 on %s", speed_up, device.type)
     return Precision(speed_up >= WORTH_IT, round(speed_up, 2), "measured")
 
@@ -61,6 +61,12 @@ def bf16_speed_up(device: torch.device, *, rows: int = 1024, width: int = 768, r
             return 0.0
         seconds[dtype] = min(_seconds_of(left, right, device) for _ in range(repeats))
     return seconds[torch.float32] / seconds[torch.bfloat16]
+
+
+def _has_bf16_kernels() -> bool:
+    """Whether oneDNN has bfloat16 for this CPU; without them one product takes seconds."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return supported is None or bool(supported())
 
 
 def _seconds_of(left: torch.Tensor, right: torch.Tensor, device: torch.device) -> float:
