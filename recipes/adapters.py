@@ -106,15 +106,11 @@ def main(argv: Sequence[str] | None = None) -> Report:
             if plan.full_arm or not plan.adapter_dropout:
                 check_r_drop(start, plan.r_drop_weight, run.options.dropout)
             made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
-            return (
-                made
-                | start_of_training(run, plan, start)
-                | {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
-            )
+            made |= {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
+            return made | start_of_training(run, plan, start)
 
         run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
         plan = run.search("adapter", arm, plan)
-        gently = run.starts_large(start)
         run.settle(**start_of_training(run, plan, start))
         trained = run.train("adapter", **arm(plan))
         run.cross_validate(**arm(plan))
@@ -122,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         arms, verdict = run.against_no_transfer(trained, [own])
         models = {"adapter": trained[0]}
         if plan.full_arm:
-            rate = default_learning_rate(start.hidden_size, gently=gently)
+            rate = default_learning_rate(start.hidden_size, gently=run.starts_large(start))
             whole: dict[str, Any] = {"facts": facts, "learning_rate": rate}
             full = run.train("full", build, run.label_method(plan), sampling=plan.sampling, **whole)
             arms.insert(1, run.arm(full, f"{shown}, all weights trained for as many epochs"))

@@ -340,12 +340,10 @@ def test_other_kinds_of_task(family, kind, rows, tiny_checkpoint, tmp_path):
         predict_file(Classifier.load(str(folder), **options), texts, tmp_path / f"{folder.name}.csv")
     theirs, ours = read(tmp_path / "run.csv"), read(tmp_path / "onnx.csv")
     if kind == MULTI_LABEL:
-        assert [row["predicted_labels"] for row in ours] == [row["predicted_labels"] for row in theirs]
-        shares = [
-            [[float(p) for p in row["probabilities"].split("|") if p] for row in found] for found in (ours, theirs)
-        ]
-        for one, other in zip(*shares, strict=True):
-            np.testing.assert_allclose(one, other, rtol=0, atol=3e-6)  # the last digit that is written
+        shares = [[row.pop("probabilities").split("|") for row in found] for found in (ours, theirs)]
+        assert ours == theirs
+        for one, other in zip(*shares, strict=True):  # the last digit that is written may differ by one
+            assert [float(p) for p in one if p] == pytest.approx([float(p) for p in other if p], rel=0, abs=1.5e-6)
         assert len({row["predicted_labels"] for row in ours}) > 3
     else:
         numbers = [[float(row["predicted_number"]) for row in found] for found in (ours, theirs)]
@@ -418,7 +416,8 @@ def test_an_int8_student_is_not_taken_for_another_one_in_a_cascade(exported, tra
 
 def test_int8_may_be_limited(quick, monkeypatch, tmp_path):
     changed = quick(tmp_path / "first", int8=True)["parity"]["int8"]
-    assert changed["changed_share"] > 0, "of a random model; how many depends on whether the CPU has VNNI"
+    most = 0.5 if torch.cpu._is_vnni_supported() else 1.0  # without VNNI the sums of products saturate
+    assert 0 < changed["changed_share"] < most
     least = changed["changed_share"]
     quick(tmp_path / "allowed", int8=True, max_changed=least)
     with pytest.raises(ExportError, match=rf"int8 changes {changed['changed']} of {changed['rows']} predictions"):

@@ -27,7 +27,7 @@ def ranks_of(model):
 
 
 class Training:
-    """Steps on random labels, as the Trainer makes them; can be told to keep the slow reference beside them."""
+    """Steps on fixed labels, as the Trainer makes them."""
 
     def __init__(self, folder):
         self.checkpoint, self.facts, self.model = adapted(folder, "adalora")

@@ -236,7 +236,6 @@ def test_what_a_search_needs_is_checked_before_anything_runs(words, tiny_data, t
         pass
 
 
-@pytest.mark.processes
 def test_defaults_follow_from_the_options_of_each_trial(words, tmp_path, monkeypatch):
     """16 steps an epoch: 3 epochs are too few for a small head and its rate, 4 are enough; as if they were typed."""
     seen, plain = set(), TransferTrainer.training_step
@@ -255,6 +254,7 @@ def test_defaults_follow_from_the_options_of_each_trial(words, tmp_path, monkeyp
     assert (config["num_train_epochs"], config["learning_rate"], config["linear_probe_size"]) in seen
 
 
+@pytest.mark.processes
 def test_two_processes_make_the_same_trials_together(words, whole, tmp_path):
     """Scores agree to rounding with those of one process; what follows from a score may then differ."""
     plan = words(per_device_train_batch_size=4, num_trials="2", output_dir=tmp_path / "two")

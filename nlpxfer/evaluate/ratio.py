@@ -24,6 +24,7 @@ from nlpxfer.errors import ConfigError, DataError
 from nlpxfer.evaluate.interval import seed_shares
 
 Counts = NDArray[np.float64]
+Ends = tuple[float, float] | tuple[None, None]
 RatioMetric = Literal["accuracy", "micro_f1", "spearman", "mean_absolute_error"]
 _CHUNK_CELLS: Final = 2_000_000
 
@@ -93,10 +94,7 @@ def paired_ratio(
     observed_M = np.array([float(score(np.ones((1, len(truth))))[0]) for score in models])
     seeds = len(treated_S)
     treated_R = (scores_RM[:, :seeds] * seed_shares(seeds, resamples, generator)).sum(axis=1)
-    low = high = None
-    if (scores_RM[:, -1] > 0).all():
-        ends = np.quantile(treated_R / scores_RM[:, -1], [(1 - level) / 2, (1 + level) / 2])
-        low, high = (float(end) for end in ends)
+    low, high = _ends(treated_R, scores_RM[:, -1], level)
     value = float(observed_M[:seeds].mean() / observed_M[-1]) if observed_M[-1] > 0 else None
     return Share(value=value, low=low, high=high, metric=metric, level=level, resamples=resamples, seeds=seeds)
 
@@ -109,7 +107,7 @@ def intervals_by_label(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> list[tuple[float, float] | tuple[None, None]]:
+) -> list[Ends]:
     """Intervals of the share of another model's F1, of each label; all labels on the same resamples.
 
     Each is that of `paired_ratio` for the label's column alone.
@@ -125,31 +123,34 @@ def intervals_by_label(
     Returns:
         Lower and upper end; None where the other's F1 is not above 0 in some resample.
     """
-    truth_NC = np.asarray(gold, dtype=bool)
-    models = [_f1_of_labels(np.asarray(each, dtype=bool), truth_NC) for each in (*treated_S, reference)]
+    truth_NC = np.asarray(gold)
+    models = [_f1(np.asarray(each), truth_NC, by_label=True) for each in (*treated_S, reference)]
     generator = np.random.default_rng(seed)
     scores_RMC = _resampled(models, len(truth_NC), resamples, generator)
     shares_RS = seed_shares(len(treated_S), resamples, generator)
     treated_RC = np.einsum("rsc,rs->rc", scores_RMC[:, :-1], shares_RS)
-    found: list[tuple[float, float] | tuple[None, None]] = []
-    for ours_R, theirs_R in zip(treated_RC.T, scores_RMC[:, -1].T, strict=True):
-        if not (theirs_R > 0).all():
-            found.append((None, None))
-            continue
-        low, high = np.quantile(ours_R / theirs_R, [(1 - level) / 2, (1 + level) / 2])
-        found.append((float(low), float(high)))
-    return found
+    return [_ends(ours_R, theirs_R, level) for ours_R, theirs_R in zip(treated_RC.T, scores_RMC[:, -1].T, strict=True)]
 
 
-def _f1_of_labels(given_NC: NDArray[np.bool_], true_NC: NDArray[np.bool_]) -> Callable[[Counts], Counts]:
-    """From how often each row is drawn, (R, N), to the F1 of each label, (R, C)."""
-    hits_NC = 2.0 * (given_NC & true_NC)
-    total_NC = given_NC.astype(np.float64) + true_NC
+def _ends(treated_R: Counts, reference_R: Counts, level: float) -> Ends:
+    """The interval of a ratio from its resamples; None where the reference is not above 0 in all of them."""
+    if not (reference_R > 0).all():
+        return None, None
+    low, high = np.quantile(treated_R / reference_R, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _f1(found_NC: NDArray[Any], gold_NC: NDArray[Any], *, by_label: bool) -> Callable[[Counts], Counts]:
+    """From how often each row is drawn, (R, N), to the F1 of each label, (R, C), or of all together, (R,)."""
+    given_NC, true_NC = found_NC.astype(bool), gold_NC.astype(bool)
+    hits, total = 2.0 * (given_NC & true_NC), given_NC.astype(np.float64) + true_NC
+    if not by_label:
+        hits, total = hits.sum(axis=1), total.sum(axis=1)
 
     def scores(counts_RN: Counts) -> Counts:
-        total_RC = counts_RN @ total_NC
-        found_RC: Counts = np.divide(counts_RN @ hits_NC, total_RC, out=np.zeros_like(total_RC), where=total_RC > 0)
-        return found_RC
+        drawn = counts_RN @ total
+        found: Counts = np.divide(counts_RN @ hits, drawn, out=np.zeros_like(drawn), where=drawn > 0)
+        return found
 
     return scores
 
@@ -170,16 +171,7 @@ def _resampled(
 def _scorer(metric: RatioMetric, found: NDArray[Any], gold: NDArray[Any]) -> Callable[[Counts], Counts]:
     """From how often each row is drawn, (R, N), to the score of each resample, (R,)."""
     if metric == "micro_f1":
-        given_NC, true_NC = found.astype(bool), gold.astype(bool)
-        hits_N = 2.0 * (given_NC & true_NC).sum(axis=1)
-        total_N = (given_NC.sum(axis=1) + true_NC.sum(axis=1)).astype(np.float64)
-
-        def micro_f1(counts_RN: Counts) -> Counts:
-            total_R = counts_RN @ total_N
-            found_R: Counts = np.divide(counts_RN @ hits_N, total_R, out=np.zeros_like(total_R), where=total_R > 0)
-            return found_R
-
-        return micro_f1
+        return _f1(found, gold, by_label=False)
     if metric == "spearman":
         return lambda counts_RN: _spearman(counts_RN, found, gold)
     exact = metric == "accuracy"
