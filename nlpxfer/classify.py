@@ -32,7 +32,7 @@ from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
-from nlpxfer.errors import ConfigError, DataError, LabelError
+from nlpxfer.errors import ConfigError, DataError, LabelError, NotFiniteError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
 from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
 from nlpxfer.evaluate.task import label_f1s, task_metrics
@@ -137,9 +137,21 @@ class Classifier:
         return tokenise(self.backend.tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
-        """Logits, shape (N, C), float32, columns in the order of `schema`; of a regression the number."""
+        """Logits, shape (N, C), float32, columns in the order of `schema`; of a regression the number.
+
+        Raises:
+            NotFiniteError: The model gives a logit that is NaN or infinite.
+        """
         rows = self.rows(texts, pairs)
-        return self.backend.logits(rows, max_length=self.max_length, batch_size=self.batch_size)
+        logits_NC = self.backend.logits(rows, max_length=self.max_length, batch_size=self.batch_size)
+        bad = int((~np.isfinite(logits_NC).all(axis=1)).sum())
+        if bad:
+            raise NotFiniteError(
+                f"The model gives logits that are NaN or infinite for {bad} of {len(logits_NC)} rows.",
+                why="Its weights are damaged, or too large for the precision it computes in.",
+                fix="--bf16 false; if that is no help, train it again",
+            )
+        return logits_NC
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
         """Calibrated probabilities, shape (N, C), float64; each row sums to 1, but not those of a multi-label task.

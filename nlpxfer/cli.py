@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
+import io
 import runpy
 import signal
 import sys
@@ -29,10 +31,22 @@ from pathlib import Path
 from typing import NoReturn
 
 from nlpxfer import __version__
-from nlpxfer.errors import INTERRUPTED_EXIT_CODE, NlpxferError
+from nlpxfer.errors import INTERRUPTED_EXIT_CODE, USER_FAULT_EXIT_CODE, NlpxferError
 from nlpxfer.recipes import recipe_file
 
 __all__ = ["main", "run_main"]
+
+_REFUSALS = (
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+)
+"""What the system says of a path that cannot be used, or of a full disk: that is the user's to mend."""
 
 
 def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
@@ -43,14 +57,23 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
         argv: Handed to `main`.
 
     Raises:
-        SystemExit: Always. 0 when `main` returns; the error's exit code after a `NlpxferError`; 75 after Ctrl-C.
+        SystemExit: Always. 0 when `main` returns; the error's exit code after a `NlpxferError`, 2 after the system
+            refused a file; 75 after Ctrl-C.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a label that the terminal cannot show must not end a run
+            stream.reconfigure(errors="replace")
     try:
         with _stopping_on_sigterm():
             main(argv)
     except NlpxferError as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        sys.stderr.write(f"{error.filename or 'A file'}: {error.strerror}.\n")
+        sys.exit(USER_FAULT_EXIT_CODE)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(INTERRUPTED_EXIT_CODE)

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from nlpxfer.checkpoint.adapters import BUNDLE_FOLDER, add_to_bundle, is_adapted
-from nlpxfer.checkpoint.own_files import remove_own
+from nlpxfer.checkpoint.own_files import STAGING_PREFIX, remove_own
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint
-from nlpxfer.checkpoint.save import save_classifier
+from nlpxfer.checkpoint.safety import ADAPTER_CONFIG
+from nlpxfer.checkpoint.save import move_staged, save_classifier
 from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static, static_int8
 from nlpxfer.errors import TargetMissedError
 from nlpxfer.evaluate.arms import TrainedArm
@@ -35,10 +36,10 @@ from nlpxfer.evaluate.parity import parity
 from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores
 from nlpxfer.hub import push_folder
-from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.card import CardFacts, write_card
 from nlpxfer.report.error_report import error_summary, write_error_report
-from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, write_label_errors, write_out_of_fold
+from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, prediction, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import Arm, Report, Verdict, build_report, write_report
 from nlpxfer.report.retention import retention_lines
@@ -53,6 +54,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, Any]
+
+_WEIGHTS = (".onnx", ".safetensors", ".data")
+"""Endings of the files without which nothing loads."""
 
 
 def finish(
@@ -207,14 +211,8 @@ def _write(
     tags: Sequence[str],
     folders: Mapping[str, Path],
 ) -> None:
+    """Write all that a folder needs, the model itself late: what loads of a killed run predicts as it should."""
     names, labels = run.data.schema.names, run.labels("test")
-    if arm.adapter is not None:
-        shutil.copytree(arm.adapter, run.folder / BUNDLE_FOLDER, dirs_exist_ok=True)
-        reading = {"max_length": run.data_options.max_length, "long_texts": run.long_texts.options()}
-        add_to_bundle(run.folder / BUNDLE_FOLDER, **reading)
-    merges = not is_adapted(arm.model)
-    if merges:
-        save_classifier(arm.model, arm.tokenizer, run.data.schema, run.folder)
     if run.problem_type != REGRESSION:
         thresholds = report.checks.get("thresholds", {}).get("by_label")
         temperature, rule = report.checks["calibration"]["temperature"], report.checks.get("abstain")
@@ -242,13 +240,13 @@ def _write(
     )
     for name, place in folders.items():
         remove_own(run.folder, name)  # of an attempt that ended in between
-        (run.folder / name).mkdir(exist_ok=True)
-        for path in place.iterdir():
-            path.replace(run.folder / name / path.name)
         _copy_into(run.folder / name, run)
+        for path in sorted(place.iterdir(), key=lambda path: path.suffix in _WEIGHTS):
+            path.replace(run.folder / name / path.name)
     if is_static(arm.model):
-        small = save_classifier(int8_table_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
-        _copy_into(small, run)
+        _copy_into(run.folder / INT8_FOLDER, run)
+        save_classifier(int8_table_of(run, arm), arm.tokenizer, run.data.schema, run.folder / INT8_FOLDER)
+    merges = not is_adapted(arm.model)
     facts = CardFacts(
         model_name=run.options.hub_model_id or run.folder.name,
         labels=names,
@@ -268,9 +266,11 @@ def _write(
         options={key: value for key, value in run.config.items() if value is not None},
         is_static=is_static(arm.model),
     )
-    write_card(run.folder, report, facts if merges else replace(facts, is_adapter=True))
     if arm.adapter is not None:
-        _complete_bundle(run, report, replace(facts, is_adapter=True))
+        _write_bundle(run, arm.adapter, report, replace(facts, is_adapter=True))
+    if merges:
+        save_classifier(arm.model, arm.tokenizer, run.data.schema, run.folder)
+    write_card(run.folder, report, facts if merges else replace(facts, is_adapter=True))
     write_report(run.folder, report)
     foreign = remove_own(run.folder, "checkpoints")
     if foreign:
@@ -278,7 +278,8 @@ def _write(
 
 
 def _copy_into(folder: Path, run: Run) -> None:
-    """What lets another form of the model predict as the output folder does."""
+    """Make the folder of another form of the model, with what lets it predict as the output folder does."""
+    folder.mkdir(exist_ok=True)
     for name in ("run.json", "calibration.json"):
         if (run.folder / name).is_file():
             shutil.copy(run.folder / name, folder / name)
@@ -292,14 +293,23 @@ def _per_class(run: Run, logits: Array, split: str) -> list[ClassScores]:
     return per_class_table(logits, labels, names)
 
 
-def _complete_bundle(run: Run, report: Report, facts: CardFacts) -> None:
-    """Put into the bundle what makes it a folder of its own, which can be used and pushed alone."""
-    bundle = run.folder / BUNDLE_FOLDER
+def _write_bundle(run: Run, trained: Path, report: Report, facts: CardFacts) -> None:
+    """Put the bundle into the output folder, with what makes it one that can be used and pushed alone.
+
+    Its adapter_config.json comes last: without it nothing loads.
+    """
+    staging, bundle = run.folder / f"{STAGING_PREFIX}{BUNDLE_FOLDER}", run.folder / BUNDLE_FOLDER
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(trained, staging)
+    add_to_bundle(staging, max_length=run.data_options.max_length, long_texts=run.long_texts.options())
     for name in ("run.json", "calibration.json", "confusion.png", "per_class.png"):
         if (run.folder / name).is_file():  # which of them there are depends on the kind of task
-            shutil.copy(run.folder / name, bundle / name)
-    write_card(bundle, report, facts)
-    write_report(bundle, report)
+            shutil.copy(run.folder / name, staging / name)
+    write_card(staging, report, facts)
+    write_report(staging, report)
+    bundle.mkdir(exist_ok=True)
+    move_staged(staging, bundle, last=ADAPTER_CONFIG)
+    staging.rmdir()
 
 
 def _write_predictions(run: Run, split: str, logits: Array) -> None:
@@ -310,7 +320,7 @@ def _write_predictions(run: Run, split: str, logits: Array) -> None:
     temporary = folder / f".{split}.jsonl.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         for number, gold, row in zip(numbers, run.labels(split), logits, strict=True):
-            line = {"row": number, **_prediction(run.problem_type, names, gold, row)}
+            line = {"row": number, **prediction(run.problem_type, names, gold, row)}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
     temporary.replace(folder / f"{split}.jsonl")
 
@@ -328,20 +338,9 @@ def _write_error_report(run: Run, arm: TrainedArm, temperature: float) -> None:
 def _write_out_of_fold(run: Run, found: OutOfFold) -> None:
     names, numbers = run.data.schema.names, run.data.train["row"][:]
     write_out_of_fold(run.folder, found, names, numbers)
-    write_label_errors(run.folder, found, names, numbers, *run.texts("train"))
-    logger.info("%d training labels look wrong: %s", len(found.label_errors), run.folder / LABEL_ERRORS_FILE)
-
-
-def _prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: Array) -> dict[str, Any]:  # noqa: ANN401
-    """The gold and the predicted label, labels or number of one row, and the probability."""
-    if problem_type == REGRESSION:
-        return {"label": round(float(gold), 6), "predicted": round(float(logits_C[0]), 6)}
-    shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
-    if problem_type == MULTI_LABEL:
-        predicted = {name: round(float(p), 6) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
-        return {"label": [name for name, one in zip(names, gold, strict=True) if one], "predicted": predicted}
-    best = int(shares_C.argmax())
-    return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), 6)}
+    if found.label_errors is not None:
+        write_label_errors(run.folder, found, names, numbers, *run.texts("train"))
+        logger.info("%d training labels look wrong: %s", len(found.label_errors), run.folder / LABEL_ERRORS_FILE)
 
 
 def _search_limits(found: Mapping[str, Any] | None) -> list[str]:

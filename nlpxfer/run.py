@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -23,7 +24,7 @@ from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.fingerprint import weights_fingerprint
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.own_files import is_unfinished, mark_unfinished, unfinished_recipe
-from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, save_classifier
+from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, held, save_classifier
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.config import DataOptions, RunOptions, default_learning_rate
 from nlpxfer.config.label_loss import LabelLossOptions
@@ -59,12 +60,12 @@ from nlpxfer.report.report import (
 )
 from nlpxfer.report.run import write_run
 from nlpxfer.train.checkpoints import RunIdentity
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
+from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
 from nlpxfer.train.search import Search
 from nlpxfer.train.study import SearchPlan
-from nlpxfer.train.trainer import Sampling
+from nlpxfer.train.trainer import Sampling, check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -117,6 +118,7 @@ class Run:
         found: The search, for the report; None if there was none.
         answers: Name of an arm -> its logits, one for each training seed.
         results: What `once` has computed.
+        held: Keeps the output folder for this run, from `begin` on.
     """
 
     recipe: str
@@ -135,6 +137,7 @@ class Run:
     found: dict[str, Any] | None = None
     answers: dict[str, list[Answers]] = field(default_factory=dict)
     results: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def seeds(self) -> list[int]:
@@ -389,7 +392,8 @@ class Run:
             split: As for `cross_validate`.
         """
         if self.folds is not None:
-            self.out_of_fold = predict_out_of_fold(self.folds, self.labels("train"), split or self.split, train)
+            labels, split = self.labels("train"), split or self.split
+            self.out_of_fold = predict_out_of_fold(self.folds, labels, split, train, self.problem_type)
             self.checks["cross_validation"] = self.out_of_fold.scores() | {"seed": self.seeds[0]}
 
     def _log_scores(self, arm: TrainedArm) -> None:
@@ -555,21 +559,34 @@ class Run:
     def _checked(self, build: Callable[[int], Checkpoint], seed: int) -> Callable[[], Checkpoint]:
         return lambda: self.check_length(build(seed))
 
-    def begin(self, *models: Checkpoint, arms: int, checkpoints: bool = True) -> None:
+    def begin(
+        self, *trained: Checkpoint, arms: int, asked: Sequence[Checkpoint] = (), checkpoints: bool = True
+    ) -> None:
         """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
 
         Args:
-            models: Those that will be trained or asked; the largest decides about the space needed: its weights that
-                learn, and twice as much for Adam's moments, in each checkpoint.
+            trained: Models that will be trained, as they are before.
             arms: Models that will be kept per seed.
-            checkpoints: Whether any are written while training.
+            asked: Models that will only be asked. The largest of all decides about the space needed: its weights that
+                learn, and twice as much for Adam's moments, in each checkpoint.
+            checkpoints: Whether models are trained by steps, and checkpoints written meanwhile.
 
         Raises:
-            ConfigError: `max_length` is more than a model can read.
+            ConfigError: `max_length` is more than a model can read, or the training cannot be done as asked for.
             NoSpaceError: Says how much is free and how much is needed.
+            OutputExistsError: Another run writes to the output folder.
         """
+        models = [*trained, *asked]
         for model in models:
             self.check_length(model)
+        for model in trained if checkpoints else ():
+            check_training(model.model, self.options)
+        rows, batch = len(self.data.train), self.options.per_device_train_batch_size * world()[1]
+        if self.options.dataloader_drop_last and rows < batch:
+            raise ConfigError(
+                f"dataloader_drop_last: {rows} labelled rows make no whole batch of {batch}.",
+                fix="a smaller --per_device_train_batch_size, or --dataloader_drop_last false",
+            )
         weights = max(stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
@@ -581,6 +598,8 @@ class Run:
         if self.options.resume and not is_unfinished(self.folder):
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
         if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(held(self.folder))
             ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
             mark_unfinished(self.folder, self.recipe)
         wait_for_everyone()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nlpxfer.checkpoint.save import check_output_folder
+from nlpxfer.checkpoint.save import check_output_folder, refuse_inputs_below
 from nlpxfer.config import DataOptions, RunOptions, resolved
 from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.data.folds import make_folds
@@ -56,7 +56,7 @@ def start_run(
 
     Raises:
         LaunchError: Fewer processes run than were asked for.
-        OutputExistsError: The output folder is in use.
+        OutputExistsError: The output folder is in use, or holds what the run reads.
         ResumeError: The run to resume is finished.
         ConfigError: `report_to` or a search needs what is not installed; `num_folds` or a search is not for this
             recipe, or folds not for these rows; the validation rows cannot show `abstain_precision`; or an option is
@@ -82,7 +82,9 @@ def start_run(
         raise ResumeError(
             f"The run in {folder} is finished: there is nothing to resume.", fix="another --output_dir, or --overwrite"
         )
-    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume)
+    resumable = "resume_from_checkpoint" not in options.without_effect
+    check_output_folder(folder, overwrite=options.overwrite, resume=options.resume, resumable=resumable)
+    refuse_inputs_below(folder, _inputs(config))
     if is_main_process() and options.push_to_hub:
         check_push_request(str(options.hub_model_id), private=options.is_private)
     check_reporters(options.report_to or ())
@@ -109,16 +111,25 @@ def start_run(
         refuse_unprovable(options.abstain_precision, len(data.validation))
     if options.num_folds:
         count, seed = options.num_folds, data_options.data_split_seed
-        run.folds = make_folds(*run.texts("train"), run.labels("train"), data.schema.names, count=count, seed=seed)
+        rows, kind = (*run.texts("train"), run.labels("train"), data.schema.names), data.schema.problem_type
+        run.folds = make_folds(*rows, count=count, seed=seed, problem_type=kind)
     try:
-        yield run
+        with run.held:
+            yield run
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
+def _inputs(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Option -> the paths, or names that may be paths, of what the run reads."""
+    endings, names = ("_name_or_path", "_file"), ("dataset_name", "zero_shot_teacher")
+    given = {name: value for name, value in config.items() if value and (name.endswith(endings) or name in names)}
+    return {name: value if isinstance(value, list) else [value] for name, value in given.items()}
+
+
 def _refuse_for_other_tasks(options: RunOptions, problem_type: ProblemType) -> None:
-    names = "num_folds", "error_report", "abstain_precision", "linear_probe_size"
+    names = "error_report", "abstain_precision", "linear_probe_size"
     asked = [name for name in names if getattr(options, name) or name in options.ranges]
     if asked and problem_type != SINGLE_LABEL:
         raise ConfigError.from_faults([f"{name}: is for tasks with one label per row" for name in asked])

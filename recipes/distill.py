@@ -258,7 +258,7 @@ def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Pane
     models = [teacher.model for teacher in given if teacher.model]
     files = None if models else measure_panel(run, plan, given)
     check_scored(plan, scored=files is None or files.arm is not None)
-    begin(run, plan, source, models, arms=2)
+    begin(run, plan, source, arms=2, asked=models)
     for model in models:
         model.model.to(run.options.device)
     return files or measure_panel(run, plan, given), source, base
@@ -272,7 +272,7 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
     base, folds = build(run.seeds[0]), folds_of_teacher(run, plan)
-    begin(run, plan, base, [base], arms=3 + plan.teacher_folds)
+    begin(run, plan, base, base, arms=3 + plan.teacher_folds)
     training = {"num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs}
     training |= run.start_of_training(base, **training)
     training["learning_rate"] = plan.teacher_learning_rate or training["learning_rate"]
@@ -289,7 +289,14 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
     return panel, teacher, base
 
 
-def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[Checkpoint], *, arms: int) -> None:
+def begin(
+    run: Run,
+    plan: DistillOptions,
+    source: Checkpoint,
+    *trained: Checkpoint,
+    arms: int,
+    asked: Sequence[Checkpoint] = (),
+) -> None:
     """The last that refuses what cannot work; then start to write."""
     check_search(run, plan, ladder_of(run, plan, source))
     student = student_of(run, outline(plan), source)(run.seeds[0])
@@ -300,7 +307,8 @@ def begin(run: Run, plan: DistillOptions, source: Checkpoint, models: Sequence[C
     if plan.student_int8:
         check_int8(student)
         arms += 3  # the room of its ONNX files, and of the copy that they are made from
-    run.begin(*models, student, arms=arms + len(plan.assistants) + plan.generations - 1 + len(plan.curve))
+    arms += len(plan.assistants) + plan.generations - 1 + len(plan.curve)
+    run.begin(*trained, student, arms=arms, asked=asked)
 
 
 def ladder_of(run: Run, plan: DistillOptions, source: Checkpoint) -> list[Choice]:

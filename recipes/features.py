@@ -55,7 +55,10 @@ class FeatureOptions(RunOptions):
         f.name: "the body is frozen, and what is trained are a few numbers on cached features"
         for f in dataclasses.fields(RunOptions)
         if f.name not in ALWAYS | FOR_MLP
-    } | {"resume_from_checkpoint": "the features found so far are in the cache; give the same command again"}
+    } | {
+        "resume_from_checkpoint": "the features found so far are in the cache; give the same command again, "
+        "with --overwrite if it had begun to write"
+    }
     needed_switches: ClassVar = NEEDED_SWITCHES | {name: ("classifier", "mlp") for name in FOR_MLP}
 
     model_name_or_path: str = option("all-MiniLM-L6-v2", "Hub id, folder, or the bundled all-MiniLM-L6-v2.")
@@ -118,9 +121,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, options = parse((DataOptions, FeatureOptions), argv)
     name, revision, classifier = options.model_name_or_path, options.model_revision, options.classifier
-    if data_options.long_texts == "sliding_window":
+    if data_options.long_texts == "sliding_window" and classifier == "mlp":
         raise ConfigError(
-            "long_texts: features are computed once per text, not per window.", fix="--long_texts head_tail"
+            "long_texts: an mlp is trained on one row of features per text, not on windows.",
+            fix="--classifier logistic, or --long_texts head_tail",
         )
 
     with start_run("features", data_options, options, folds=True) as run:

@@ -16,6 +16,7 @@ from test_resume import RESUME, assert_same, interrupted
 from tiny import LABELS, make_rows, write_csv
 from transformers import AutoModelForSequenceClassification, pipeline
 
+from nlpxfer import result
 from nlpxfer.checkpoint.adapter_kinds import KINDS
 from nlpxfer.checkpoint.adapter_merge import merge_bundle
 from nlpxfer.checkpoint.adapters import load_adapter
@@ -49,6 +50,37 @@ def lora(bert, tiny_data, tmp_path_factory):
     """A finished run that left a merged model and the bundle."""
     words = [*tiny_words(tiny_data, bert, rate="3e-3"), "--save_predictions", "true"]
     return finished("adapters", tmp_path_factory.mktemp("lora") / "out", *words, "--control_arm", "false")
+
+
+def test_a_bundle_is_exported_although_its_base_is_no_classifier(lora, bert, tiny_data, tmp_path, capsys):
+    words = ["--base", str(bert), "--texts", str(tiny_data.test)]
+    with pytest.raises(SystemExit) as left:
+        main(["export", str(lora.folder / "adapter"), str(tmp_path / "onnx"), *words])
+    assert left.value.code == 0
+    assert "fp32: 0 of 80 predictions changed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "onnx" / "config.json").read_text())["architectures"] == [
+        "BertForSequenceClassification"
+    ]
+
+
+def test_a_bundle_loads_only_once_all_of_it_is_there(prompt_words, bert, tmp_path, monkeypatch):
+    """Of a kind that is not merged; killed when the bundle was in place."""
+    plain, out = result.move_staged, tmp_path / "out"
+
+    def move_and_die(*arguments, **options):
+        plain(*arguments, **options)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "move_staged", move_and_die)
+        with pytest.raises(ZeroDivisionError):
+            call("adapters", out, *prompt_words)
+    ours = Classifier.load(str(out), base=str(bert))
+    resumed = finished("adapters", out, *prompt_words, *RESUME)
+    theirs = Classifier.load(str(resumed.folder), base=str(bert))
+    assert ours.temperature == theirs.temperature != 1
+    assert ours.max_length == theirs.max_length == 32
+    assert not [path.name for path in out.iterdir() if path.name.startswith(".")]
 
 
 @pytest.fixture(scope="module")

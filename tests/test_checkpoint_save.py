@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
@@ -21,7 +25,7 @@ from nlpxfer.checkpoint import (
     tokenizer_fingerprint,
 )
 from nlpxfer.checkpoint.own_files import mark_unfinished, remove_own
-from nlpxfer.checkpoint.save import check_free_space
+from nlpxfer.checkpoint.save import check_free_space, held, refuse_inputs_below
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, LabelError, NoSpaceError, NotFiniteError, OutputExistsError
 from nlpxfer.train.checkpoints import RunIdentity, seal
@@ -336,11 +340,47 @@ def test_a_folder_that_holds_the_mark_alone_is_as_good_as_empty(tmp_path):
     with pytest.raises(OutputExistsError, match="holds checkpoints/notes.txt, which nlpxfer did not write"):
         ensure_output_folder(tmp_path, overwrite=True)
     (tmp_path / "checkpoints" / "notes.txt").unlink()
-    (tmp_path / "checkpoints" / "teacher-1").mkdir()
+    (tmp_path / "checkpoints" / "teacher-1" / "checkpoint-2").mkdir(parents=True)  # of a loss that was not finite
+    ensure_output_folder(tmp_path)
+    (tmp_path / "checkpoints" / "teacher-1" / "checkpoint-2" / "optimizer.pt").write_text("")
     with pytest.raises(OutputExistsError, match="is not empty"):
         ensure_output_folder(tmp_path)
     ensure_output_folder(tmp_path, overwrite=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_run_at_a_time_keeps_a_folder(tmp_path):
+    with held(tmp_path):
+        with pytest.raises(OutputExistsError, match="Another run is writing"), held(tmp_path):
+            pass
+        other = [sys.executable, "-c", f"from nlpxfer.checkpoint.save import held\nwith held({str(tmp_path)!r}): pass"]
+        assert "Another run is writing" in subprocess.run(other, capture_output=True, text=True).stderr
+    with held(tmp_path):
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_knows_no_locks_is_used_all_the_same(tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, "not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with held(tmp_path), held(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("below", [".", "teacher", "predictions/test.jsonl"])
+def test_what_a_run_reads_is_not_in_its_output_folder(below, tmp_path):
+    folder = written(tmp_path / "out", *OWN, "teacher/config.json", run_json=RUN)
+    for base in (folder, tmp_path / "elsewhere" / ".." / "out"):
+        inputs = {"teacher_name_or_path": ["all-MiniLM-L6-v2", str(base / below)], "dataset_name": ["out"]}
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with pytest.raises(OutputExistsError, match=r"holds what the run reads: --teacher_name_or_path\.\n"):
+            refuse_inputs_below(folder, inputs)
+    (tmp_path / "link").symlink_to(folder / below)
+    with pytest.raises(OutputExistsError, match="holds what the run reads"):
+        refuse_inputs_below(folder, {"model_name_or_path": [str(tmp_path / "link")]})
+    refuse_inputs_below(folder / "below", {"model_name_or_path": [str(folder)]})
+    refuse_inputs_below(tmp_path / "new", {"model_name_or_path": [str(tmp_path / "new")]})
 
 
 def test_only_own_files_are_removed(tmp_path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
+from safetensors.torch import load_file, save_file
 from tiny import LABELS, make_rows, write_csv
 from transformers import pipeline
 
@@ -355,6 +356,21 @@ def test_memory_does_not_grow_with_the_file(classifier, tmp_path, monkeypatch):
         tracemalloc.stop()
         assert [row["id"] for row in read(tmp_path / f"out-{count}.csv")] == [str(i) for i in range(count)]
     assert peaks[1] < 1.5 * peaks[0]
+
+
+def test_logits_that_are_not_finite_are_no_answer(folder, rows, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = load_file(broken / "model.safetensors")
+    weights["classifier.bias"][1] = float("nan")
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    path = write_csv(tmp_path / "in.csv", rows)
+    for command in (["predict", "--output_file", str(tmp_path / "out.csv")], ["evaluate"]):
+        with pytest.raises(SystemExit) as left:
+            main([command[0], str(broken), str(path), *command[1:]])
+        assert left.value.code == 2
+        assert "NaN or infinite for 50 of 50 rows" in capsys.readouterr().err
+    assert not (tmp_path / "out.csv").exists()
 
 
 def test_a_checkpoint_that_does_not_classify_is_refused(tiny_checkpoint):

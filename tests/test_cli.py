@@ -1,5 +1,7 @@
 """The `nlpxfer` command, and the exit codes of every entry point."""
 
+import errno
+import io
 import os
 import signal
 import sys
@@ -62,6 +64,8 @@ def raises(error):
         (raises(Interrupted("stopped at step 7")), 75, "stopped at step 7\n"),
         (raises(KeyboardInterrupt()), 75, "Interrupted.\n"),
         (lambda argv: os.kill(os.getpid(), signal.SIGTERM), 75, "Interrupted.\n"),
+        (lambda argv: os.mkdir("/dev/null/out"), 2, "/dev/null/out: Not a directory.\n"),
+        (raises(OSError(errno.ENOSPC, "No space left on device")), 2, "A file: No space left on device.\n"),
     ],
 )
 def test_exit_codes(main, code, said, capsys):
@@ -72,6 +76,18 @@ def test_exit_codes(main, code, said, capsys):
 def test_a_fault_of_nlpxfer_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run_main(lambda argv: 1 / 0, [])
+
+
+def test_a_file_that_nlpxfer_should_have_had_keeps_its_traceback():
+    with pytest.raises(FileNotFoundError):
+        cli.run_main(lambda argv: open("/nowhere"), [])
+
+
+def test_a_label_that_the_terminal_cannot_show_ends_nothing(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    assert exit_code(cli.run_main, lambda argv: sys.stdout.write("Größe"), []) == 0
+    assert written.getvalue() == b"Gr??e"
 
 
 def test_version(capsys):

@@ -1,6 +1,7 @@
 """Frozen features come from the model once, and from disk after that; whatever they depend on gives others."""
 
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from tiny import ENCODERS, LABELS, make_rows
 from nlpxfer.checkpoint import load_classifier, use_mean_pooling
 from nlpxfer.checkpoint.fingerprint import body_fingerprint
 from nlpxfer.checkpoint.head import head_logits, head_of, head_parameters, pooled_states
+from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, tokenise
 from nlpxfer.errors import NoSpaceError, NotFiniteError, StaleCacheError
@@ -155,6 +157,15 @@ def test_pairs_are_no_texts(bert, tmp_path):
     split = rows_of(bert, ["the goal"], ["bread"])
     other = type(split)(split.tokens, np.zeros_like(split.token_types), split.starts, split.columns)
     assert row_keys(split) != row_keys(other), "segments count"
+
+
+def test_windows_of_the_same_tokens_are_other_rows(bert):
+    plan, texts = LongTexts(policy="sliding_window"), ["a b", " ".join(["goal"] * 20)]
+    rows = tokenise(bert.tokenizer, texts, max_length=8, long_texts=plan)
+    assert row_keys(rows)[0] == row_keys(tokenise(bert.tokenizer, texts, max_length=8))[0]
+    cut = replace(rows, windows=np.array([*rows.windows[:-2], rows.windows[-2] + 1, rows.windows[-1]]))
+    assert row_keys(cut)[0] == row_keys(rows)[0]
+    assert row_keys(cut)[1] != row_keys(rows)[1]
 
 
 def test_whatever_the_features_depend_on_gives_others(bert, load, tmp_path):

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
 
+from nlpxfer import result
 from nlpxfer.checkpoint import load_classifier
 from nlpxfer.checkpoint.head import head_features, head_of, head_parameters
 from nlpxfer.classify import Classifier, evaluate_file
@@ -336,6 +337,17 @@ def test_an_interrupted_run_leaves_its_features(tiny_data, bert, tmp_path, monke
     assert sum(computed(again).values()) == 0
 
 
+def test_a_run_that_ended_while_it_wrote_says_how_to_go_on(tiny_data, bert, tmp_path, monkeypatch):
+    words = words_of(tiny_data, bert)
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "write_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("features", tmp_path / "out", *words)
+    message = call("features", tmp_path / "out", *words).err
+    assert "Try: another --output_dir, or --overwrite\n" in message
+    assert sum(computed(finished("features", tmp_path / "out", *words, "--overwrite", "true")).values()) == 0
+
+
 def test_a_head_that_computes_something_else_is_refused(tiny_data, bert, tmp_path, monkeypatch):
     whole = feature_arm.predict
     monkeypatch.setattr(feature_arm, "predict", lambda *given, **options: whole(*given, **options) * 1.5)
@@ -356,7 +368,7 @@ REFUSED = {
     "another classifier": (["--classifier", "svm"], ["classifier", "svm", "mlp"]),
     "with an mlp too": (["--classifier", "mlp", "--dropout", "0.1", "--max_steps", "9"],
                         ["dropout: has", "max_steps: has"]),
-    "windows": (["--long_texts", "sliding_window"], ["long_texts: features are computed once per text"]),
+    "windows": (["--long_texts", "sliding_window", "--classifier", "mlp"], ["long_texts: an mlp is trained"]),
     "misspelt": (["--feature_cash", "x"], ["did you mean feature_cache"]),
 }  # fmt: skip
 

@@ -10,16 +10,18 @@ import numpy as np
 import pytest
 import torch
 from recipe_runs import KEYS, QUICK, call, files, finished, refused, tiny_words
+from test_problem_types import LEARN, MULTI, NUMBERS, topic_rows
 from tiny import FILLER, LABELS, TOPICS, build_tokenizer, write_csv
 
 import nlpxfer.run
 from nlpxfer.data.folds import make_folds
-from nlpxfer.data.splits import stratified_folds
+from nlpxfer.data.splits import iterative_folds, stratified_folds
 from nlpxfer.data.tokenise import tokenise
 from nlpxfer.errors import ConfigError, DataError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.folds import OutOfFold, predict_out_of_fold
 from nlpxfer.hub import finished_files
+from nlpxfer.problem import MULTI_LABEL, REGRESSION
 from nlpxfer.report.out_of_fold import write_label_errors
 
 # -- dealing rows out
@@ -81,6 +83,44 @@ def test_what_cannot_be_dealt_out_is_refused():
         folds_of(["a", "b", "c", "d", "A"], [0, 1, 0, 1, 0], count=5)
     with pytest.raises(ConfigError, match="without fold [12] the training rows have one class only"):
         folds_of(["a", "b", "c", "only"], [0, 0, 0, 1], count=2)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_labels_of_sets_are_spread_evenly(count):
+    chooser = random.Random(count)
+    sets = [
+        [label for label, share in enumerate((0.6, 0.3, 0.1, 0.05)) if chooser.random() < share] for _ in range(400)
+    ]
+    keys = [f"text {i % 380}" for i in range(400)]
+    found = iterative_folds(sets, keys, folds=count, seed=1)
+    for label in range(4):
+        held = Counter(fold for fold, of in zip(found, sets, strict=True) if label in of)
+        assert max(held.values()) - min(held.values()) <= 3, label
+    sizes = Counter(found)
+    assert len(sizes) == count
+    assert max(sizes.values()) - min(sizes.values()) <= 6
+    by_key = dict(zip(keys, found, strict=True))
+    assert [by_key[key] for key in keys] == found
+    assert iterative_folds(sets, keys, folds=count, seed=2) != found
+
+
+def test_a_label_of_one_fold_is_named_and_its_rows_are_known(caplog):
+    texts, gold = [f"text {i}" for i in range(8)], np.zeros((8, 3))
+    gold[:6, 0] = gold[0, 1] = 1
+    folds = make_folds(texts, None, gold, "abc", count=2, seed=0, problem_type=MULTI_LABEL)
+    assert folds.unlearnt_N.tolist() == [True] + [False] * 7
+    assert "missing in some: b" in caplog.text
+    assert "has not learnt them: b" in caplog.text
+
+
+def test_numbers_are_spread_evenly():
+    numbers = np.random.default_rng(0).gamma(2, size=300)
+    texts = [f"text {i}" for i in range(300)]
+    folds = make_folds(texts, None, numbers, ["score"], count=3, seed=0, problem_type=REGRESSION)
+    means = [numbers[folds.fold_N == fold].mean() for fold in range(3)]
+    assert max(means) - min(means) < 0.25 * numbers.std()
+    assert not folds.unlearnt_N.any()
+    assert folds.warnings == ()
 
 
 # -- out of fold
@@ -436,6 +476,67 @@ def test_every_recipe_trains_on_folds_or_refuses(key, tmp_path, tiny_data, tiny_
         assert len(lines(tmp_path / "out" / "predictions" / "out_of_fold.jsonl")) == 32
 
 
+@pytest.fixture(scope="module")
+def topics(tmp_path_factory):
+    """Rows on any number of topics; of the first 30 training rows a label is missing or too much."""
+    rows, folder, chooser = topic_rows(330, seed=5), tmp_path_factory.mktemp("topics"), random.Random(1)
+    wrong = {}
+    for index in range(30):
+        given, label = set(filter(None, rows[index]["labels"].split("|"))), chooser.choice(sorted(TOPICS))
+        wrong[index + 1] = (label, "remove" if label not in given else "add")
+        rows[index]["labels"] = "|".join(sorted(given ^ {label}))
+    parts = {"train": rows[:220], "validation": rows[220:275], "test": rows[275:]}
+    data = SimpleNamespace(**{name: write_csv(folder / f"{name}.csv", part) for name, part in parts.items()})
+    return SimpleNamespace(rows=parts["train"], wrong=wrong, data=data)
+
+
+def test_labels_of_sets_that_look_wrong(topics, small, tmp_path):
+    words = [*QUICK, *small, *files(topics.data), *MULTI, *LEARN, "--control_arm", "false"]
+    run = finished("finetune", tmp_path / "out", *words, "--num_folds", "2")
+    found = lines(run.folder / "predictions" / "out_of_fold.jsonl")
+    assert [row["row"] for row in found] == list(range(1, 221))
+    assert ["|".join(sorted(row["label"])) for row in found] == [row["labels"] for row in topics.rows]
+    for row in found:
+        assert row["predicted"] == {name: share for name, share in row["probabilities"].items() if share > 0.5}
+    scores = run.report["checks"]["cross_validation"]
+    hits = sum(len({*row["label"]} & {*row["predicted"]}) for row in found)
+    total = sum(len(row["label"]) + len(row["predicted"]) for row in found)
+    assert scores["pooled"]["micro_f1"] == pytest.approx(2 * hits / total)
+    assert scores["pooled"]["micro_f1"] > 0.7
+    told = lines(run.folder / "label_errors.jsonl")
+    assert scores["label_errors"]["rows"] == len(told)
+    right = [topics.wrong.get(row["row"]) == (row["label"], row["suggested"]) for row in told]
+    assert np.mean(right[:10]) > 0.7, "by chance it would be 0.03"
+    for row in told:
+        own = topics.rows[row["row"] - 1]
+        assert (row["text"], "|".join(sorted(row["labels"]))) == (own["text"], own["labels"])
+        assert (row["label"] in row["labels"]) == (row["suggested"] == "remove")
+        assert row["probability"] == found[row["row"] - 1]["probabilities"][row["label"]]
+
+
+def test_numbers_out_of_fold(topics, small, tmp_path):
+    words = [*QUICK, *small, *files(topics.data), *NUMBERS, "--control_arm", "false"]
+    run = finished("finetune", tmp_path / "out", *words, "--num_folds", "3")
+    found = lines(run.folder / "predictions" / "out_of_fold.jsonl")
+    assert [row["label"] for row in found] == [float(row["score"]) for row in topics.rows]
+    assert {row["fold"] for row in found} == {1, 2, 3}
+    pooled = run.report["checks"]["cross_validation"]["pooled"]
+    errors = [abs(row["label"] - row["predicted"]) for row in found]
+    assert pooled["mean_absolute_error"] == pytest.approx(np.mean(errors), abs=1e-5)
+    assert not (run.folder / "label_errors.jsonl").exists()
+    assert "label_errors" not in run.report["checks"]["cross_validation"]
+
+
+@pytest.mark.parametrize("kind", [MULTI, NUMBERS], ids=["labels", "numbers"])
+def test_teachers_of_folds_in_other_kinds_of_task(kind, topics, small, tmp_path):
+    words = [*QUICK, *small, *files(topics.data), *kind, "--max_train_samples", "60", "--num_train_epochs", "1"]
+    own = ["--learning_rate", "1e-3", "--control_arm", "false", "--student_num_layers", "1"]
+    run = finished("distill", tmp_path / "out", *words, *own, "--teacher_folds", "2")
+    found = run.report["checks"]["teacher"]
+    assert found["folds"] == 2
+    assert found["out_of_fold"]["micro_f1" if kind is MULTI else "mean_absolute_error"] > 0
+
+
 def test_refusals_come_before_anything_is_written(tmp_path, tiny_data, tiny_checkpoint):
     words = tiny_words(tiny_data, tiny_checkpoint("bert"))
     message = refused("finetune", tmp_path / "out", *words, "--num_folds", "241")
@@ -446,9 +547,9 @@ def test_refusals_come_before_anything_is_written(tmp_path, tiny_data, tiny_chec
     sets = write_csv(tmp_path / "sets.csv", [{"text": f"{row['text']} {i}", "label": f"{row['label']};new"}
                                               for i, row in enumerate(easy_rows(80, seed=2))])  # fmt: skip
     words[words.index("--train_file") + 1] = str(sets)
-    words += ["--label_separator", ";", "--num_folds", "2", "--abstain_precision", "0.5", "--error_report", "true"]
+    words += ["--label_separator", ";", "--abstain_precision", "0.5", "--error_report", "true"]
     message = refused("finetune", tmp_path / "out", *words)
-    for name in ("num_folds", "abstain_precision", "error_report"):
+    for name in ("abstain_precision", "error_report"):
         assert f"{name}: is for tasks with one label per row" in message
     assert not (tmp_path / "out").exists()
 

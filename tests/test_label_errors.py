@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nlpxfer.errors import DataError
-from nlpxfer.evaluate.label_errors import find_label_errors
+from nlpxfer.evaluate.label_errors import find_label_errors, find_label_set_errors
 
 # two classes; t_0 = (0.9 + 0.8 + 0.1) / 3 = 0.6, t_1 = (0.7 + 0.5 + 0.3) / 3 = 0.5
 SHARES = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.3, 0.7], [0.5, 0.5], [0.7, 0.3]])
@@ -94,3 +94,19 @@ def test_clean_labels_are_hardly_accused():
 def test_shapes_that_do_not_fit(shares, labels):
     with pytest.raises(DataError, match="do not fit"):
         find_label_errors(shares, labels)
+
+
+def test_labels_of_a_set_are_judged_one_against_the_rest():
+    shares_NC = np.array([[0.9, 0.1], [0.8, 0.95], [0.1, 0.2], [0.2, 0.1], [0.97, 0.9], [0.1, 0.8]])
+    gold_NC = np.array([[1, 0], [1, 0], [1, 0], [0, 0], [0, 1], [0, 1]])
+    found = find_label_set_errors(shares_NC, gold_NC)
+    each = list(zip(found.rows_E.tolist(), found.labels_E.tolist(), strict=True))
+    assert each == [(4, 0), (1, 1), (2, 0)], "given with 0.03, 0.05 and 0.1"
+    for label in (0, 1):
+        alone = find_label_errors(np.stack([1 - shares_NC[:, label], shares_NC[:, label]], axis=1), gold_NC[:, label])
+        assert sorted(alone.rows_E) == sorted(row for row, of in each if of == label)
+    assert found.share == pytest.approx((2 / 6 + 1 / 6) / 2, abs=0.05)
+    left_out = np.array([False, True, False, False, False, False])
+    assert 1 not in find_label_set_errors(shares_NC, gold_NC, left_out_N=left_out).rows_E
+    with pytest.raises(DataError, match="do not fit"):
+        find_label_set_errors(shares_NC, gold_NC[:, 0])

@@ -13,7 +13,7 @@ from tiny import FAMILIES, FILLER, LABELS, TOPICS, build_tokenizer, make_rows, w
 
 from nlpxfer.checkpoint import load_classifier
 from nlpxfer.checkpoint.head import features, head_of
-from nlpxfer.classify import Classifier
+from nlpxfer.classify import Classifier, evaluate_file
 from nlpxfer.cli import main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.config.long_texts import LongTexts
@@ -541,6 +541,24 @@ def test_a_word_at_the_end_decides(words, succeeds, end_decides, tiny_checkpoint
     with (tmp_path / "answers.csv").open(newline="") as file:
         answers = list(csv.DictReader(file))
     assert np.mean([row["label"] == row["predicted_label"] for row in answers]) == pytest.approx(scored)
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "gpt2"])
+def test_a_classifier_on_frozen_features_reads_windows(family, end_decides, tiny_checkpoint, tmp_path, monkeypatch):
+    """Whatever the head makes of a window, the saved model says the same of the text as the report."""
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    files = [word for split, path in end_decides.items() for word in (f"--{split}_file", path)]
+    words = ["--max_length", "16", "--bf16", "false", "--num_threads", "1", "--use_cpu", "true"]
+    words += ["--model_name_or_path", tiny_checkpoint(family), "--control_arm", "false", "--pooling", "own"]
+    windows = ["--long_texts", "sliding_window", "--window_overlap", "5"]
+    run = finished("features", tmp_path / "windows", *files, *words, *windows)
+    start = finished("features", tmp_path / "head", *files, *words)
+    scores = [one.report["metrics"]["test"]["accuracy"] for one in (run, start)]
+    assert scores[0] > scores[1] + (0.0 if family == "modernbert" else 0.1)  # whose random features say little
+    assert run.report["data"]["long_texts"]["train"]["partly_read"] == 0
+    found = evaluate_file(Classifier.load(str(run.folder), bf16=False), end_decides["test"])
+    assert found["accuracy"] == scores[0]
+    assert found["loss"] == pytest.approx(run.report["metrics"]["test"]["loss"], abs=1e-3)
 
 
 def test_a_teacher_and_its_student_read_windows(end_decides, tiny_checkpoint, tmp_path, monkeypatch):

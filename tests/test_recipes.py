@@ -13,7 +13,8 @@ from recipe_runs import KEYS, RANDOM, call, finished, refused, tiny_words
 from tiny import LABELS, build_checkpoint, make_rows, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from nlpxfer.config import RunOptions
+from nlpxfer.checkpoint.save import held
+from nlpxfer.train.trainer import TransferTrainer
 
 PLAIN_FILES = {
     "README.md",
@@ -59,7 +60,6 @@ def sha256(folder):
 
 def relabelled(teacher, folder, order):
     """The same classifier with its columns in another order, named accordingly."""
-    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(teacher, folder)
@@ -380,96 +380,70 @@ def test_overwriting_waits_until_the_new_run_can_start(key, tiny_data, bert, tmp
     assert again.run["seeds"] == [5]
 
 
-def test_a_finished_run_is_not_resumed(tiny_data, bert, tmp_path):
-    words = [*tiny_words(tiny_data, bert), "--control_arm", "false"]
-    first = finished("finetune", tmp_path / "out", *words)
-    before = sha256(first.folder)
-    again = call("finetune", tmp_path / "out", *words, "--resume_from_checkpoint", "true")
-    assert again.code == 2
-    assert "is finished" in again.err
-    assert sha256(first.folder) == before
+def modified(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_bundled_data_are_announced(tmp_path, bert, caplog):
-    """Nothing is trained: the model's folder is missing, but what the data would be is said first."""
-    caplog.set_level("INFO", logger="nlpxfer")
-    refused("finetune", tmp_path / "out", "--model_name_or_path", tmp_path / "missing", "--max_length", "32")
-    assert "using the bundled set debian-sections" in caplog.text
-
-
-def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_is_trained(tiny_data, bert, tmp_path, caplog):
-    words = tiny_words(tiny_data, bert)
-    caplog.set_level("INFO", logger="nlpxfer")
-    message = refused("distill", tmp_path / "out", *words, "--student_layers", "0,9")
-    assert "the model has 0 to 3" in message
-    wide = build_checkpoint(tmp_path / "short", "bert", max_position_embeddings=16)
-    message = refused("distill", tmp_path / "other", *words, "--student_name_or_path", wide)
-    assert "max_length: 32 is longer than the 16 tokens" in message
-    assert "seed 42" not in caplog.text
-
-
-RECOMPUTE = "activation_checkpointing" if hasattr(RunOptions, "activation_checkpointing") else "gradient_checkpointing"
-TRAINING_OPTIONS = {
-    "steps": ["--max_steps", "3"],
-    "score every two steps": "--eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2".split(),
-    "never score": ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
-    "save the best": ["--save_strategy", "best"],
-    "save one": ["--save_total_limit", "1"],
-    "weights only": ["--save_only_model", "true"],
-    "best by loss": ["--metric_for_best_model", "loss"],
-    "best by macro-F1": ["--metric_for_best_model", "macro_f1"],
-    "random batches": ["--train_sampling_strategy", "random"],
-    "workers": ["--dataloader_num_workers", "1"],
-    "drop the last": ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "28"],
-    "one large batch": ["--per_device_train_batch_size", "500"],
-    "recompute": [f"--{RECOMPUTE}", "true"],
-    "other optimizer": ["--optim", "adafactor"],
-    "schedule": ["--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
-    "smoothing": ["--label_smoothing_factor", "0.1"],
-    "no clipping": ["--max_grad_norm", "0"],
-    "log all": ["--logging_steps", "1", "--logging_first_step", "true"],
-    "part of an epoch": ["--num_train_epochs", "0.5"],
-    "score at the start": ["--eval_on_start", "true"],
-    "all deterministic": ["--full_determinism", "true"],
-    "top layers": ["--num_trained_layers", "1"],
-    "rates per layer": ["--layer_decay", "0.8", "--gradual_unfreezing", "0.5"],
-    "pulled to the start": ["--l2_sp_weight", "0.1", "--l2_sp_head_weight", "0.1"],
-    "rare classes": ["--class_weights", "balanced", "--focal_gamma", "1"],
-    "adjusted logits": ["--logit_adjustment", "1"],
+LATE = {
+    "layers": (["--num_trained_layers", "9"], "num_trained_layers: 9 is more than the"),
+    "optimizer": (["--optim", "lion_8bit"], "optim: "),
+    "schedule": (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "lr_scheduler_type, lr_scheduler_kwargs: "),
+    "batches": (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "500"], "dataloader_drop_last: "),
 }
 
 
-@pytest.mark.parametrize("name", TRAINING_OPTIONS)
-def test_options_of_training(name, tiny_data, bert, tmp_path):
-    words = [*tiny_words(tiny_data, bert), "--control_arm", "false", "--linear_probe", "false"]
-    for option in TRAINING_OPTIONS[name][::2]:
-        if option in words:
-            del words[words.index(option) : words.index(option) + 2]
-    run = finished("finetune", tmp_path / "out", *words, *TRAINING_OPTIONS[name])
-    steps = {"steps": 3, "part of an epoch": 4, "one large batch": 1}.get(name, 8)
-    assert run.arm("fine-tuned")["details"]["steps"] == steps
-    assert not (run.folder / "checkpoints").exists()
+@pytest.fixture(scope="module")
+def overwritable(tiny_data, tiny_checkpoint, tmp_path_factory):
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), "--control_arm", "false"]
+    return finished("finetune", tmp_path_factory.mktemp("overwritable") / "out", *words)
 
 
-def test_bfloat16(tiny_data, bert, tmp_path):
-    words = tiny_words(tiny_data, bert)
-    words[words.index("--bf16") + 1] = "true"
-    run = finished("distill", tmp_path / "out", *words, "--save_predictions", "true")
-    assert run.report["checks"]["precision"]["bf16"] is True
-    model = AutoModelForSequenceClassification.from_pretrained(run.folder)
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+@pytest.mark.parametrize("key", ["finetune", "distill"])
+@pytest.mark.parametrize("fault", LATE)
+def test_what_cannot_be_trained_costs_no_finished_run(key, fault, overwritable, tiny_data, bert):
+    before, (words, message) = modified(overwritable.folder), LATE[fault]
+    ended = call(key, overwritable.folder, *tiny_words(tiny_data, bert), *words, "--overwrite", "true")
+    assert ended.code == 2, ended.err
+    assert ended.err.startswith(message)
+    assert modified(overwritable.folder) == before
 
 
-def test_mean_pooling_of_teacher_and_student(tiny_data, bert, tmp_path, caplog):
-    """The layer that computes the mean is no layer to choose from, and is not added to one that is there."""
-    caplog.set_level("INFO", logger="nlpxfer")
-    words = [*tiny_words(tiny_data, bert), "--student_layers", "even", "--student_num_layers", "2"]
-    run = finished("distill", tmp_path / "out", *words, "--pooling", "mean")
-    assert AutoConfig.from_pretrained(run.folder / "teacher").num_hidden_layers == 5
-    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 3
-    messages = [record.getMessage() for record in caplog.records]
-    kept = {line.partition(":")[0] for line in messages if line.startswith("Kept layers")}
-    assert kept == {"Kept layers [0, 3] of 4", "Kept layers [0, 3] of 5"}
-    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
-    again = finished("finetune", tmp_path / "again", *tiny_words(tiny_data, run.folder), "--pooling", "mean")
-    assert AutoConfig.from_pretrained(again.folder).num_hidden_layers == 3
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [("finetune", "model_name_or_path"), ("adapters", "model_name_or_path"), ("features", "model_name_or_path")]
+    + [("distill", name) for name in ("model_name_or_path", "teacher_name_or_path", "student_name_or_path")],
+)
+def test_a_run_does_not_overwrite_its_own_parent(key, option, overwritable, tiny_data, bert):
+    before = modified(overwritable.folder)
+    words = tiny_words(tiny_data, None if option == "model_name_or_path" else bert, key=key)
+    words += [f"--{option}", str(overwritable.folder), "--overwrite", "true"]
+    ended = call(key, overwritable.folder, *words)
+    assert ended.code == 2, ended.err
+    assert f"holds what the run reads: --{option}." in ended.err
+    assert modified(overwritable.folder) == before
+
+
+@pytest.mark.parametrize("second", [[], ["--overwrite", "true"], ["--resume_from_checkpoint", "true"]])
+def test_a_folder_that_another_run_writes_to(second, tiny_data, bert, tmp_path):
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out"):
+        assert "Another run is writing" in refused("finetune", tmp_path / "out", *tiny_words(tiny_data, bert), *second)
+    finished("finetune", tmp_path / "out", *tiny_words(tiny_data, bert), *second)
+
+
+@pytest.mark.processes
+def test_two_runs_do_not_share_a_folder(tiny_data, bert, tmp_path, monkeypatch):
+    """The second starts while the first trains; the first goes on as if nothing had been."""
+    words, others = tiny_words(tiny_data, bert), []
+    own = ["recipes/finetune.py", *words, "--output_dir", tmp_path / "out", "--overwrite", "true"]
+    plain = TransferTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        if not others:
+            others.append(run_program(python(*own)))
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(TransferTrainer, "training_step", training_step)
+    finished("finetune", tmp_path / "out", *words)
+    assert others[0].returncode == 2
+    assert "Another run is writing to the output folder" in others[0].stderr

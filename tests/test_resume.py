@@ -9,7 +9,9 @@ import signal
 import pytest
 from recipe_runs import call, finished, tiny_words
 
+from nlpxfer import result
 from nlpxfer.checkpoint.own_files import foreign_paths
+from nlpxfer.classify import Classifier
 from nlpxfer.train.checkpoints import damage
 from nlpxfer.train.trainer import TransferTrainer
 
@@ -253,6 +255,24 @@ def test_a_run_that_ends_before_its_first_checkpoint_is_resumed(words, whole, tm
     assert_same(finished("finetune", tmp_path / "out", *own), whole["finetune"])
     assert set(contents(tmp_path / "out" / "checkpoints")) == {"mine/weights.pt"}
     assert "is finished" in call("finetune", tmp_path / "out", *own).err
+
+
+def test_what_loads_of_a_run_killed_while_it_wrote_predicts_as_it_should(words, whole, tmp_path, monkeypatch):
+    plain, out = result.save_classifier, tmp_path / "out"
+
+    def save_and_die(*arguments):
+        plain(*arguments)
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "save_classifier", save_and_die)
+        with pytest.raises(ZeroDivisionError):
+            call("finetune", out, *words["finetune"])
+    assert not (out / "report.json").exists()
+    ours, theirs = (Classifier.load(str(folder)) for folder in (out, whole["finetune"].folder))
+    assert ours.temperature == theirs.temperature != 1
+    assert ours.max_length == theirs.max_length == 32
+    assert_same(finished("finetune", out, *words["finetune"], *RESUME), whole["finetune"])
 
 
 def test_rates_per_layer_and_the_way_from_the_start_resume_too(words, tmp_path, monkeypatch):

@@ -119,6 +119,16 @@ def test_all_damaged(tmp_path):
     assert "--overwrite" in str(caught.value)
 
 
+def test_what_was_not_written_to_the_end_is_no_checkpoint(tmp_path, caplog):
+    """As a kill leaves the first checkpoint of an arm; with a damaged one beside it, the run is not trained anew."""
+    (write(tmp_path, 2) / MANIFEST).unlink()
+    assert newest_verified(tmp_path, IDENTITY) is None
+    assert "skipping checkpoint-2: it has no manifest" in caplog.text
+    flip_bit(write(tmp_path, 1) / "model.safetensors")
+    with pytest.raises(ResumeError, match="None of the 1 checkpoints"):
+        newest_verified(tmp_path, IDENTITY)
+
+
 def test_no_checkpoint_at_all(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "checkpoint-new").mkdir()

@@ -417,6 +417,7 @@ def merged(adapter: LoadedAdapter) -> PreTrainedModel:
             setattr(plain.get_submodule(parent), child, module.modules_to_save["default"])
     for mark in ("peft_config", "peft_type"):
         vars(plain).pop(mark, None)
+    plain.config.architectures = [type(plain).__name__]  # its base may have been no classifier
     plain.requires_grad_(True)
     nn.Module.eval(plain)
     return plain

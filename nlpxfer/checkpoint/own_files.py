@@ -130,11 +130,11 @@ def unfinished_recipe(folder: Path) -> str | None:
 
 
 def is_bare(folder: Path) -> bool:
-    """Whether `checkpoints` of an output folder is a folder that holds the mark of a run and nothing else."""
+    """Whether `checkpoints` of an output folder holds the mark of a run, and no other file or link."""
     place = folder / "checkpoints"
     if place.is_symlink() or not _is_telling(folder, UNFINISHED_FILE):
         return False
-    return [entry.name for entry in place.iterdir()] == [Path(UNFINISHED_FILE).name]
+    return list(_paths(folder, place)) == [UNFINISHED_FILE]
 
 
 def remove_own(folder: Path, below: str) -> list[str]:

@@ -7,11 +7,13 @@ replaced, its `config.json` goes first for the same reason.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -142,12 +144,20 @@ def _remove_old_staging(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+def check_output_folder(
+    folder: str | Path, *, overwrite: bool = False, resume: bool = False, resumable: bool = True
+) -> None:
     """Refuse an output folder that may not be used; nothing is made or removed.
 
     An absent or empty folder may be used, a filled one only with `resume` if it holds an unfinished run, or with
     `overwrite` if nlpxfer wrote all that lies there, in its folders too (`nlpxfer.checkpoint.own_files`), and it is
     not reached through a symbolic link: it may be a home folder or a model's, given by mistake.
+
+    Args:
+        folder: The output folder.
+        overwrite: Whether what an earlier run wrote may be removed.
+        resume: Whether to go on with an unfinished run.
+        resumable: Whether runs of this recipe can be resumed, for the message.
 
     Raises:
         OutputExistsError: The folder is not empty and neither option allows to use it, or it holds foreign files.
@@ -169,7 +179,9 @@ def check_output_folder(folder: str | Path, *, overwrite: bool = False, resume: 
         raise OutputExistsError(
             f"The output folder {folder} is not empty.",
             why="An earlier run wrote to it.",
-            fix="another --output_dir, --resume_from_checkpoint true if it was interrupted, or --overwrite",
+            fix="another --output_dir, "
+            + ("--resume_from_checkpoint true if it was interrupted, " if resumable else "")
+            + "or --overwrite",
             available=[entry.name for entry in entries],
         )
     fault, fix = _not_overwritten(folder)
@@ -208,6 +220,61 @@ def ensure_output_folder(folder: str | Path, *, overwrite: bool = False, resume:
         if left:
             raise OutputExistsError(f"These files of {folder} could not be removed: {', '.join(left[:10])}.")
     return folder
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep an output folder for this process, until the block or the process ends; no file is left by it.
+
+    Where the file system or the platform knows no locks of folders, nothing is kept.
+
+    Raises:
+        OutputExistsError: Another process keeps it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(opened)
+        raise OutputExistsError(
+            f"Another run is writing to the output folder {folder}.", fix="wait for it, or choose another --output_dir"
+        ) from error
+    except OSError as error:
+        logger.debug("%s cannot be locked: %s", folder, error)
+    try:
+        yield
+    finally:
+        os.close(opened)
+
+
+def refuse_inputs_below(folder: Path, inputs: Mapping[str, Sequence[str]]) -> None:
+    """Refuse an output folder that holds what the run reads.
+
+    Args:
+        folder: The output folder; it need not exist.
+        inputs: Option -> paths, or names that are no paths.
+
+    Raises:
+        OutputExistsError: Names the options.
+    """
+    place = folder.expanduser().resolve()
+
+    def is_inside(value: str) -> bool:
+        path = Path(value).expanduser()
+        return path.exists() and path.resolve().is_relative_to(place)
+
+    inside = [f"--{name}" for name, values in inputs.items() if any(map(is_inside, values))]
+    if inside:
+        raise OutputExistsError(
+            f"The output folder {folder} holds what the run reads: {', '.join(inside)}.",
+            why="The run would write over its own input.",
+            fix="choose another --output_dir",
+        )
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -202,27 +202,45 @@ def iterative_split(
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, not {share}")
+    side = _dealt_out(label_sets, keys, shares=(1 - share, share), seed=seed)
+    return [index for index, out in enumerate(side) if not out], [index for index, out in enumerate(side) if out]
+
+
+def iterative_folds(
+    label_sets: Sequence[Collection[Hashable]], keys: Sequence[str], *, folds: int, seed: int
+) -> list[int]:
+    """Deal rows with any number of labels each out to folds; see `iterative_split` and `stratified_folds`.
+
+    Returns:
+        The fold of each row, from 0.
+    """
+    return _dealt_out(label_sets, keys, shares=[1 / folds] * folds, seed=seed)
+
+
+def _dealt_out(
+    label_sets: Sequence[Collection[Hashable]], keys: Sequence[str], *, shares: Sequence[float], seed: int
+) -> list[int]:
+    """The part of each row, from 0, so that each part has its share of the rows and of each label's rows."""
     groups = _groups(keys, seed)
     counts = [Counter(label for index in group for label in label_sets[index]) for group in groups]
-    sides = (1 - share, share)
     totals = sum(counts, Counter())
-    lacking = [{label: part * total for label, total in totals.items()} for part in sides]
-    rows_lacking = [part * len(keys) for part in sides]
+    lacking = [{label: share * total for label, total in totals.items()} for share in shares]
+    rows_lacking = [share * len(keys) for share in shares]
     holders: dict[Hashable, list[int]] = {label: [] for label in totals}
     for number, inside in enumerate(counts):
         for label in inside:
             holders[label].append(number)
-    held: set[int] = set()
+    found = [0] * len(keys)
     open_groups = dict.fromkeys(range(len(groups)))
 
     def deal(number: int, label: Hashable | None) -> None:
-        wish = [rows_lacking[side] if label is None else lacking[side][label] for side in (0, 1)]
-        out = (wish[1], rows_lacking[1]) > (wish[0], rows_lacking[0])
+        wishes = [(rows if label is None else of[label], rows) for of, rows in zip(lacking, rows_lacking, strict=True)]
+        part = max(range(len(shares)), key=wishes.__getitem__)
         for name, count in counts[number].items():
-            lacking[out][name] -= count
-        rows_lacking[out] -= len(groups[number])
-        if out:
-            held.add(number)
+            lacking[part][name] -= count
+        rows_lacking[part] -= len(groups[number])
+        for index in groups[number]:
+            found[index] = part
         del open_groups[number]
 
     for label in sorted(totals, key=lambda label: (totals[label], str(label))):
@@ -231,9 +249,7 @@ def iterative_split(
                 deal(number, label)
     for number in list(open_groups):
         deal(number, None)
-    taken = sorted(index for number in held for index in groups[number])
-    out = set(taken)
-    return [index for index in range(len(keys)) if index not in out], taken
+    return found
 
 
 def iterative_sample(

@@ -34,7 +34,7 @@ from nlpxfer.train.feature_cache import Features, pooled_features
 from nlpxfer.train.feature_head import MlpPlan, fit_logistic_head_, fit_mlp_head_, logits_of_features
 from nlpxfer.train.launch import from_main, is_main_process, seed_everything, world
 from nlpxfer.train.linear_probe import Probe
-from nlpxfer.train.predict import predict
+from nlpxfer.train.predict import mean_of_windows, predict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -105,7 +105,7 @@ def feature_arm(
     size, quiet = options.per_device_eval_batch_size, bool(options.disable_tqdm)
 
     def features_of(split: str, bf16: bool) -> Features:
-        rows: TokenisedRows = getattr(splits, split)
+        rows: TokenisedRows = getattr(splits, split).each_window()
         what = f"{name}: {split} features"
         return pooled_features(
             model, rows, collator, batch_size=size, bf16=bf16, folder=folder, description=what, quiet=quiet
@@ -129,10 +129,16 @@ def feature_arm(
     found = {"train": features_of("train", bool(options.bf16)), "validation": features_of("validation", False)}
     labels = {part: getattr(splits, part).columns["labels"] for part in ("train", "validation")}
     plan = replace(plan or MlpPlan(), seed=seed)
-    fitted = _fit_(model, method, found, labels, plan, linear_probe=options.linear_probe, quiet=quiet)
+    windows = None
+    if any(getattr(splits, part).windows is not None for part in found):
+        windows = [getattr(splits, part).windows_per_row for part in found]
+    fitted = _fit_(model, method, found, labels, plan, linear_probe=options.linear_probe, windows=windows, quiet=quiet)
     seconds = time.perf_counter() - start
     found["test"] = features_of("test", False)
-    logits = {part: logits_of_features(model, found[part].states_NH) for part in ("validation", "test")}
+    logits = {
+        part: mean_of_windows(logits_of_features(model, found[part].states_NH), getattr(splits, part))
+        for part in ("validation", "test")
+    }
     difference = _difference(model, splits.test, collator, logits["test"], size)
     model.requires_grad_(True)
     model.eval()  # type: ignore[no-untyped-call]
@@ -180,6 +186,7 @@ def _fit_(
     plan: MlpPlan,
     *,
     linear_probe: bool,
+    windows: Sequence[Array] | None,
     quiet: bool,
 ) -> _Fitted:
     """Fit the head on the first process, and give its weights to all."""
@@ -187,7 +194,7 @@ def _fit_(
     if is_main_process():
         arrays = [values for part in ("train", "validation") for values in (found[part].states_NH, labels[part])]
         try:
-            fitted = _fit_here_(model, method, arrays, plan, linear_probe=linear_probe, quiet=quiet)
+            fitted = _fit_here_(model, method, arrays, plan, linear_probe=linear_probe, windows=windows, quiet=quiet)
         except NlpxferError as error:  # the others wait
             fitted = error
     fitted = from_main(fitted)
@@ -207,11 +214,12 @@ def _fit_here_(
     plan: MlpPlan,
     *,
     linear_probe: bool,
+    windows: Sequence[Array] | None,
     quiet: bool,
 ) -> _Fitted:
     probe = None
     if method.classifier == "logistic" or linear_probe:
-        probe = fit_logistic_head_(model, *arrays, problem_type=method.problem_type)
+        probe = fit_logistic_head_(model, *arrays, problem_type=method.problem_type, windows=windows)
         logger.info(
             "%s: %s", "ridge regression" if method.problem_type == REGRESSION else "logistic regression", probe
         )

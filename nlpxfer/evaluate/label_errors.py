@@ -84,6 +84,54 @@ def find_label_errors(
     return LabelErrors(ranked, seems_N[ranked], thresholds_C, joint_CC, share)
 
 
+@dataclass(frozen=True, eq=False)
+class LabelSetErrors:
+    """Likely errors among the labels of rows that may have several, the most likely first.
+
+    Attributes:
+        rows_E: Row of each.
+        labels_E: The label that it has and seems not to have, or the other way round.
+        share: Estimated share of wrong decisions among all, one for each row and label.
+    """
+
+    rows_E: NDArray[np.int64]
+    labels_E: NDArray[np.int64]
+    share: float
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.rows_E)
+
+
+def find_label_set_errors(
+    shares_NC: ArrayLike, gold_NC: ArrayLike, *, left_out_N: NDArray[np.bool_] | None = None
+) -> LabelSetErrors:
+    """`find_label_errors` for each label by itself, as two classes: given or not; all ranked together.
+
+    Args:
+        shares_NC: Out-of-sample probability of each label.
+        gold_NC: Given labels as zeros and ones.
+        left_out_N: See `find_label_errors`.
+
+    Raises:
+        DataError: No rows, or shapes that do not fit.
+
+    Source: Thyagarajan, Snorrason, Mueller and Northcutt 2022, arXiv:2211.13895 (section 3: one against the rest).
+    """
+    shares, gold = np.asarray(shares_NC, dtype=np.float64), np.asarray(gold_NC)
+    if shares.ndim != 2 or gold.shape != shares.shape or not shares.size:
+        raise DataError(f"Probabilities of shape {shares.shape} and labels of shape {gold.shape} do not fit")
+    each = [
+        find_label_errors(np.stack([1 - share_N, share_N], axis=1), (given_N > 0.5).astype(int), left_out_N=left_out_N)
+        for share_N, given_N in zip(shares.T, gold.T, strict=True)
+    ]
+    rows_E = np.concatenate([found.rows_E for found in each])
+    labels_E = np.repeat(np.arange(len(each)), [len(found) for found in each])
+    given_E = np.where(gold > 0.5, shares, 1 - shares)[rows_E, labels_E]
+    order = np.argsort(given_E, kind="stable")
+    return LabelSetErrors(rows_E[order], labels_E[order], float(np.mean([found.share for found in each])))
+
+
 def confidence_thresholds(given_N: NDArray[np.float64], labels_N: ArrayLike, classes: int) -> NDArray[np.float64]:
     """Mean self-confidence of each class, t_j = mean of p(j) over the rows labelled j; infinite without rows.
 

@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
+from nlpxfer.errors import DataError
+from nlpxfer.evaluate.calibration import probabilities
 from nlpxfer.evaluate.folds import OutOfFold
+from nlpxfer.evaluate.label_errors import LabelSetErrors
+from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
 from nlpxfer.strict_json import write_json_lines_whole
 
 OUT_OF_FOLD_FILE: Final = "predictions/out_of_fold.jsonl"
@@ -21,8 +26,27 @@ LABEL_ERRORS_FILE: Final = "label_errors.jsonl"
 _DIGITS: Final = 6
 
 
+def prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: NDArray[Any]) -> dict[str, Any]:  # noqa: ANN401
+    """The gold and the predicted label, labels or number of one row, and the probability; without a temperature."""
+    if problem_type == REGRESSION:
+        return {"label": round(float(gold), _DIGITS), "predicted": round(float(logits_C[0]), _DIGITS)}
+    shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
+    if problem_type == MULTI_LABEL:
+        given = {name: round(float(p), _DIGITS) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
+        return {"label": _given(names, gold), "predicted": given}
+    best = int(shares_C.argmax())
+    return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), _DIGITS)}
+
+
+def _given(names: Sequence[str], gold_C: NDArray[Any]) -> list[str]:
+    return [name for name, one in zip(names, gold_C, strict=True) if one > 0.5]
+
+
 def write_out_of_fold(folder: str | Path, found: OutOfFold, names: Sequence[str], numbers_N: Sequence[int]) -> Path:
     """One line per training row: `row`, `label`, `predicted`, `probability`, `fold` (from 1) and `probabilities`.
+
+    In a multi-label task `label` is a list and `predicted` has the labels above 0.5 with their probabilities; numbers
+    have no probabilities.
 
     Args:
         folder: The output folder.
@@ -30,19 +54,15 @@ def write_out_of_fold(folder: str | Path, found: OutOfFold, names: Sequence[str]
         names: Label names in schema order.
         numbers_N: The rows' numbers in their file.
     """
+    kind = found.problem_type
 
     def lines() -> Iterator[dict[str, Any]]:
-        columns = (numbers_N, found.labels_N, found.folds.fold_N, found.shares_NC)
-        for number, gold, fold, shares_C in zip(*columns, strict=True):
-            best = int(shares_C.argmax())
-            yield {
-                "row": int(number),
-                "label": names[gold],
-                "predicted": names[best],
-                "probability": round(float(shares_C[best]), _DIGITS),
-                "fold": int(fold) + 1,
-                "probabilities": dict(zip(names, np.round(shares_C, _DIGITS).tolist(), strict=True)),
-            }
+        for index, (number, gold, fold) in enumerate(zip(numbers_N, found.labels, found.folds.fold_N, strict=True)):
+            line = {"row": int(number), **prediction(kind, names, gold, found.logits_NC[index]), "fold": int(fold) + 1}
+            if kind != REGRESSION:
+                shares_C = np.round(found.shares_NC[index], _DIGITS).tolist()
+                line["probabilities"] = dict(zip(names, shares_C, strict=True))
+            yield line
 
     return write_json_lines_whole(Path(folder) / OUT_OF_FOLD_FILE, lines())
 
@@ -57,7 +77,9 @@ def write_label_errors(
 ) -> Path:
     """One line per likely label error, the likeliest first; an empty file if there is none.
 
-    `rank`, `row`, `text` (and `text_pair`), `label`, `suggested`, `label_probability`, `suggested_probability`.
+    `rank`, `row`, `text` (and `text_pair`), `label`, `suggested`, `label_probability`, `suggested_probability`. In a
+    multi-label task `labels` (all that are given), `label` (the one in doubt), `suggested` ("add" or "remove") and its
+    `probability`.
 
     Args:
         folder: The output folder.
@@ -66,22 +88,34 @@ def write_label_errors(
         numbers_N: The rows' numbers in their file.
         texts: Their texts.
         pairs: Their second texts, for tasks on pairs.
+
+    Raises:
+        DataError: The labels are numbers.
     """
     errors = found.label_errors
+    if errors is None:
+        raise DataError("Numbers have no label errors.")
 
     def lines() -> Iterator[dict[str, Any]]:
-        for rank, (index, suggested) in enumerate(zip(errors.rows_E, errors.suggested_E, strict=True), start=1):
+        for rank, index in enumerate(errors.rows_E, start=1):
             pair = {} if pairs is None else {"text_pair": pairs[index]}
-            shares_C, gold = found.shares_NC[index], found.labels_N[index]
-            yield {
-                "rank": rank,
-                "row": int(numbers_N[index]),
-                "text": texts[index],
-                **pair,
-                "label": names[gold],
-                "suggested": names[suggested],
-                "label_probability": round(float(shares_C[gold]), _DIGITS),
-                "suggested_probability": round(float(shares_C[suggested]), _DIGITS),
-            }
+            row = {"rank": rank, "row": int(numbers_N[index]), "text": texts[index], **pair}
+            shares_C, gold = found.shares_NC[index], found.labels[index]
+            if isinstance(errors, LabelSetErrors):
+                label = int(errors.labels_E[rank - 1])
+                yield row | {
+                    "labels": _given(names, gold),
+                    "label": names[label],
+                    "suggested": "remove" if gold[label] > 0.5 else "add",
+                    "probability": round(float(shares_C[label]), _DIGITS),
+                }
+            else:
+                suggested = int(errors.suggested_E[rank - 1])
+                yield row | {
+                    "label": names[gold],
+                    "suggested": names[suggested],
+                    "label_probability": round(float(shares_C[gold]), _DIGITS),
+                    "suggested_probability": round(float(shares_C[suggested]), _DIGITS),
+                }
 
     return write_json_lines_whole(Path(folder) / LABEL_ERRORS_FILE, lines())

@@ -26,7 +26,6 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.evaluate.folds import OutOfFold, Split, predict_out_of_fold
 from nlpxfer.methods.base import Method
-from nlpxfer.problem import SINGLE_LABEL
 from nlpxfer.report.report import Arm
 from nlpxfer.teachers.panel import Panel
 from nlpxfer.teachers.rows import TransferRows
@@ -108,12 +107,10 @@ def folds_of_teacher(run: Run, options: TeacherOptions) -> Folds | None:
     """The folds that a teacher is trained on; None if none were asked for.
 
     Raises:
-        ConfigError: The task, or edited copies of the rows, do not allow it; or see `make_folds`.
+        ConfigError: Edited copies of the rows do not allow it; or see `make_folds`.
     """
     if not options.teacher_folds:
         return None
-    if run.problem_type != SINGLE_LABEL:
-        raise ConfigError("teacher_folds: is for tasks with one label per row")
     if run.data_options.augmentation is not None:
         raise ConfigError(
             "teacher_folds: cannot be combined with augmentation.",
@@ -127,6 +124,7 @@ def folds_of_teacher(run: Run, options: TeacherOptions) -> Folds | None:
         run.data.schema.names,
         count=options.teacher_folds,
         seed=run.data_options.data_split_seed,
+        problem_type=run.problem_type,
         option="teacher_folds",
     )
 
@@ -153,7 +151,7 @@ def train_on_folds(
     def train(name: str, part: Split) -> TrainedArm:
         return run.train(f"teacher-{name}", build, method, split=part, seeds=run.seeds[:1], **training)[0]
 
-    return predict_out_of_fold(folds, run.labels("train"), run.split, train)
+    return predict_out_of_fold(folds, run.labels("train"), run.split, train, run.problem_type)
 
 
 def _frozen(arm: TrainedArm, name: str) -> Checkpoint:

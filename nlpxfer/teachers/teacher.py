@@ -23,7 +23,6 @@ from nlpxfer.config.teachers import LEARNT, VALIDATION_LOSS, TeacherOptions
 from nlpxfer.data.teacher_file import TeacherFile, read_teacher_file
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.folds import OutOfFold
-from nlpxfer.evaluate.metrics import classification_metrics
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.train.teacher_cache import teacher_logits
 from nlpxfer.train.zero_shot import zero_shot_logits
@@ -208,7 +207,7 @@ def _unseen(found: OutOfFold) -> Array:
 
 
 def _scores(found: OutOfFold) -> dict[str, float]:
-    return classification_metrics(found.logits_NC, found.labels_N) | {"seconds": round(found.seconds, 2)}
+    return found.pooled() | {"seconds": round(found.seconds, 2)}
 
 
 def texts_of(run: Run, splits: Sequence[str]) -> tuple[list[str], list[str] | None]:

@@ -82,7 +82,8 @@ def damage(folder: Path) -> str:
 def newest_verified(folder: Path, identity: RunIdentity, *, allow_topology_change: bool = False) -> Path | None:
     """The newest undamaged checkpoint under `folder`; None if there is no checkpoint at all.
 
-    Damaged ones are skipped, and a warning says which and why.
+    Damaged ones are skipped, and a warning says which and why; so are those that were not written to the end, which
+    are no checkpoints yet.
 
     Raises:
         ResumeError: All checkpoints are damaged, or the newest belongs to another run or topology.
@@ -95,9 +96,10 @@ def newest_verified(folder: Path, identity: RunIdentity, *, allow_topology_chang
             require_same_run(candidate, identity, allow_topology_change)
             return candidate
         logger.warning("skipping %s: %s", candidate.name, fault)
-    if candidates:
+    whole = [candidate for candidate in candidates if (candidate / MANIFEST).exists()]
+    if whole:
         raise ResumeError(
-            f"None of the {len(candidates)} checkpoints in {folder.name} can be trusted.",
+            f"None of the {len(whole)} checkpoints in {folder.name} can be trusted.",
             fix="start anew: --overwrite",
         )
     return None

@@ -5,6 +5,8 @@ other keys, and rows that a longer cut leaves alone are found again. A folder be
 outside of the head) and one precision, and lies under a name made from both: one `--feature_cache` serves all models.
 So seeds, labels, classifiers and penalties share the rows, and only new texts go through the model.
 
+Of a text in several windows the features are the mean of theirs; who needs each gives them as rows of their own.
+
 A damaged part is removed and its rows are computed anew, chosen over refusing it as the teacher's cache does: the
 body is at hand, and the folder is named by what is in it.
 
@@ -70,12 +72,19 @@ class Features:
 
 
 def row_keys(rows: TokenisedRows) -> list[bytes]:
-    """sha256 of the token ids (and segment ids) of each row, 32 bytes; labels and other columns do not count."""
+    """sha256 of each row's token ids, of the segments of a pair, and of the lengths of several windows; 32 bytes.
+
+    Labels and other columns do not count.
+    """
     keys = []
+    ends = rows.each_window().starts
     for begin, end in zip(rows.starts[:-1], rows.starts[1:], strict=True):
         digest = hashlib.sha256(rows.tokens[begin:end].astype("<i4").tobytes())
         if rows.token_types is not None:
             digest.update(b"types" + rows.token_types[begin:end].tobytes())
+        first, last = np.searchsorted(ends, (begin, end))
+        if last - first > 1:
+            digest.update(b"windows" + np.diff(ends[first : last + 1]).astype("<i4").tobytes())
         keys.append(digest.digest())
     return keys
 

@@ -55,6 +55,17 @@ def parameter_depths(model: PreTrainedModel) -> dict[str, int]:
     return depths
 
 
+def check_depth(model: PreTrainedModel, count: int) -> int:
+    """The number of blocks of a model that has at least `count`. Raises: see `freeze_below_`."""
+    total = max(parameter_depths(model).values()) - 1
+    if count > total:
+        raise ConfigError(
+            f"num_trained_layers: {count} is more than the {total} layers that {type(model).__name__} has here.",
+            fix=f"--num_trained_layers {total}",
+        )
+    return total
+
+
 def freeze_below_(model: PreTrainedModel, count: int) -> None:
     """Leave only the top `count` blocks, and what comes after them, to be trained; with 0 the mean stays a mean.
 
@@ -63,12 +74,7 @@ def freeze_below_(model: PreTrainedModel, count: int) -> None:
         CheckpointError: See `parameter_depths`.
     """
     depths = parameter_depths(model)
-    total = max(depths.values()) - 1
-    if count > total:
-        raise ConfigError(
-            f"num_trained_layers: {count} is more than the {total} layers that {type(model).__name__} has here.",
-            fix=f"--num_trained_layers {total}",
-        )
+    total = check_depth(model, count)
     blocks = f"{model_layers(model)[0]}."
     for name, parameter in model.named_parameters():
         if depths[name] <= total - count or (count == 0 and name.startswith(blocks)):

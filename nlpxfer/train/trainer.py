@@ -40,6 +40,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    get_scheduler,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -58,6 +59,7 @@ from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.layerwise import (
     DEPTH,
     StartPenalty,
+    check_depth,
     is_layerwise,
     parameter_depths,
     split_groups_by_depth_,
@@ -93,6 +95,29 @@ Sampling = Literal["natural", "balanced"]
 """Whether every row comes once an epoch, or every class equally often."""
 
 Metrics = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], dict[str, float]]
+
+
+def check_training(model: PreTrainedModel, options: RunOptions) -> None:
+    """Refuse what a model cannot be trained with, before anything is written.
+
+    Raises:
+        ConfigError: The optimizer cannot be had, the learning rate's schedule cannot be made, or there are fewer
+            layers than are to be trained.
+        CheckpointError: Depths are to be trained differently in a model that has none.
+    """
+    if is_layerwise(options) or options.num_trained_layers is not None:
+        check_depth(model, options.num_trained_layers or 0)
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(options, model)
+    except (ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"optim: {options.optim} cannot be made: {str(error).splitlines()[0]}") from error
+    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    name, own = options.lr_scheduler_type, options.lr_scheduler_kwargs
+    own = own if isinstance(own, dict) else {}
+    try:
+        get_scheduler(name, unused, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=own)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"lr_scheduler_type, lr_scheduler_kwargs: {str(error).splitlines()[0]}") from error
 
 
 class TransferTrainer(Trainer):
