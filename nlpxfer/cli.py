@@ -39,6 +39,7 @@ __all__ = ["main", "run_main"]
 _REFUSALS = (
     errno.EACCES,
     errno.EDQUOT,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ENAMETOOLONG,
     errno.ENOSPC,

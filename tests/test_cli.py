@@ -65,6 +65,7 @@ def raises(error):
         (raises(KeyboardInterrupt()), 75, "Interrupted.\n"),
         (lambda argv: os.kill(os.getpid(), signal.SIGTERM), 75, "Interrupted.\n"),
         (lambda argv: os.mkdir("/dev/null/out"), 2, "/dev/null/out: Not a directory.\n"),
+        (lambda argv: os.mkdir("/dev/null"), 2, "/dev/null: File exists.\n"),
         (raises(OSError(errno.ENOSPC, "No space left on device")), 2, "A file: No space left on device.\n"),
     ],
 )
