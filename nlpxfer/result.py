@@ -38,7 +38,12 @@ from nlpxfer.evaluate.task import label_f1s, row_scores
 from nlpxfer.hub import push_folder
 from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.card import CardFacts, write_card
-from nlpxfer.report.error_report import error_summary, write_error_report
+from nlpxfer.report.error_report import (
+    error_summary,
+    label_set_error_summary,
+    number_error_summary,
+    write_error_report,
+)
 from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, prediction, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
 from nlpxfer.report.report import Arm, Report, Verdict, build_report, write_report
@@ -225,7 +230,7 @@ def _write(
         for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
             _write_predictions(run, split, logits)
     if run.options.error_report:
-        _write_error_report(run, arm, report.checks["calibration"]["temperature"])
+        _write_error_report(run, arm, report)
     if run.out_of_fold is not None:
         _write_out_of_fold(run, run.out_of_fold)
     write_run(
@@ -325,14 +330,22 @@ def _write_predictions(run: Run, split: str, logits: Array) -> None:
     temporary.replace(folder / f"{split}.jsonl")
 
 
-def _write_error_report(run: Run, arm: TrainedArm, temperature: float) -> None:
-    splits = {}
+def _write_error_report(run: Run, arm: TrainedArm, report: Report) -> None:
+    """By the calibrated probabilities, and in a multi-label task the fitted thresholds, that `predict` uses."""
+    kind, names, splits = run.problem_type, run.data.schema.names, {}
     for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits)):
-        shares = probabilities(logits, temperature)
-        numbers = getattr(run.data, split)["row"][:]
-        names = run.data.schema.names
-        splits[split] = error_summary(shares, run.labels(split), names, numbers, *run.texts(split))
-    write_error_report(run.folder, splits)
+        labels, rows = run.labels(split), (getattr(run.data, split)["row"][:], *run.texts(split))
+        if kind == REGRESSION:
+            splits[split] = number_error_summary(logits[:, 0], labels, *rows)
+            continue
+        shares = probabilities(logits, report.checks["calibration"]["temperature"], kind)
+        if kind == MULTI_LABEL:
+            by_label = report.checks["thresholds"]["by_label"]
+            thresholds_C = np.array([by_label[name] for name in names])
+            splits[split] = label_set_error_summary(shares, labels > 0.5, thresholds_C, names, *rows)
+        else:
+            splits[split] = error_summary(shares, labels, names, *rows)
+    write_error_report(run.folder, splits, kind)
 
 
 def _write_out_of_fold(run: Run, found: OutOfFold) -> None:

@@ -129,7 +129,7 @@ def _inputs(config: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _refuse_for_other_tasks(options: RunOptions, problem_type: ProblemType) -> None:
-    names = "error_report", "abstain_precision", "linear_probe_size"
+    names = "abstain_precision", "linear_probe_size"
     asked = [name for name in names if getattr(options, name) or name in options.ranges]
     if asked and problem_type != SINGLE_LABEL:
         raise ConfigError.from_faults([f"{name}: is for tasks with one label per row" for name in asked])

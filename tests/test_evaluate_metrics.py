@@ -13,9 +13,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import precision_recall_fscore_support
 
 from nlpxfer.errors import DataError, LabelError, NotFiniteError
 from nlpxfer.evaluate import Accuracy, MacroF1, PerClass, classification_metrics, cross_entropy, per_class_table
+from nlpxfer.evaluate.metrics import per_label_table
 
 # Four rows, four classes; class 3 occurs nowhere. Predictions 0, 1, 1, 0 for the labels 0, 1, 2, 0.
 LOGITS = np.log(
@@ -67,6 +69,19 @@ def test_per_class_table():
     ]
     with pytest.raises(LabelError, match="2 label names for logits of 4 classes"):
         per_class_table(LOGITS, LABELS, ["a", "b"])
+
+
+def test_scores_of_labels_against_scikit_learn():
+    random = np.random.default_rng(0)
+    given, gold = random.random((2, 40, 6)) < np.array([0.5, 0.3, 0.1, 0.9, 0.0, 0.5])
+    expected = precision_recall_fscore_support(gold, given, average=None, zero_division=0)
+    found = per_label_table(given, gold, "abcdef")
+    assert [[row[key] for row in found] for key in ("precision", "recall", "f1", "rows")] == [
+        column.tolist() for column in expected
+    ]
+    one = per_label_table(given[:, :1], gold[:, :1], "a")
+    assert one == found[:1], "one label alone is no choice between two classes"
+    assert one == per_class_table(np.eye(2)[given[:, 0] * 1], gold[:, 0] * 1, ["not", "a"])[1:]
 
 
 def test_add_and_add_batch_and_compute_agree():

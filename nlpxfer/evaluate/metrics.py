@@ -184,14 +184,22 @@ def per_label_table(predicted_NC: ArrayLike, gold_NC: ArrayLike, names: Sequence
         predicted_NC: Which labels each row was given, bool, shape (rows, labels).
         gold_NC: Which labels it has.
         names: The label names in schema order.
-    """
-    from sklearn.metrics import precision_recall_fscore_support
 
-    gold, predicted = np.asarray(gold_NC, dtype=int), np.asarray(predicted_NC, dtype=int)
-    columns = precision_recall_fscore_support(gold, predicted, labels=range(len(names)), average=None, zero_division=0)
+    >>> per_label_table([[True], [True]], [[True], [False]], ["cat"])
+    [{'label': 'cat', 'precision': 0.5, 'recall': 1.0, 'f1': 0.6666666666666666, 'rows': 1}]
+    """
+    predicted, gold = np.asarray(predicted_NC, dtype=bool), np.asarray(gold_NC, dtype=bool)
+    hits_C, given_C, having_C = (each.sum(axis=0) for each in (predicted & gold, predicted, gold))
+    columns = zip(names, hits_C.tolist(), given_C.tolist(), having_C.tolist(), strict=True)
     return [
-        ClassScores(label=name, precision=float(p), recall=float(r), f1=float(f1), rows=int(rows))
-        for name, p, r, f1, rows in zip(names, *columns, strict=True)
+        ClassScores(
+            label=name,
+            precision=hits / given if given else 0.0,
+            recall=hits / having if having else 0.0,
+            f1=2 * hits / (given + having) if given + having else 0.0,
+            rows=having,
+        )
+        for name, hits, given, having in columns
     ]
 
 
