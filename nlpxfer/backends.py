@@ -103,6 +103,8 @@ class TorchBackend(Backend):
 
     def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
         """See `Backend.logits`."""
+        if not len(rows):
+            return np.empty((0, len(self.schema)), dtype=np.float32)
         model = self.checkpoint.model
         multiple = padding_multiple(model.device, bf16=self.bf16)
         collator = Collator.for_tokenizer(self.tokenizer, multiple_of=multiple, rounded_to=max_length)

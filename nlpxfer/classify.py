@@ -133,7 +133,14 @@ class Classifier:
         )
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenisedRows:
-        """N texts as the model reads them."""
+        """N texts as the model reads them.
+
+        Raises:
+            DataError: A text alone stands in place of a list of texts; see also `tokenise`.
+        """
+        for name, given in (("texts", texts), ("pairs", pairs)):
+            if isinstance(given, str):  # a sequence of texts, too: its characters
+                raise DataError(f"{name} is one text, a list of texts is needed.", fix=f"{name}=[text]")
         return tokenise(self.backend.tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:

@@ -76,6 +76,22 @@ def test_answers_are_those_of_a_pipeline(classifier, folder, rows, tmp_path, mon
     assert len({row["predicted_label"] for row in found}) > 1
 
 
+@pytest.mark.parametrize("name", ["rows", "logits", "probabilities"])
+def test_one_text_is_no_list_of_texts(classifier, name):
+    with pytest.raises(DataError, match=r"texts is one text.*\n.*texts=\[text\]"):
+        getattr(classifier, name)("fine")
+    with pytest.raises(DataError, match="pairs is one text"):
+        getattr(classifier, name)(["a", "b"], "ab")
+
+
+def test_no_texts_have_no_answers(classifier):
+    assert len(classifier.rows([])) == 0
+    assert classifier.logits([]).shape == classifier.probabilities([]).shape == (0, 4)
+    assert classifier.logits([], []).dtype == np.float32
+    several = replace(classifier, schema=LabelSchema(SCHEMA.names, MULTI_LABEL))
+    assert several.probabilities([]).shape == (0, 4)
+
+
 def test_max_length_is_that_of_the_training(classifier, folder):
     assert classifier.max_length == 24
     assert Classifier.load(str(folder), max_length=12, bf16=False).max_length == 12

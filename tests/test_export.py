@@ -276,6 +276,7 @@ def test_what_the_folder_holds_decides(exported, trained, tmp_path):
     (folder / "model.onnx").unlink()
     assert open_backend_file(folder) == "model_int8.onnx"
     assert Classifier.load(str(folder)).logits(["bread"]).shape == (1, 4)
+    assert Classifier.load(str(folder)).logits([]).shape == (0, 4)
     shutil.copy(trained / "model.safetensors", folder)
     assert open_backend_file(folder) is None
     assert open_backend_file(folder, int8=True) == "model_int8.onnx"

@@ -311,6 +311,7 @@ def test_predictions_take_the_quick_path(student, tmp_path):
     rows = tokenise(made.tokenizer, TEXTS, max_length=32)
     slow = predict(made.model, rows, Collator.for_tokenizer(made.tokenizer))
     np.testing.assert_allclose(classifier.logits(TEXTS), slow, atol=1e-6)
+    assert classifier.logits([]).shape == (0, len(SCHEMA))
     with pytest.raises(ConfigError, match="bf16: .* is static, which is computed in float32"):
         Classifier.load(str(folder), bf16=True)
 
