@@ -29,7 +29,7 @@ from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
-from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.schema import LabelSchema, written_otherwise
 from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError
@@ -434,7 +434,7 @@ def _gold_labels(
         class_names=reader.class_names(column),
     )
     split = separator if any(isinstance(row[column], str) for row in window) else None
-    found, faults = read_labels(table, column, schema.problem_type, split)
+    found, faults = read_labels(table, column, schema.problem_type, split, schema)
     if faults:
         index, fault = faults[0]
         raise DataError(f"{reader.path}, row {before + 1 + index}: {fault}.")
@@ -446,6 +446,7 @@ def _gold_labels(
         if unknown:
             raise LabelError(
                 f"{reader.path}, row {number}: the label {unknown[0]!r} is none of the classifier's.",
+                why=written_otherwise(unknown[:1], schema.names),
                 available=schema.names,
             )
     if several:

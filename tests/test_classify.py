@@ -346,6 +346,26 @@ def test_scores(classifier, rows, tmp_path):
         evaluate_file(classifier, source, label_column="gold")
 
 
+@pytest.mark.parametrize(
+    ("kind", "labels"), [(".csv", ["0.5", "01", "1.0"]), (".jsonl", ["0.5", "01", "1.0", 7, 7.0])]
+)
+def test_names_that_look_like_numbers_are_those_of_the_training(classifier, tmp_path, kind, labels):
+    model = replace(classifier, schema=LabelSchema(("0.5", "01", "1.0", "7")))
+    source = write_rows(tmp_path / f"in{kind}", [{"text": "bread", "label": label} for label in labels])
+    assert evaluate_file(model, source)["rows"] == len(labels)
+    assert evaluate_file(model, write_rows(tmp_path / f"one{kind}", [{"text": "a", "label": "0.5"}]))["rows"] == 1
+    other = write_rows(tmp_path / f"other{kind}", [{"text": "a", "label": each} for each in ("0.5", "0.75")])
+    with pytest.raises(LabelError, match=r"row 2: the label '0\.75' is none"):
+        evaluate_file(model, other)
+
+
+def test_a_label_that_looks_like_one_of_the_classifiers(classifier, tmp_path):
+    model = replace(classifier, schema=LabelSchema(("caf\u00e9", "b", "c", "d")))
+    source = write_csv(tmp_path / "in.csv", [{"text": "a", "label": "cafe\u0301"}])
+    with pytest.raises(LabelError, match=r"row 1: the label .*\n.*Likely reason: .*'cafe\\u0301' and 'caf\\xe9'"):
+        evaluate_file(model, source)
+
+
 @pytest.mark.parametrize("names", [("1", "2", "3", "4"), SCHEMA.names])
 def test_class_numbers_of_parquet_have_the_names_that_training_gives_them(classifier, rows, tmp_path, names):
     classifier = replace(classifier, schema=LabelSchema(names))
