@@ -9,6 +9,8 @@
     nlpxfer export MODEL OUT [--int8]             write a classifier as an ONNX folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
+`python -m nlpxfer` is the same.
+
 Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 3 the result misses a target that was
 set for it, 75 interrupted (the run can be resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2, 3
 and 75 into 1: see docs/scaling.md.
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nlpxfer import __version__
-from nlpxfer.errors import INTERRUPTED_EXIT_CODE, NlpxferError
+from nlpxfer.errors import INTERRUPTED_EXIT_CODE, ConfigError, NlpxferError
 from nlpxfer.recipes import recipe_file
 
 __all__ = ["main", "run_main"]
@@ -174,7 +176,8 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
         )
         step.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
-        step.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
+        bf16 = "for the models that torch computes, not exported ones; default: where it was measured to be faster"
+        step.add_argument("--bf16", choices=("true", "false"), help=bf16)
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
             step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
@@ -194,19 +197,28 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
 def _cascade(asked: argparse.Namespace) -> None:
     import json
 
+    from nlpxfer.backends import has_precision
     from nlpxfer.cascade import evaluate_cascade, fit_cascade, load_cascade, predict_cascade
     from nlpxfer.classify import Classifier, is_quiet
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
+    int8 = {"student": asked.int8, "teacher": False}
+    choosing = [who for who in int8 if has_precision(getattr(asked, who), int8=int8[who])]
+    if bf16 is not None and not choosing:
+        raise ConfigError(
+            "bf16: neither of the two models has a choice.",
+            why="exported models and static ones are computed in the precision that they were written in",
+            fix="leave --bf16 out",
+        )
     student, teacher = (
         Classifier.load(
             getattr(asked, who),
             base=getattr(asked, f"{who}_base"),
-            bf16=bf16,
-            int8=int8,
+            bf16=bf16 if who in choosing else None,
+            int8=int8[who],
             batch_size=asked.batch_size,
         )
-        for who, int8 in (("student", asked.int8), ("teacher", False))
+        for who in int8
     )
     columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
     if asked.step == "fit":

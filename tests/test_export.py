@@ -415,6 +415,28 @@ def test_an_int8_student_is_not_taken_for_another_one_in_a_cascade(exported, tra
         load_cascade(line, Classifier.load(str(exported[0])), teacher)
 
 
+def test_a_cascade_with_an_exported_student_takes_bf16_for_the_teacher(exported, trained, rows, tmp_path, capsys):
+    source = write_csv(tmp_path / "in.csv", rows)
+
+    def call(student, teacher, *words):
+        with pytest.raises(SystemExit) as left:
+            main(["cascade", "fit", str(student), str(teacher), str(source), "--output_file", *map(str, words)])
+        return left.value.code, capsys.readouterr()
+
+    loaded = {}
+    whole = Classifier.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Classifier, "load", lambda model, **given: loaded.update({model: given}) or whole(model, **given)
+        )
+        assert call(exported[0], trained, tmp_path / "one.json", "--bf16", "false", "--int8")[0] == 0
+    assert [loaded[str(model)]["bf16"] for model in (exported[0], trained)] == [None, False]
+    assert [loaded[str(model)]["int8"] for model in (exported[0], trained)] == [True, False]
+    code, said = call(exported[0], exported[0], tmp_path / "two.json", "--bf16", "true")
+    assert code == 2
+    assert "bf16: neither of the two models has a choice" in said.err
+
+
 def test_int8_may_be_limited(quick, monkeypatch, tmp_path):
     changed = quick(tmp_path / "first", int8=True)["parity"]["int8"]
     most = 0.5 if torch.cpu._is_vnni_supported() else 1.0  # without VNNI the sums of products saturate
