@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.data.files import Table
+from nlpxfer.data.formats import other_separator
 from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
 from nlpxfer.data.schema import LabelSchema, written_otherwise
 from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
@@ -242,6 +243,7 @@ def second_column(asked: str | None, source: str | Path, *models: Classifier) ->
     if trained not in names:
         raise DataError(
             f"{source}: there is no column {trained}, which the model was trained to read beside the text.",
+            why=other_separator(names),
             fix="--text_pair_column NAME, the column with the second text",
             available=names,
         )
@@ -420,13 +422,22 @@ def evaluate_file(
     return scores
 
 
+def _no_key(reader: RowReader, number: int, row: Row, column: str, wanted: str) -> DataError:
+    """A row of a jsonl file has no value for a column; other formats are refused by their header."""
+    return DataError(
+        f"{reader.path}, row {number}: there is no column {column}.",
+        fix=f'"{column}": {wanted}, in each row, or name another column',
+        available=sorted(row),
+    )
+
+
 def _gold_labels(
     schema: LabelSchema, reader: RowReader, window: Sequence[Row], before: int, column: str, separator: str
 ) -> list[Any]:
     """The labels of a window's rows, as `LabelSchema.array` takes them."""
     for number, row in enumerate(window, start=before + 1):
         if column not in row:
-            raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
+            raise _no_key(reader, number, row, column, "the label")
     table = Table(
         source=str(reader.path),
         name=reader.path.name,
@@ -474,7 +485,9 @@ def labelled_windows(
     for window in windows(reader, columns, quiet):
         texts, pairs, known = texts_of(reader, window.rows, seen, text, pair)
         if not all(known):
-            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
+            index = known.index(False)
+            blank = next(name for name in (text, pair) if name and not (window.rows[index][name] or "").strip())
+            raise DataError(f"{source}, row {seen + index + 1}: there is no text in the column {blank}.")
         yield texts, pairs, _gold_labels(schema, reader, window.rows, seen, label, separator)
         seen += len(known)
     if not seen:
@@ -500,7 +513,7 @@ def texts_of(
         values = []
         for column in columns:
             if column not in row:
-                raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
+                raise _no_key(reader, number, row, column, "null for a row without a text")
             value = row[column]
             if value is not None and not isinstance(value, str):
                 raise DataError(

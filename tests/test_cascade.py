@@ -280,7 +280,7 @@ def test_bad_files_leave_nothing(models, rows, tmp_path):
     with pytest.raises(LabelError, match="weather"):
         fit_cascade(*models, unknown, tmp_path / "cascade.json")
     blank = write_csv(tmp_path / "blank.csv", [rows[0], {**rows[1], "text": ""}])
-    with pytest.raises(DataError, match="row 2: there is no text"):
+    with pytest.raises(DataError, match="row 2: there is no text in the column text"):
         evaluate_cascade(cascade, blank)
     assert {path.name for path in tmp_path.iterdir()} == {"taken.csv", "taken.jsonl", "unknown.csv", "blank.csv"}
 

@@ -262,6 +262,34 @@ def test_a_model_of_pairs_does_not_answer_half_of_a_pair(of_pairs, rows, tmp_pat
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_a_pair_without_its_second_text_names_the_column(of_pairs, tmp_path):
+    lines = [{"text": "a", "second": "b", "label": "food"}, {"text": "a", "second": " ", "label": "food"}]
+    with pytest.raises(DataError, match="row 2: there is no text in the column second"):
+        evaluate_file(of_pairs, write_rows(tmp_path / "in.csv", lines))
+    del lines[0]["second"]
+    source = write_rows(tmp_path / "in.jsonl", lines)
+    for call in (evaluate_file, lambda model, source: predict_file(model, source, tmp_path / "out.jsonl")):
+        with pytest.raises(DataError, match=r'row 1: there is no column second.*\n.*label, text\n.*"second": null'):
+            call(of_pairs, source)
+
+
+def test_a_row_of_jsonl_without_its_text(classifier, tmp_path):
+    for order in (1, -1):
+        source = write_rows(tmp_path / "in.jsonl", [{"text": "a", "label": "food"}, {"label": "food"}][::order])
+        row = 2 if order == 1 else 1
+        for call in (evaluate_file, lambda model, source: predict_file(model, source, tmp_path / "out.jsonl")):
+            with pytest.raises(DataError, match=rf"in.jsonl, row {row}: there is no column text\."):
+                call(classifier, source)
+
+
+def test_blank_lines_and_carriage_returns(classifier, tmp_path, caplog):
+    source = tmp_path / "in.csv"
+    source.write_bytes(b"text\rbread\r\rball\r")
+    assert predict_file(classifier, source, tmp_path / "out.csv").without_text == 1
+    assert [bool(row["predicted_label"]) for row in read(tmp_path / "out.csv")] == [True, False, True]
+    assert "1 of 3 rows have no text" in caplog.text
+
+
 def test_numbers_keep_their_significant_digits(classifier, tmp_path, monkeypatch):
     numbers = np.array([1.23456789e-7, -3.21e12, 0.0, 2024.1234], np.float32)
     monkeypatch.setattr(Classifier, "logits", lambda self, texts, pairs=None: numbers[:, None])
