@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
+from nlpxfer.config.options import DataOptions
 from nlpxfer.data.files import Table
 from nlpxfer.data.formats import other_separator
 from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
@@ -250,6 +251,35 @@ def second_column(asked: str | None, source: str | Path, *models: Classifier) ->
     return trained
 
 
+def trained_column(option: str, asked: str | None, source: str | Path, *models: Classifier) -> str:
+    """The column of texts or labels: the one that is asked for, else that of the models' training, else the usual one.
+
+    Args:
+        option: "text_column" or "label_column".
+        asked: What was asked for.
+        source: The file; what the training read is looked for only if it has such a column.
+        models: Their folders may say what their training read.
+
+    Raises:
+        DataError: The file has no header that can be read.
+    """
+    if asked is not None:
+        return asked
+    usual = DataOptions.__dataclass_fields__[option].default
+    trained = [name for model in models if (name := model.backend.trained.get(option))]
+    if all(name == usual for name in trained):
+        return str(usual)
+    names = RowReader(source).names()
+    return str(next((name for name in trained if name in names), usual))
+
+
+def text_columns(
+    text: str | None, pair: str | None, source: str | Path, *models: Classifier
+) -> tuple[str, str | None]:
+    """`trained_column` of the texts, and `second_column`."""
+    return trained_column("text_column", text, source, *models), second_column(pair, source, *models)
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What `predict_file` did.
@@ -270,7 +300,7 @@ def predict_file(
     source: str | Path,
     output: str | Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
     min_probability: float | None = None,
     all_probabilities: bool = False,
@@ -287,7 +317,7 @@ def predict_file(
         classifier: See `Classifier.load`.
         source: csv, tsv, jsonl or parquet.
         output: Where the result goes; its ending names the format.
-        text_column: Column with the text.
+        text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
             Default: that of the classifier's own rule, if it has one.
@@ -312,7 +342,7 @@ def predict_file(
             abstained += answer.get(ABSTAINED) is True
             yield answer
 
-    texts_in = (text_column, second_column(text_pair_column, source, classifier))
+    texts_in = text_columns(text_column, text_pair_column, source, classifier)
     rows, blank = label_rows(source, output, answers, columns.types, texts_in, quiet=quiet)
     return Predicted(rows, blank, abstained)
 
@@ -387,9 +417,9 @@ def evaluate_file(
     classifier: Classifier,
     source: str | Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -398,14 +428,15 @@ def evaluate_file(
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
     With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
-    it answers. The columns are found as `predict_file` finds them.
+    it answers. The columns are found as `predict_file` finds them, that of the labels likewise.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
         LabelError: A label is none of the classifier's.
     """
     schema, logits, labels = classifier.schema, [], []
-    columns = (text_column, second_column(text_pair_column, source, classifier), label_column)
+    texts_in = text_columns(text_column, text_pair_column, source, classifier)
+    columns = (*texts_in, trained_column("label_column", label_column, source, classifier))
     for texts, pairs, gold in labelled_windows(schema, source, columns, label_separator, quiet):
         labels += gold
         logits.append(classifier.logits(texts, pairs))

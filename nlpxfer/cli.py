@@ -36,6 +36,8 @@ from nlpxfer.recipes import recipe_file
 
 __all__ = ["main", "run_main"]
 
+_AS_IN_TRAINING = "default: as in training where the file has it, else"
+
 
 def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
     """Call an entry point and leave the process with its exit code; the last line of each recipe.
@@ -125,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL", help="output folder of a recipe or of export, or a Hub id")
         command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
         command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
-        command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        command.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         command.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
         )
@@ -138,7 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     abstain = "mark rows below it as abstained; default: the model's own, if it has one"
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
-    evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+    gold = f"column with the gold label; {_AS_IN_TRAINING} label"
+    evaluate.add_argument("--label_column", metavar="NAME", help=gold)
     _add_cascade(commands.add_parser("cascade", help="a small model where it is sure, else a large one"))
     merge = commands.add_parser("merge", help="fold an adapter into its base")
     merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
@@ -151,7 +154,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--int8", action="store_true", help="also write int8 weights")
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
     export.add_argument("--texts", type=Path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
-    export.add_argument("--text_column", default="text", metavar="NAME", help="column of FILE with the text")
+    first = f"column of FILE with the text; {_AS_IN_TRAINING} text"
+    export.add_argument("--text_column", metavar="NAME", help=first)
     second = "column of FILE with a second text; default: as in training"
     export.add_argument("--text_pair_column", metavar="NAME", help=second)
     export.add_argument("--max_changed", type=float, metavar="SHARE", help="fail if int8 changes more predictions")
@@ -171,7 +175,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("student", metavar="STUDENT", help="small model: output folder of a recipe or of export")
         step.add_argument("teacher", metavar="TEACHER", help="large model")
         step.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
-        step.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        step.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         step.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
         )
@@ -181,8 +185,9 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
             step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
+    gold = f"column with the gold label; {_AS_IN_TRAINING} label"
     for step in (fit, evaluate):
-        step.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+        step.add_argument("--label_column", metavar="NAME", help=gold)
     for step in (evaluate, predict):
         step.add_argument("--cascade", required=True, type=Path, metavar="JSON", help="what fit has written")
     fit.add_argument("--output_file", required=True, type=Path, metavar="JSON", help="file to write")

@@ -225,6 +225,15 @@ def of_pairs(folder, tmp_path):
     return Classifier.load(str(copy), bf16=False)
 
 
+@pytest.fixture
+def of_columns(folder, tmp_path):
+    """A classifier that was trained on columns of other names."""
+    copy = Path(shutil.copytree(folder, tmp_path / "named"))
+    named = {"max_length": 24, "text_column": "utterance", "text_pair_column": None, "label_column": "intent"}
+    (copy / "run.json").write_text(json.dumps({"config": named}))
+    return Classifier.load(str(copy), bf16=False)
+
+
 def write_rows(path, rows):
     if path.suffix == ".csv":
         return write_csv(path, rows)
@@ -260,6 +269,32 @@ def test_a_model_of_pairs_does_not_answer_half_of_a_pair(of_pairs, rows, tmp_pat
     with pytest.raises(DataError, match=message):
         evaluate_file(of_pairs, source)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_the_columns_of_the_training_are_the_default(of_columns, classifier, rows, tmp_path, kind):
+    usual = write_rows(tmp_path / f"usual{kind}", rows)
+    named = [{"utterance": row["text"], "intent": row["label"], "text": "bread", "label": "food"} for row in rows]
+    source = write_rows(tmp_path / f"in{kind}", named)
+    expected = evaluate_file(classifier, usual)
+    assert evaluate_file(of_columns, usual) == evaluate_file(of_columns, source) == expected
+    assert evaluate_file(of_columns, source, text_column="text")["loss"] != pytest.approx(expected["loss"], rel=1e-3)
+    other = evaluate_file(of_columns, source, label_column="label")
+    assert other["loss"] != pytest.approx(expected["loss"], rel=1e-3)
+    found = []
+    for model, file, words in (
+        (classifier, usual, {}),
+        (of_columns, usual, {}),
+        (of_columns, source, {}),
+        (of_columns, source, {"text_column": "text"}),
+    ):
+        predict_file(model, file, tmp_path / f"{len(found)}.jsonl", **words)
+        lines = (tmp_path / f"{len(found)}.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["probability"] for line in lines])
+    assert found[0] == found[1] == found[2] != found[3]
+    neither = write_rows(tmp_path / f"neither{kind}", [{"words": "a"}])
+    with pytest.raises(DataError, match="there is no column text"):
+        predict_file(of_columns, neither, tmp_path / "out.jsonl")
 
 
 def test_a_pair_without_its_second_text_names_the_column(of_pairs, tmp_path):

@@ -533,6 +533,17 @@ def test_a_model_of_pairs_is_compared_on_pairs(trained, quick, tmp_path):
     assert report["speed"]["tokens"] == len("[CLS] bread [SEP] cheese and soup [SEP]".split())
 
 
+def test_the_column_of_the_training_is_the_default(trained, quick, tmp_path):
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
+    (model / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_column": "words"}}))
+    texts = tmp_path / "in.jsonl"
+    texts.write_text('{"text": "bread", "words": "cheese and soup"}\n')
+    report = quick(tmp_path / "out", model=str(model), texts=texts)
+    assert report["speed"]["tokens"] == len("[CLS] cheese and soup [SEP]".split())
+    report = quick(tmp_path / "other", model=str(model), texts=texts, text_column="text")
+    assert report["speed"]["tokens"] == len("[CLS] bread [SEP]".split())
+
+
 def test_default_texts(trained, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(trained)
     bundled = text_sources.texts_to_compare(tokenizer, None, "text", None)
