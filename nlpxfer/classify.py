@@ -453,11 +453,11 @@ def evaluate_file(
     return scores
 
 
-def _no_key(reader: RowReader, number: int, row: Row, column: str, wanted: str) -> DataError:
+def _no_key(reader: RowReader, number: int, row: Row, column: str) -> DataError:
     """A row of a jsonl file has no value for a column; other formats are refused by their header."""
     return DataError(
         f"{reader.path}, row {number}: there is no column {column}.",
-        fix=f'"{column}": {wanted}, in each row, or name another column',
+        fix=f"give each row a {column!r}, or name another column",
         available=sorted(row),
     )
 
@@ -468,7 +468,7 @@ def _gold_labels(
     """The labels of a window's rows, as `LabelSchema.array` takes them."""
     for number, row in enumerate(window, start=before + 1):
         if column not in row:
-            raise _no_key(reader, number, row, column, "the label")
+            raise _no_key(reader, number, row, column)
     table = Table(
         source=str(reader.path),
         name=reader.path.name,
@@ -544,7 +544,7 @@ def texts_of(
         values = []
         for column in columns:
             if column not in row:
-                raise _no_key(reader, number, row, column, "null for a row without a text")
+                raise _no_key(reader, number, row, column)
             value = row[column]
             if value is not None and not isinstance(value, str):
                 raise DataError(
