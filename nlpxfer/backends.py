@@ -25,7 +25,7 @@ import torch
 from nlpxfer.checkpoint.adapters import find_bundle, load_adapter, merged
 from nlpxfer.checkpoint.load import Checkpoint, load_description, load_teacher, stored_schema
 from nlpxfer.checkpoint.safety import WEIGHTS, WEIGHTS_INDEX
-from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static
+from nlpxfer.checkpoint.static import INT8_FOLDER, StaticConfig, StaticForSequenceClassification, is_static
 from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
@@ -103,6 +103,8 @@ class TorchBackend(Backend):
 
     def logits(self, rows: TokenisedRows, *, max_length: int, batch_size: int | None = None) -> Array:
         """See `Backend.logits`."""
+        if not len(rows):
+            return np.empty((0, len(self.schema)), dtype=np.float32)
         model = self.checkpoint.model
         multiple = padding_multiple(model.device, bf16=self.bf16)
         collator = Collator.for_tokenizer(self.tokenizer, multiple_of=multiple, rounded_to=max_length)
@@ -177,6 +179,23 @@ def open_backend(model: str, *, base: str | None = None, int8: bool = False, bf1
     if faults:
         raise ConfigError.from_faults(faults)
     return open_onnx(file)
+
+
+def has_precision(model: str, *, int8: bool = False) -> bool:
+    """Whether bfloat16 can be chosen for a model: torch computes it, and it is not static.
+
+    Raises:
+        CheckpointError: int8 is asked for, and there is no such file.
+    """
+    return not _is_static_folder(model) and onnx_file(model, int8=int8) is None
+
+
+def _is_static_folder(model: str) -> bool:
+    try:
+        config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a model of the Hub, or damaged, which loading tells
+        return False
+    return isinstance(config, dict) and config.get("model_type") == StaticConfig.model_type
 
 
 def onnx_file(model: str, *, int8: bool = False) -> Path | None:

@@ -32,7 +32,8 @@ from nlpxfer.classify import (
     Predicted,
     label_rows,
     labelled_windows,
-    second_column,
+    text_columns,
+    trained_column,
 )
 from nlpxfer.data.stream import Row
 from nlpxfer.errors import CheckpointError, ConfigError, DataNotFoundError, LabelError
@@ -130,9 +131,9 @@ def fit_cascade(
     output: str | Path,
     *,
     tolerance: float | None = TOLERANCE,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Fit the threshold on a labelled file and write `cascade.json`; see `evaluate.cascade` for the rule.
@@ -143,9 +144,9 @@ def fit_cascade(
         source: Rows that neither was trained on: the validation file, not the test file.
         output: Where `cascade.json` goes.
         tolerance: How far the accuracy may be below the teacher's; None: the highest accuracy.
-        text_column: Column with the text.
+        text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
-        label_column: Column with the gold label.
+        label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
         quiet: No progress bar.
 
     Returns:
@@ -237,7 +238,7 @@ def predict_cascade(
     source: str | Path,
     output: str | Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
     quiet: bool = True,
 ) -> tuple[Predicted, int]:
@@ -261,7 +262,7 @@ def predict_cascade(
             yield answer
 
     types: dict[str, type] = {LABEL: str, PROBABILITY: float, MODEL: str}
-    columns = (text_column, second_column(text_pair_column, source, cascade.student, cascade.teacher))
+    columns = text_columns(text_column, text_pair_column, source, cascade.student, cascade.teacher)
     rows, blank = label_rows(source, output, answers, types, columns, quiet=quiet)
     return Predicted(rows, blank, 0), sent
 
@@ -296,16 +297,17 @@ class _Asked:
 def _ask_both(
     cascade: Cascade,
     source: str | Path,
-    text_column: str,
+    text_column: str | None,
     text_pair_column: str | None,
-    label_column: str,
+    label_column: str | None,
     quiet: bool,
 ) -> _Asked:
     """Ask both models for every row of a labelled file, each row once."""
     found: list[tuple[Array, ...]] = []
     seconds = np.zeros(3)
-    pair_column = second_column(text_pair_column, source, cascade.student, cascade.teacher)
-    columns = (text_column, pair_column, label_column)
+    models = cascade.student, cascade.teacher
+    texts_in = text_columns(text_column, text_pair_column, source, *models)
+    columns = (*texts_in, trained_column("label_column", label_column, source, *models))
     for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, "", quiet):
         gold_N = np.array(gold)
         if not found:  # the first batches of a model are slow
@@ -331,9 +333,9 @@ def evaluate_cascade(
     source: str | Path,
     *,
     plot: str | Path | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Accuracy against cost of a cascade on a labelled file, with the student alone and the teacher alone beside it.
@@ -342,9 +344,9 @@ def evaluate_cascade(
         cascade: Two models and a threshold.
         source: Rows that the threshold was not fitted on.
         plot: Where to draw accuracy against the share of rows sent on; PNG.
-        text_column: Column with the text.
+        text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
-        label_column: Column with the gold label.
+        label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
         quiet: No progress bar.
 
     Returns:

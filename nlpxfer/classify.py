@@ -27,9 +27,11 @@ from tqdm.auto import tqdm
 
 from nlpxfer.backends import Backend, open_backend
 from nlpxfer.config.long_texts import LongTexts
+from nlpxfer.config.options import DataOptions
 from nlpxfer.data.files import Table
+from nlpxfer.data.formats import other_separator
 from nlpxfer.data.rows import HALF_CHARACTER, encodable, read_labels
-from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.schema import LabelSchema, written_otherwise
 from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError, NotFiniteError
@@ -133,7 +135,14 @@ class Classifier:
         )
 
     def rows(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> TokenisedRows:
-        """N texts as the model reads them."""
+        """N texts as the model reads them.
+
+        Raises:
+            DataError: A text alone stands in place of a list of texts; see also `tokenise`.
+        """
+        for name, given in (("texts", texts), ("pairs", pairs)):
+            if isinstance(given, str):  # a sequence of texts, too: its characters
+                raise DataError(f"{name} is one text, a list of texts is needed.", fix=f"{name}=[text]")
         return tokenise(self.backend.tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
@@ -247,10 +256,40 @@ def second_column(asked: str | None, source: str | Path, *models: Classifier) ->
     if trained not in names:
         raise DataError(
             f"{source}: there is no column {trained}, which the model was trained to read beside the text.",
+            why=other_separator(names),
             fix="--text_pair_column NAME, the column with the second text",
             available=names,
         )
     return trained
+
+
+def trained_column(option: str, asked: str | None, source: str | Path, *models: Classifier) -> str:
+    """The column of texts or labels: the one that is asked for, else that of the models' training, else the usual one.
+
+    Args:
+        option: "text_column" or "label_column".
+        asked: What was asked for.
+        source: The file; what the training read is looked for only if it has such a column.
+        models: Their folders may say what their training read.
+
+    Raises:
+        DataError: The file has no header that can be read.
+    """
+    if asked is not None:
+        return asked
+    usual = DataOptions.__dataclass_fields__[option].default
+    trained = [name for model in models if (name := model.backend.trained.get(option))]
+    if all(name == usual for name in trained):
+        return str(usual)
+    names = RowReader(source).names()
+    return str(next((name for name in trained if name in names), usual))
+
+
+def text_columns(
+    text: str | None, pair: str | None, source: str | Path, *models: Classifier
+) -> tuple[str, str | None]:
+    """`trained_column` of the texts, and `second_column`."""
+    return trained_column("text_column", text, source, *models), second_column(pair, source, *models)
 
 
 @dataclass(frozen=True)
@@ -273,7 +312,7 @@ def predict_file(
     source: str | Path,
     output: str | Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
     min_probability: float | None = None,
     all_probabilities: bool = False,
@@ -290,7 +329,7 @@ def predict_file(
         classifier: See `Classifier.load`.
         source: csv, tsv, jsonl or parquet.
         output: Where the result goes; its ending names the format.
-        text_column: Column with the text.
+        text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
             Default: that of the classifier's own rule, if it has one.
@@ -315,7 +354,7 @@ def predict_file(
             abstained += answer.get(ABSTAINED) is True
             yield answer
 
-    texts_in = (text_column, second_column(text_pair_column, source, classifier))
+    texts_in = text_columns(text_column, text_pair_column, source, classifier)
     rows, blank = label_rows(source, output, answers, columns.types, texts_in, quiet=quiet)
     return Predicted(rows, blank, abstained)
 
@@ -390,9 +429,9 @@ def evaluate_file(
     classifier: Classifier,
     source: str | Path,
     *,
-    text_column: str = "text",
+    text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_column: str = "label",
+    label_column: str | None = None,
     label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -401,14 +440,15 @@ def evaluate_file(
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
     With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
-    it answers. The columns are found as `predict_file` finds them.
+    it answers. The columns are found as `predict_file` finds them, that of the labels likewise.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
         LabelError: A label is none of the classifier's.
     """
     schema, logits, labels = classifier.schema, [], []
-    columns = (text_column, second_column(text_pair_column, source, classifier), label_column)
+    texts_in = text_columns(text_column, text_pair_column, source, classifier)
+    columns = (*texts_in, trained_column("label_column", label_column, source, classifier))
     for texts, pairs, gold in labelled_windows(schema, source, columns, label_separator, quiet):
         labels += gold
         logits.append(classifier.logits(texts, pairs))
@@ -425,13 +465,22 @@ def evaluate_file(
     return scores
 
 
+def _no_key(reader: RowReader, number: int, row: Row, column: str) -> DataError:
+    """A row of a jsonl file has no value for a column; other formats are refused by their header."""
+    return DataError(
+        f"{reader.path}, row {number}: there is no column {column}.",
+        fix=f"give each row a {column!r}, or name another column",
+        available=sorted(row),
+    )
+
+
 def _gold_labels(
     schema: LabelSchema, reader: RowReader, window: Sequence[Row], before: int, column: str, separator: str
 ) -> list[Any]:
     """The labels of a window's rows, as `LabelSchema.array` takes them."""
     for number, row in enumerate(window, start=before + 1):
         if column not in row:
-            raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
+            raise _no_key(reader, number, row, column)
     table = Table(
         source=str(reader.path),
         name=reader.path.name,
@@ -439,7 +488,7 @@ def _gold_labels(
         class_names=reader.class_names(column),
     )
     split = separator if any(isinstance(row[column], str) for row in window) else None
-    found, faults = read_labels(table, column, schema.problem_type, split)
+    found, faults = read_labels(table, column, schema.problem_type, split, schema)
     if faults:
         index, fault = faults[0]
         raise DataError(f"{reader.path}, row {before + 1 + index}: {fault}.")
@@ -451,6 +500,7 @@ def _gold_labels(
         if unknown:
             raise LabelError(
                 f"{reader.path}, row {number}: the label {unknown[0]!r} is none of the classifier's.",
+                why=written_otherwise(unknown[:1], schema.names),
                 available=schema.names,
             )
     if several:
@@ -478,7 +528,9 @@ def labelled_windows(
     for window in windows(reader, columns, quiet):
         texts, pairs, known = texts_of(reader, window.rows, seen, text, pair)
         if not all(known):
-            raise DataError(f"{source}, row {seen + known.index(False) + 1}: there is no text.")
+            index = known.index(False)
+            blank = next(name for name in (text, pair) if name and not (window.rows[index][name] or "").strip())
+            raise DataError(f"{source}, row {seen + index + 1}: there is no text in the column {blank}.")
         yield texts, pairs, _gold_labels(schema, reader, window.rows, seen, label, separator)
         seen += len(known)
     if not seen:
@@ -504,7 +556,7 @@ def texts_of(
         values = []
         for column in columns:
             if column not in row:
-                raise DataError(f"{reader.path}, row {number}: there is no column {column}.", available=sorted(row))
+                raise _no_key(reader, number, row, column)
             value = row[column]
             if value is not None and not isinstance(value, str):
                 raise DataError(

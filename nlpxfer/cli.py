@@ -9,6 +9,8 @@
     nlpxfer export MODEL OUT [--int8]             write a classifier as an ONNX folder
     nlpxfer push FOLDER --hub_model_id ME/NAME    push a finished output folder to the Hub
 
+`python -m nlpxfer` is the same.
+
 Exit codes: 0 done, 2 a fault that the user can mend (a message, no traceback), 3 the result misses a target that was
 set for it, 75 interrupted (the run can be resumed), 1 a fault of nlpxfer (a traceback). `accelerate launch` turns 2, 3
 and 75 into 1: see docs/scaling.md.
@@ -31,7 +33,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nlpxfer import __version__
-from nlpxfer.errors import INTERRUPTED_EXIT_CODE, USER_FAULT_EXIT_CODE, NlpxferError
+from nlpxfer.errors import INTERRUPTED_EXIT_CODE, USER_FAULT_EXIT_CODE, ConfigError, NlpxferError
 from nlpxfer.recipes import recipe_file
 
 __all__ = ["main", "run_main"]
@@ -48,6 +50,7 @@ _REFUSALS = (
     errno.EROFS,
 )
 """What the system says of a path that cannot be used, or of a full disk: that is the user's to mend."""
+_AS_IN_TRAINING = "default: as in training where the file has it, else"
 
 
 def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str] | None = None) -> NoReturn:
@@ -147,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("model", metavar="MODEL", help="output folder of a recipe or of export, or a Hub id")
         command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
         command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
-        command.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        command.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         command.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
         )
@@ -160,7 +163,8 @@ def _parser() -> argparse.ArgumentParser:
     abstain = "mark rows below it as abstained; default: the model's own, if it has one"
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
-    evaluate.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+    gold = f"column with the gold label; {_AS_IN_TRAINING} label"
+    evaluate.add_argument("--label_column", metavar="NAME", help=gold)
     _add_cascade(commands.add_parser("cascade", help="a small model where it is sure, else a large one"))
     merge = commands.add_parser("merge", help="fold an adapter into its base")
     merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
@@ -173,7 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--int8", action="store_true", help="also write int8 weights")
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
     export.add_argument("--texts", type=Path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
-    export.add_argument("--text_column", default="text", metavar="NAME", help="column of FILE with the text")
+    first = f"column of FILE with the text; {_AS_IN_TRAINING} text"
+    export.add_argument("--text_column", metavar="NAME", help=first)
     second = "column of FILE with a second text; default: as in training"
     export.add_argument("--text_pair_column", metavar="NAME", help=second)
     export.add_argument("--max_changed", type=float, metavar="SHARE", help="fail if int8 changes more predictions")
@@ -193,17 +198,19 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("student", metavar="STUDENT", help="small model: output folder of a recipe or of export")
         step.add_argument("teacher", metavar="TEACHER", help="large model")
         step.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
-        step.add_argument("--text_column", default="text", metavar="NAME", help="column with the text")
+        step.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         step.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
         )
         step.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
-        step.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
+        bf16 = "for the models that torch computes, not exported ones; default: where it was measured to be faster"
+        step.add_argument("--bf16", choices=("true", "false"), help=bf16)
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
             step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
+    gold = f"column with the gold label; {_AS_IN_TRAINING} label"
     for step in (fit, evaluate):
-        step.add_argument("--label_column", default="label", metavar="NAME", help="column with the gold label")
+        step.add_argument("--label_column", metavar="NAME", help=gold)
     for step in (evaluate, predict):
         step.add_argument("--cascade", required=True, type=Path, metavar="JSON", help="what fit has written")
     fit.add_argument("--output_file", required=True, type=Path, metavar="JSON", help="file to write")
@@ -218,19 +225,28 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
 def _cascade(asked: argparse.Namespace) -> None:
     import json
 
+    from nlpxfer.backends import has_precision
     from nlpxfer.cascade import evaluate_cascade, fit_cascade, load_cascade, predict_cascade
     from nlpxfer.classify import Classifier, is_quiet
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
+    int8 = {"student": asked.int8, "teacher": False}
+    choosing = [who for who in int8 if has_precision(getattr(asked, who), int8=int8[who])]
+    if bf16 is not None and not choosing:
+        raise ConfigError(
+            "bf16: neither of the two models has a choice.",
+            why="exported models and static ones are computed in the precision that they were written in",
+            fix="leave --bf16 out",
+        )
     student, teacher = (
         Classifier.load(
             getattr(asked, who),
             base=getattr(asked, f"{who}_base"),
-            bf16=bf16,
-            int8=int8,
+            bf16=bf16 if who in choosing else None,
+            int8=int8[who],
             batch_size=asked.batch_size,
         )
-        for who, int8 in (("student", asked.int8), ("teacher", False))
+        for who in int8
     )
     columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
     if asked.step == "fit":

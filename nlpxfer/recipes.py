@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 import tempfile
-from pathlib import Path
+from enum import Enum
+from pathlib import Path, PurePath
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -105,16 +106,38 @@ def run_recipe(name: str, /, **options: Any) -> Report:  # noqa: ANN401 - values
 
     Args:
         name: Such as `finetune` or `distill`.
-        options: As in the recipe's YAML file: `train_file="train.csv", num_train_epochs=3`.
+        options: As in the recipe's YAML file: `train_file="train.csv", num_train_epochs=3`; paths, and numbers and
+            arrays of numpy, are taken too.
 
     Raises:
         ConfigError: No such recipe, or options that are unknown or do not fit; all of them at once.
         NlpxferError: What else the recipe refuses; see its `main`.
     """
     main = load_recipe(name).main
-    values = {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+    values, faults = {}, []
+    for key, value in options.items():
+        values[key] = _plain(value)
+        try:
+            yaml.safe_dump(values[key])
+        except yaml.YAMLError:
+            faults.append(f"{key}: a value of the type {type(value).__name__} cannot be written down")
+    if faults:
+        raise ConfigError.from_faults(faults)
     with tempfile.TemporaryDirectory(prefix="nlpxfer-") as folder:
         file = Path(folder) / "keywords.yaml"  # errors name it
         file.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8")
         report: Report = main([str(file)] if values else [])
     return report
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 - any value of an option
+    """What YAML can hold of a value: texts for paths, and Python's own numbers and lists."""
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Enum):
+        return _plain(value.value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return _plain(value.tolist()) if hasattr(value, "tolist") else value

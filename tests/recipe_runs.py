@@ -74,12 +74,13 @@ RANDOM = {"features": ["--classifier", "mlp"]}
 """Options with which the seed matters, where it does not by itself."""
 
 
-def tiny_words(data, model=None, epochs=1, rate="1e-3", key=None):
-    """Options of a tiny run of any recipe; `key` names one that does not take steps unless it is told to."""
-    steps = ["--num_train_epochs", str(epochs), "--learning_rate", rate]
+def tiny_words(data, model=None, epochs=1, rate="1e-3", key=None, steps=None):
+    """Options of a tiny run of any recipe, of `epochs` or of `steps`; `key` names one that takes neither by itself."""
+    length = ["--num_train_epochs", str(epochs)] if steps is None else ["--max_steps", str(steps)]
+    training = [*length, "--learning_rate", rate]
     if key == "features":
-        steps = [] if (epochs, rate) == (1, "1e-3") else [*RANDOM[key], *steps]
-    words = [*QUICK, *files(data), *steps]
+        training = [] if (epochs, rate) == (1, "1e-3") else [*RANDOM[key], *training]
+    words = [*QUICK, *files(data), *training]
     return words + ([] if model is None else ["--model_name_or_path", str(model)])
 
 

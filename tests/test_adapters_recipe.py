@@ -197,8 +197,8 @@ def test_options_that_do_not_fit_an_adapter_are_refused_together(bert, tiny_data
 
 
 def test_an_adapter_that_cannot_compute_in_bfloat16_is_refused(tiny_data, tiny_checkpoint, tmp_path):
-    words = tiny_words(tiny_data, tiny_checkpoint("deberta-v2"))
-    words += ["--adapter", "loha", "--control_arm", "false", "--max_steps", "1"]
+    words = tiny_words(tiny_data, tiny_checkpoint("deberta-v2"), steps=1)
+    words += ["--adapter", "loha", "--control_arm", "false"]
     finished("adapters", tmp_path / "float32", *words)
     words[words.index("--bf16") + 1] = "true"
     assert "adapter: loha does not compute in bfloat16" in refused("adapters", tmp_path / "out", *words)
@@ -243,7 +243,7 @@ def test_bits_are_refused_without_a_gpu(bert, tiny_data, tmp_path, monkeypatch):
 
 
 def test_a_kind_has_its_own_learning_rate(bert, tiny_data, tmp_path):
-    words = [*tiny_words(tiny_data, bert), *QUICKLY, "--adapter", "ia3", "--control_arm", "false", "--max_steps", "1"]
+    words = [*tiny_words(tiny_data, bert, steps=1), *QUICKLY, "--adapter", "ia3", "--control_arm", "false"]
     at = words.index("--learning_rate")
     run = finished("adapters", tmp_path / "out", *words[:at], *words[at + 2 :])
     rate = KINDS["ia3"].learning_rate_for(32, gently=True)
@@ -468,7 +468,7 @@ def test_a_bundle_without_a_run_keeps_its_length_when_merged(lora, bert, tmp_pat
 
 
 def test_a_bundle_without_a_run_reads_long_texts_as_the_training_did(bert, tiny_data, tmp_path):
-    words = [*tiny_words(tiny_data, bert), *QUICKLY, "--control_arm", "false", "--max_steps", "1"]
+    words = [*tiny_words(tiny_data, bert, steps=1), *QUICKLY, "--control_arm", "false"]
     words[words.index("--max_length") + 1] = "8"
     words += ["--long_texts", "sliding_window", "--window_overlap", "3", "--max_windows", "4"]
     bundle = finished("adapters", tmp_path / "out", *words).folder / "adapter"

@@ -152,6 +152,30 @@ def test_models_of_pairs_read_the_second_text_of_their_training(folders, rows, t
         predict_cascade(cascade, tmp_path / "single.csv", tmp_path / "other.csv")
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_the_columns_of_the_training_are_the_default(folders, rows, source, tmp_path, who, capsys):
+    copies = [Path(shutil.copytree(folder, tmp_path / folder.name)) for folder in folders]
+    (copies[who] / "run.json").write_text(json.dumps({"config": {"text_column": "words", "label_column": "intent"}}))
+    named = [{"words": row["text"], "intent": row["label"], "text": "a", "label": "food"} for row in rows]
+    named_source = write_csv(tmp_path / "named.csv", named)
+    found = {}
+    for file in (source, named_source):
+        words = ["fit", *copies, file, "--output_file", tmp_path / f"{file.stem}.json", "--bf16", "false"]
+        with pytest.raises(SystemExit) as left:
+            main(["cascade", *map(str, words)])
+        assert left.value.code == 0
+        found[file.stem] = json.loads((tmp_path / f"{file.stem}.json").read_text())
+    assert found["in"] == found["named"]
+    capsys.readouterr()
+    cascade = load_cascade(tmp_path / "in.json", *(Classifier.load(str(folder), bf16=False) for folder in copies))
+    evaluated = [evaluate_cascade(cascade, file)["cascade"]["accuracy"] for file in (source, named_source)]
+    assert evaluated[0] == evaluated[1]
+    for number, file in enumerate((source, named_source)):
+        predict_cascade(cascade, file, tmp_path / f"{number}.csv")
+    answers = [[row["probability"] for row in read(tmp_path / f"{number}.csv")] for number in (0, 1)]
+    assert answers[0] == answers[1]
+
+
 def test_fit_finds_the_line(models, rows, source, tmp_path):
     student, teacher = models
     found = fit_cascade(student, teacher, source, tmp_path / "cascade.json", tolerance=0.0)
@@ -280,7 +304,7 @@ def test_bad_files_leave_nothing(models, rows, tmp_path):
     with pytest.raises(LabelError, match="weather"):
         fit_cascade(*models, unknown, tmp_path / "cascade.json")
     blank = write_csv(tmp_path / "blank.csv", [rows[0], {**rows[1], "text": ""}])
-    with pytest.raises(DataError, match="row 2: there is no text"):
+    with pytest.raises(DataError, match="row 2: there is no text in the column text"):
         evaluate_cascade(cascade, blank)
     assert {path.name for path in tmp_path.iterdir()} == {"taken.csv", "taken.jsonl", "unknown.csv", "blank.csv"}
 

@@ -77,6 +77,22 @@ def test_answers_are_those_of_a_pipeline(classifier, folder, rows, tmp_path, mon
     assert len({row["predicted_label"] for row in found}) > 1
 
 
+@pytest.mark.parametrize("name", ["rows", "logits", "probabilities"])
+def test_one_text_is_no_list_of_texts(classifier, name):
+    with pytest.raises(DataError, match=r"texts is one text.*\n.*texts=\[text\]"):
+        getattr(classifier, name)("fine")
+    with pytest.raises(DataError, match="pairs is one text"):
+        getattr(classifier, name)(["a", "b"], "ab")
+
+
+def test_no_texts_have_no_answers(classifier):
+    assert len(classifier.rows([])) == 0
+    assert classifier.logits([]).shape == classifier.probabilities([]).shape == (0, 4)
+    assert classifier.logits([], []).dtype == np.float32
+    several = replace(classifier, schema=LabelSchema(SCHEMA.names, MULTI_LABEL))
+    assert several.probabilities([]).shape == (0, 4)
+
+
 def test_max_length_is_that_of_the_training(classifier, folder):
     assert classifier.max_length == 24
     assert Classifier.load(str(folder), max_length=12, bf16=False).max_length == 12
@@ -210,6 +226,15 @@ def of_pairs(folder, tmp_path):
     return Classifier.load(str(copy), bf16=False)
 
 
+@pytest.fixture
+def of_columns(folder, tmp_path):
+    """A classifier that was trained on columns of other names."""
+    copy = Path(shutil.copytree(folder, tmp_path / "named"))
+    named = {"max_length": 24, "text_column": "utterance", "text_pair_column": None, "label_column": "intent"}
+    (copy / "run.json").write_text(json.dumps({"config": named}))
+    return Classifier.load(str(copy), bf16=False)
+
+
 def write_rows(path, rows):
     if path.suffix == ".csv":
         return write_csv(path, rows)
@@ -245,6 +270,62 @@ def test_a_model_of_pairs_does_not_answer_half_of_a_pair(of_pairs, rows, tmp_pat
     with pytest.raises(DataError, match=message):
         evaluate_file(of_pairs, source)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".parquet"])
+def test_the_columns_of_the_training_are_the_default(of_columns, classifier, rows, tmp_path, kind):
+    usual = write_rows(tmp_path / f"usual{kind}", rows)
+    named = [{"utterance": row["text"], "intent": row["label"], "text": "bread", "label": "food"} for row in rows]
+    source = write_rows(tmp_path / f"in{kind}", named)
+    expected = evaluate_file(classifier, usual)
+    assert evaluate_file(of_columns, usual) == evaluate_file(of_columns, source) == expected
+    assert evaluate_file(of_columns, source, text_column="text")["loss"] != pytest.approx(expected["loss"], rel=1e-3)
+    other = evaluate_file(of_columns, source, label_column="label")
+    assert other["loss"] != pytest.approx(expected["loss"], rel=1e-3)
+    found = []
+    for model, file, words in (
+        (classifier, usual, {}),
+        (of_columns, usual, {}),
+        (of_columns, source, {}),
+        (of_columns, source, {"text_column": "text"}),
+    ):
+        predict_file(model, file, tmp_path / f"{len(found)}.jsonl", **words)
+        lines = (tmp_path / f"{len(found)}.jsonl").read_text().splitlines()
+        found.append([json.loads(line)["probability"] for line in lines])
+    assert found[0] == found[1] == found[2] != found[3]
+    neither = write_rows(tmp_path / f"neither{kind}", [{"words": "a"}])
+    with pytest.raises(DataError, match="there is no column text"):
+        predict_file(of_columns, neither, tmp_path / "out.jsonl")
+
+
+def test_a_pair_without_its_second_text_names_the_column(of_pairs, tmp_path):
+    lines = [{"text": "a", "second": "b", "label": "food"}, {"text": "a", "second": " ", "label": "food"}]
+    with pytest.raises(DataError, match="row 2: there is no text in the column second"):
+        evaluate_file(of_pairs, write_rows(tmp_path / "in.csv", lines))
+    del lines[0]["second"]
+    source = write_rows(tmp_path / "in.jsonl", lines)
+    for call in (evaluate_file, lambda model, source: predict_file(model, source, tmp_path / "out.jsonl")):
+        with pytest.raises(
+            DataError, match=r"row 1: there is no column second.*\n.*label, text\n.*each row a 'second'"
+        ):
+            call(of_pairs, source)
+
+
+def test_a_row_of_jsonl_without_its_text(classifier, tmp_path):
+    for order in (1, -1):
+        source = write_rows(tmp_path / "in.jsonl", [{"text": "a", "label": "food"}, {"label": "food"}][::order])
+        row = 2 if order == 1 else 1
+        for call in (evaluate_file, lambda model, source: predict_file(model, source, tmp_path / "out.jsonl")):
+            with pytest.raises(DataError, match=rf"in.jsonl, row {row}: there is no column text\."):
+                call(classifier, source)
+
+
+def test_blank_lines_and_carriage_returns(classifier, tmp_path, caplog):
+    source = tmp_path / "in.csv"
+    source.write_bytes(b"text\rbread\r\rball\r")
+    assert predict_file(classifier, source, tmp_path / "out.csv").without_text == 1
+    assert [bool(row["predicted_label"]) for row in read(tmp_path / "out.csv")] == [True, False, True]
+    assert "1 of 3 rows have no text" in caplog.text
 
 
 def test_numbers_keep_their_significant_digits(classifier, tmp_path, monkeypatch):
@@ -329,6 +410,26 @@ def test_scores(classifier, rows, tmp_path):
         evaluate_file(classifier, write_csv(tmp_path / "bad.csv", [rows[0], {**rows[1], "label": "other"}]))
     with pytest.raises(DataError, match="there is no column gold"):
         evaluate_file(classifier, source, label_column="gold")
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"), [(".csv", ["0.5", "01", "1.0"]), (".jsonl", ["0.5", "01", "1.0", 7, 7.0])]
+)
+def test_names_that_look_like_numbers_are_those_of_the_training(classifier, tmp_path, kind, labels):
+    model = replace(classifier, schema=LabelSchema(("0.5", "01", "1.0", "7")))
+    source = write_rows(tmp_path / f"in{kind}", [{"text": "bread", "label": label} for label in labels])
+    assert evaluate_file(model, source)["rows"] == len(labels)
+    assert evaluate_file(model, write_rows(tmp_path / f"one{kind}", [{"text": "a", "label": "0.5"}]))["rows"] == 1
+    other = write_rows(tmp_path / f"other{kind}", [{"text": "a", "label": each} for each in ("0.5", "0.75")])
+    with pytest.raises(LabelError, match=r"row 2: the label '0\.75' is none"):
+        evaluate_file(model, other)
+
+
+def test_a_label_that_looks_like_one_of_the_classifiers(classifier, tmp_path):
+    model = replace(classifier, schema=LabelSchema(("caf\u00e9", "b", "c", "d")))
+    source = write_csv(tmp_path / "in.csv", [{"text": "a", "label": "cafe\u0301"}])
+    with pytest.raises(LabelError, match=r"row 1: the label .*\n.*Likely reason: .*'cafe\\u0301' and 'caf\\xe9'"):
+        evaluate_file(model, source)
 
 
 @pytest.mark.parametrize("names", [("1", "2", "3", "4"), SCHEMA.names])

@@ -4,14 +4,22 @@ import errno
 import io
 import os
 import signal
+import subprocess
 import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+from transformers import IntervalStrategy
 
 import nlpxfer
 from nlpxfer import cli
 from nlpxfer import recipes as recipes_module
+from nlpxfer.config import parse
 from nlpxfer.errors import ConfigError, Interrupted
 
 RECIPE = """
@@ -144,6 +152,63 @@ def test_run_names_the_nearest_recipe(recipes, capsys):
 def test_run_without_a_method_is_refused(recipes, capsys):
     assert exit_code(cli.main, ["run"]) == 2
     assert "METHOD" in capsys.readouterr().err
+
+
+@dataclass(kw_only=True)
+class Options:
+    learning_rate: float | None = None
+    max_steps: int = -1
+    control_arm: bool = True
+    search: dict[str, Any] | None = None
+    train_file: str | None = None
+    teachers: list[str] | None = None
+    strategy: str = "no"
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """`run_recipe` of a recipe that returns its options."""
+    recipe = SimpleNamespace(main=lambda argv: parse((Options,), argv)[0])
+    monkeypatch.setattr(recipes_module, "load_recipe", lambda name: recipe)
+    return partial(recipes_module.run_recipe, "mine")
+
+
+def test_values_of_numpy_and_paths_are_options(run):
+    found = run(
+        learning_rate=np.float64(1e-3),
+        max_steps=np.int64(7),
+        control_arm=np.bool_(False),
+        search={"rate": np.float32(0.5), "files": (Path("a"), "b")},
+        train_file=Path("rows.csv"),
+        teachers=(Path("one"), "two"),
+        strategy=IntervalStrategy.EPOCH,
+    )
+    assert found == Options(
+        learning_rate=1e-3,
+        max_steps=7,
+        control_arm=False,
+        search={"rate": 0.5, "files": ["a", "b"]},
+        train_file="rows.csv",
+        teachers=["one", "two"],
+        strategy="epoch",
+    )
+    assert run(teachers=np.array(["x", "y"])).teachers == ["x", "y"]
+
+
+def test_values_that_are_no_option_are_named(run):
+    with pytest.raises(ConfigError) as caught:
+        run(train_file=object(), learning_rate=1e-3, search={"a": [object()]})
+    assert caught.value.faults == (
+        "train_file: a value of the type object cannot be written down",
+        "search: a value of the type dict cannot be written down",
+    )
+
+
+def test_the_module_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "nlpxfer", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"nlpxfer {nlpxfer.__version__}\n"
+    done = subprocess.run([sys.executable, "-m", "nlpxfer", "--help"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: nlpxfer ")
 
 
 def test_recipes_come_from_the_checkout_before_the_package(tmp_path, monkeypatch):

@@ -507,6 +507,17 @@ def test_an_option_that_another_overrules_is_refused(config):
         parse(types, words)
 
 
+def test_epochs_beside_steps_are_refused(config):
+    fault = "num_train_epochs: does nothing beside max_steps"
+    assert faults_of("--num_train_epochs", "3", "--max_steps", "7", types=(RunOptions,)) == [fault]
+    path = config("num_train_epochs: 3")
+    assert faults_of(path, "--max_steps", "7", types=(RunOptions,)) == [f"{fault} (in config.yaml)"]
+    (options,) = parse((RunOptions,), [config("num_train_epochs: 2.0"), "--max_steps", "7"])
+    assert (options.num_train_epochs, options.max_steps) == (2.0, 7)
+    (options,) = parse((RunOptions,), ["--num_train_epochs", "3"])
+    assert (options.num_train_epochs, options.max_steps) == (3.0, -1)
+
+
 def test_copies_of_options_are_accepted():
     (options,) = parse([RunOptions], ["--bf16", "false"])
     assert dataclasses.replace(options, learning_rate=0.5).learning_rate == 0.5

@@ -151,6 +151,11 @@ def test_bytes_that_are_no_text_name_the_line(tmp_path, name):
     assert "UTF-16" in fault(write(tmp_path, name, "text,label\nx,a\n".encode("utf-16")))
 
 
+def test_lines_that_end_with_a_carriage_return_are_counted(tmp_path):
+    assert "line 3: byte 0xff" in fault(write(tmp_path, "a.csv", b"text,label\rx,a\ry\xff,b\r"))
+    assert "line 4: byte 0xff" in fault(write(tmp_path, "a.csv", b"text,label\r\nx,a\n\ry\xff,b\r"))
+
+
 def test_malformed_csv_rows_are_listed_with_row_and_line(tmp_path):
     text = fault(write(tmp_path, "a.csv", "text,label\nx,a\ny, z,a\nw\n"))
     assert "2 faults" in text
@@ -202,6 +207,9 @@ def test_duplicate_columns(tmp_path):
     assert "more than one column named 'text'" in fault(write(tmp_path, "a.csv", "text,label,text\nx,a,y\n"))
     assert "row 1 (line 1)" in fault(write(tmp_path, "a.jsonl", '{"text": "x", "text": "y", "label": "a"}\n'))
     assert "'text' stands twice" in fault(write(tmp_path, "a.json", '[{"text": "x", "text": "y", "label": "a"}]'))
+    assert "a.csv has 3 columns without a name." in fault(write(tmp_path, "a.csv", ",,text,\n1,2,x,\n"))
+    text = fault(write(tmp_path, "a.csv", ",,text,text\n1,2,x,y\n"))
+    assert "a.csv has more than one column named 'text', and 2 columns without a name." in text
     pq.write_table(pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"]), tmp_path / "a.parquet")
     assert "more than one column named 'text'" in fault(tmp_path / "a.parquet")
 

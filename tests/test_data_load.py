@@ -143,6 +143,31 @@ def test_labels_that_differ_by_case_are_pointed_out(three):
     )
 
 
+def test_number_like_names_of_other_splits_are_those_of_the_training_rows(three):
+    rewrite(three, "train", rows(6, "train", labels=["1.5", "high"]))
+    for split in ("validation", "test"):
+        rewrite(three, split, rows(3, split, labels=["1.5"]))
+    data = load_data(DataRequest(**three))
+    assert data.schema.names == ("1.5", "high")
+    assert set(data.test["label"][:]) == {0}
+
+
+def test_labels_that_differ_by_their_form_of_unicode(three):
+    whole, parted = "caf\u00e9", "cafe\u0301"
+    rewrite(three, "train", rows(3, "train", labels=["a", whole]))
+    for split in ("validation", "test"):
+        rewrite(three, split, rows(3, split, labels=["a", parted]))
+    text = fault(LabelError, **three)
+    assert f"Likely reason: '{parted}' and '{whole}' look alike and are written with other characters" in text
+    assert r"'cafe\u0301' and 'caf\xe9'; bring both to one form of Unicode, such as NFC" in text
+    for split in ("train", "validation", "test"):
+        rewrite(three, split, rows(3, split, labels=["a", whole, parted]))
+    data = load_data(DataRequest(**three))
+    told = r"labels that differ by their form of Unicode only are kept apart: 'cafe\u0301', 'caf\xe9'"
+    assert f"train.csv: {told}" in data.warnings
+    assert len(data.schema) == 3
+
+
 def test_missing_splits_are_carved(tmp_path):
     train = write(tmp_path / "train.csv", [*rows(50), *[("Said  twice", "a"), ("said twice", "a")] * 5])
     data = load_data(DataRequest(train_file=train, validation_share=0.2, test_share=0.1))

@@ -6,6 +6,7 @@ from nlpxfer.data import normalise_text
 from nlpxfer.data.files import Table
 from nlpxfer.data.rows import check_rows
 from nlpxfer.errors import DataError
+from nlpxfer.problem import MULTI_LABEL
 
 
 def table(labels=None, texts=None, pairs=None, class_names=None):
@@ -69,6 +70,21 @@ def test_other_tasks_are_refused_by_name():
 def test_number_like_names_among_words_are_names():
     assert names("1.5", "high") == ["1.5", "high"]
     assert names("nan", "inf") == ["nan", "inf"]
+
+
+def test_number_like_names_that_are_known_are_names():
+    rows = table(["1.5", " 0.25 ", "1.5"])
+    found = check_rows(rows, text="text", pair=None, label="label", known={"1.5", "0.25", "high"})
+    assert found.labels == ["1.5", "0.25", "1.5"]
+    with pytest.raises(DataError, match=r"'label' is the number 1\.5, not a class"):
+        check_rows(table([1.5, 2.0]), text="text", pair=None, label="label", known={"1.5", "2"})
+    assert "holds a label that is the number 1.5, not a class" in several_fault([[2.0], [1.5]])
+
+
+def several_fault(labels):
+    with pytest.raises(DataError) as caught:
+        check_rows(table(labels), text="text", pair=None, label="label", problem_type=MULTI_LABEL)
+    return str(caught.value)
 
 
 def test_faulty_texts_are_listed_five_at_a_time():

@@ -32,6 +32,13 @@ def test_encode_names_the_nearest_and_all_labels():
         LabelSchema(("negative", "positive")).encode("positiv")
 
 
+def test_names_that_look_alike_are_told_apart():
+    with pytest.raises(LabelError, match=r"(?s)Likely reason: .*'cafe\\u0301' and 'caf\\xe9'; bring both to one form"):
+        LabelSchema(("a", "caf\u00e9")).encode("cafe\u0301")
+    with pytest.raises(LabelError, match=r"(?s)Likely reason: .*'caf\\xe9' and 'cafe\\u0301'; bring both to one form"):
+        LabelSchema(("a", "caf\u00e9")).reorder(LabelSchema(("a", "cafe\u0301")))
+
+
 @pytest.mark.parametrize("names", [(), ("a", "a"), ("a", " "), ("a", 1)])
 def test_impossible_names_are_refused(names):
     with pytest.raises(LabelError):

@@ -276,6 +276,7 @@ def test_what_the_folder_holds_decides(exported, trained, tmp_path):
     (folder / "model.onnx").unlink()
     assert open_backend_file(folder) == "model_int8.onnx"
     assert Classifier.load(str(folder)).logits(["bread"]).shape == (1, 4)
+    assert Classifier.load(str(folder)).logits([]).shape == (0, 4)
     shutil.copy(trained / "model.safetensors", folder)
     assert open_backend_file(folder) is None
     assert open_backend_file(folder, int8=True) == "model_int8.onnx"
@@ -414,6 +415,28 @@ def test_an_int8_student_is_not_taken_for_another_one_in_a_cascade(exported, tra
         load_cascade(line, Classifier.load(str(exported[0])), teacher)
 
 
+def test_a_cascade_with_an_exported_student_takes_bf16_for_the_teacher(exported, trained, rows, tmp_path, capsys):
+    source = write_csv(tmp_path / "in.csv", rows)
+
+    def call(student, teacher, *words):
+        with pytest.raises(SystemExit) as left:
+            main(["cascade", "fit", str(student), str(teacher), str(source), "--output_file", *map(str, words)])
+        return left.value.code, capsys.readouterr()
+
+    loaded = {}
+    whole = Classifier.load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            Classifier, "load", lambda model, **given: loaded.update({model: given}) or whole(model, **given)
+        )
+        assert call(exported[0], trained, tmp_path / "one.json", "--bf16", "false", "--int8")[0] == 0
+    assert [loaded[str(model)]["bf16"] for model in (exported[0], trained)] == [None, False]
+    assert [loaded[str(model)]["int8"] for model in (exported[0], trained)] == [True, False]
+    code, said = call(exported[0], exported[0], tmp_path / "two.json", "--bf16", "true")
+    assert code == 2
+    assert "bf16: neither of the two models has a choice" in said.err
+
+
 def test_int8_may_be_limited(quick, monkeypatch, tmp_path):
     changed = quick(tmp_path / "first", int8=True)["parity"]["int8"]
     most = 0.5 if torch.cpu._is_vnni_supported() else 1.0  # without VNNI the sums of products saturate
@@ -508,6 +531,17 @@ def test_a_model_of_pairs_is_compared_on_pairs(trained, quick, tmp_path):
     texts.write_text('{"text": "bread", "second": "cheese and soup"}\n')
     report = quick(tmp_path / "out", model=str(model), texts=texts)
     assert report["speed"]["tokens"] == len("[CLS] bread [SEP] cheese and soup [SEP]".split())
+
+
+def test_the_column_of_the_training_is_the_default(trained, quick, tmp_path):
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
+    (model / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_column": "words"}}))
+    texts = tmp_path / "in.jsonl"
+    texts.write_text('{"text": "bread", "words": "cheese and soup"}\n')
+    report = quick(tmp_path / "out", model=str(model), texts=texts)
+    assert report["speed"]["tokens"] == len("[CLS] cheese and soup [SEP]".split())
+    report = quick(tmp_path / "other", model=str(model), texts=texts, text_column="text")
+    assert report["speed"]["tokens"] == len("[CLS] bread [SEP]".split())
 
 
 def test_default_texts(trained, monkeypatch):

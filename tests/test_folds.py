@@ -454,7 +454,9 @@ def test_several_seeds_share_the_folds_of_the_first(noisy, tmp_path, small):
 
 
 def test_a_checkpoint_that_knows_the_labels_already_is_named(noisy, tmp_path, caplog):
-    words = [*WORDS, *files(noisy.data), "--num_folds", "2", "--max_steps", "1", "--model_name_or_path"]
+    at = WORDS.index("--num_train_epochs")
+    words = [*WORDS[:at], *WORDS[at + 2 :], *files(noisy.data), "--num_folds", "2", "--max_steps", "1"]
+    words.append("--model_name_or_path")
     finished("finetune", tmp_path / "out", *words, noisy.run.folder)
     assert "already classifies into these labels" in caplog.text
 

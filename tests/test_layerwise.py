@@ -7,18 +7,20 @@ import pytest
 import torch
 from gradients import gradient_of, step_rows, step_trainer
 from tiny import LABELS, MAIN_FAMILIES
-from transformers import AutoModelForSequenceClassification, TrainerCallback
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForSequenceClassification, SchedulerType, TrainerCallback, get_scheduler
 
 from nlpxfer.checkpoint.head import head_of
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.checkpoint.pooling import use_mean_pooling
 from nlpxfer.checkpoint.student import model_layers
 from nlpxfer.config import RunOptions
+from nlpxfer.config.options import SCHEDULES_BY_LOSS
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.evaluate.arms import Splits, train_arm
 from nlpxfer.methods.finetune import FineTune
-from nlpxfer.train.layerwise import StartPenalty, freeze_below_, parameter_depths
+from nlpxfer.train.layerwise import StartPenalty, freeze_below_, parameter_depths, unfreeze_gradually_
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 FAMILIES = ["bert", "gpt2"]
@@ -158,13 +160,22 @@ def test_layers_join_from_the_top(family, tiny_checkpoint, tmp_path):
     assert watch.seen[-1] == set(range(top + 1))
 
 
-def test_unfreezing_needs_rates_that_are_functions_of_the_step(tiny_checkpoint, tmp_path):
-    options = options_for(
-        tmp_path, gradual_unfreezing=0.5, lr_scheduler_type="reduce_lr_on_plateau", eval_strategy="epoch"
+def test_unfreezing_needs_rates_that_are_functions_of_the_step(tmp_path):
+    with pytest.raises(ConfigError, match="gradual_unfreezing: does not work with lr_scheduler_type reduce_lr_on_pl"):
+        options_for(tmp_path, gradual_unfreezing=0.5, lr_scheduler_type="reduce_lr_on_plateau")
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    needed = {"warmup_stable_decay": {"num_decay_steps": 2}} | dict.fromkeys(
+        ("cosine_with_min_lr", "cosine_warmup_with_min_lr"), {"min_lr": 0.01}
     )
-    trainer = trainer_of(classifier(tiny_checkpoint, "bert"), "bert", options)
-    with pytest.raises(ConfigError, match="gradual_unfreezing: does not work with the scheduler ReduceLROnPlateau"):
-        trainer.fit()
+    for kind in SchedulerType:
+        settings = needed.get(kind.value)
+        made = get_scheduler(
+            kind, optimizer, num_warmup_steps=1, num_training_steps=9, scheduler_specific_kwargs=settings
+        )
+        assert isinstance(made, LambdaLR) == (kind.value not in SCHEDULES_BY_LOSS)
+        if kind.value in SCHEDULES_BY_LOSS:
+            with pytest.raises(ConfigError, match=f"does not work with the scheduler {type(made).__name__}"):
+                unfreeze_gradually_(made, top=1, steps=1.0)
 
 
 def test_penalty_is_that_of_the_formula(tiny_checkpoint):
@@ -216,6 +227,9 @@ def test_a_strong_penalty_keeps_the_model_near_its_start(tiny_checkpoint, tmp_pa
         ({"layer_decay": 0.0}, "layer_decay: 0.0 is not above 0 and up to 1"),
         ({"layer_decay": 1.5}, "layer_decay: 1.5 is not above 0 and up to 1"),
         ({"gradual_unfreezing": 2.0}, "gradual_unfreezing: 2.0 is not between 0 and 1"),
+        ({"num_trained_layers": 0, "layer_decay": 0.9}, "layer_decay: does nothing beside num_trained_layers 0"),
+        ({"num_trained_layers": 0, "gradual_unfreezing": 0.5}, "gradual_unfreezing: does nothing beside num_trained"),
+        ({"gradual_unfreezing": 0.5, "lr_scheduler_type": "greedy"}, "does not work with lr_scheduler_type greedy"),
         ({"l2_sp_weight": -1.0}, "l2_sp_weight: -1.0 is not a finite number of at least 0"),
         ({"l2_sp_head_weight": float("inf")}, "l2_sp_head_weight: inf is not a finite number"),
     ],

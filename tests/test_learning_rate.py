@@ -115,9 +115,9 @@ def test_the_rate_that_is_told_is_the_one_that_was_used(
     recipe, own, expected, rates, tiny_data, tiny_checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
-    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), *own]
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert"), steps=2), *own]
     at = words.index("--learning_rate")
-    rest = ["--max_steps", "2", "--linear_probe_size", "0.02"]
+    rest = ["--linear_probe_size", "0.02"]
     run = finished(recipe, tmp_path / "out", *words[:at], *words[at + 2 :], *rest)
     assert rates == expected
     assert run.run["config"]["linear_probe_size"] == 0.02
@@ -148,9 +148,9 @@ def test_a_student_of_many_texts_starts_small_where_its_teacher_of_few_labels_do
 def test_a_static_checkpoint_goes_on_at_its_rate(rates, tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
     """At the rate of its width, with a head that is large already, it would hardly learn."""
     monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
-    teacher = [*tiny_words(tiny_data, tiny_checkpoint("bert", "classifier"))]
+    teacher = [*tiny_words(tiny_data, tiny_checkpoint("bert", "classifier"), steps=2)]
     at = teacher.index("--learning_rate")
-    words = [*teacher[:at], *teacher[at + 2 :], "--max_steps", "2"]
+    words = [*teacher[:at], *teacher[at + 2 :]]
     static = finished("distill", tmp_path / "static", *words, "--student", "static").folder
     rates.clear()
     start = words.index("--model_name_or_path")

@@ -175,7 +175,7 @@ def test_a_search_as_a_whole():
     assert faults_of(*grid, "--num_trials", "7") == ["num_trials: 7 is more than the 6 combinations of the ranges"]
     assert len(ranges_of(*grid, "--num_trials", "6")) == 2
     epochs = ["--num_train_epochs", "{low: 1, high: 3}", "--num_trials", "2"]
-    assert faults_of(*epochs, "--max_steps", "5") == ["num_train_epochs: its range does nothing beside max_steps"]
+    assert faults_of(*epochs, "--max_steps", "5") == ["num_train_epochs: does nothing beside max_steps"]
     assert faults_of("--learning_rate", RATE, "--num_trials", "-1") == ["num_trials: -1 is negative"]
     assert faults_of("--search_timeout", "5") == ["search_timeout: has no effect without num_trials"]
     assert faults_of("--learning_rate", RATE, "--num_trials", "3", "--search_timeout", "0") == [

@@ -14,6 +14,7 @@ from tiny import LABELS, build_checkpoint, make_rows, write_csv
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlpxfer.checkpoint.save import held
+from nlpxfer.config import RunOptions
 from nlpxfer.train.trainer import TransferTrainer
 
 PLAIN_FILES = {
@@ -60,6 +61,7 @@ def sha256(folder):
 
 def relabelled(teacher, folder, order):
     """The same classifier with its columns in another order, named accordingly."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(teacher, folder)
@@ -447,3 +449,98 @@ def test_two_runs_do_not_share_a_folder(tiny_data, bert, tmp_path, monkeypatch):
     finished("finetune", tmp_path / "out", *words)
     assert others[0].returncode == 2
     assert "Another run is writing to the output folder" in others[0].stderr
+
+
+def test_a_finished_run_is_not_resumed(tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false"]
+    first = finished("finetune", tmp_path / "out", *words)
+    before = sha256(first.folder)
+    again = call("finetune", tmp_path / "out", *words, "--resume_from_checkpoint", "true")
+    assert again.code == 2
+    assert "is finished" in again.err
+    assert sha256(first.folder) == before
+
+
+def test_the_bundled_data_are_announced(tmp_path, bert, caplog):
+    """Nothing is trained: the model's folder is missing, but what the data would be is said first."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    refused("finetune", tmp_path / "out", "--model_name_or_path", tmp_path / "missing", "--max_length", "32")
+    assert "using the bundled set debian-sections" in caplog.text
+
+
+def test_a_student_that_cannot_be_made_is_refused_before_the_teacher_is_trained(tiny_data, bert, tmp_path, caplog):
+    words = tiny_words(tiny_data, bert)
+    caplog.set_level("INFO", logger="nlpxfer")
+    message = refused("distill", tmp_path / "out", *words, "--student_layers", "0,9")
+    assert "the model has 0 to 3" in message
+    wide = build_checkpoint(tmp_path / "short", "bert", max_position_embeddings=16)
+    message = refused("distill", tmp_path / "other", *words, "--student_name_or_path", wide)
+    assert "max_length: 32 is longer than the 16 tokens" in message
+    assert "seed 42" not in caplog.text
+
+
+RECOMPUTE = "activation_checkpointing" if hasattr(RunOptions, "activation_checkpointing") else "gradient_checkpointing"
+TRAINING_OPTIONS = {
+    "steps": ["--max_steps", "3"],
+    "score every two steps": "--eval_strategy steps --eval_steps 2 --save_strategy steps --save_steps 2".split(),
+    "never score": ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
+    "save the best": ["--save_strategy", "best"],
+    "save one": ["--save_total_limit", "1"],
+    "weights only": ["--save_only_model", "true"],
+    "best by loss": ["--metric_for_best_model", "loss"],
+    "best by macro-F1": ["--metric_for_best_model", "macro_f1"],
+    "random batches": ["--train_sampling_strategy", "random"],
+    "workers": ["--dataloader_num_workers", "1"],
+    "drop the last": ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "28"],
+    "one large batch": ["--per_device_train_batch_size", "500"],
+    "recompute": [f"--{RECOMPUTE}", "true"],
+    "other optimizer": ["--optim", "adafactor"],
+    "schedule": ["--lr_scheduler_type", "cosine", "--warmup_steps", "2"],
+    "smoothing": ["--label_smoothing_factor", "0.1"],
+    "no clipping": ["--max_grad_norm", "0"],
+    "log all": ["--logging_steps", "1", "--logging_first_step", "true"],
+    "part of an epoch": ["--num_train_epochs", "0.5"],
+    "score at the start": ["--eval_on_start", "true"],
+    "all deterministic": ["--full_determinism", "true"],
+    "top layers": ["--num_trained_layers", "1"],
+    "rates per layer": ["--layer_decay", "0.8", "--gradual_unfreezing", "0.5"],
+    "pulled to the start": ["--l2_sp_weight", "0.1", "--l2_sp_head_weight", "0.1"],
+    "rare classes": ["--class_weights", "balanced", "--focal_gamma", "1"],
+    "adjusted logits": ["--logit_adjustment", "1"],
+}
+
+
+@pytest.mark.parametrize("name", TRAINING_OPTIONS)
+def test_options_of_training(name, tiny_data, bert, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--control_arm", "false", "--linear_probe", "false"]
+    for option in [*TRAINING_OPTIONS[name][::2], *(["--num_train_epochs"] if name == "steps" else [])]:
+        if option in words:
+            del words[words.index(option) : words.index(option) + 2]
+    run = finished("finetune", tmp_path / "out", *words, *TRAINING_OPTIONS[name])
+    steps = {"steps": 3, "part of an epoch": 4, "one large batch": 1}.get(name, 8)
+    assert run.arm("fine-tuned")["details"]["steps"] == steps
+    assert not (run.folder / "checkpoints").exists()
+
+
+def test_bfloat16(tiny_data, bert, tmp_path):
+    words = tiny_words(tiny_data, bert)
+    words[words.index("--bf16") + 1] = "true"
+    run = finished("distill", tmp_path / "out", *words, "--save_predictions", "true")
+    assert run.report["checks"]["precision"]["bf16"] is True
+    model = AutoModelForSequenceClassification.from_pretrained(run.folder)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_mean_pooling_of_teacher_and_student(tiny_data, bert, tmp_path, caplog):
+    """The layer that computes the mean is no layer to choose from, and is not added to one that is there."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    words = [*tiny_words(tiny_data, bert), "--student_layers", "even", "--student_num_layers", "2"]
+    run = finished("distill", tmp_path / "out", *words, "--pooling", "mean")
+    assert AutoConfig.from_pretrained(run.folder / "teacher").num_hidden_layers == 5
+    assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 3
+    messages = [record.getMessage() for record in caplog.records]
+    kept = {line.partition(":")[0] for line in messages if line.startswith("Kept layers")}
+    assert kept == {"Kept layers [0, 3] of 4", "Kept layers [0, 3] of 5"}
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+    again = finished("finetune", tmp_path / "again", *tiny_words(tiny_data, run.folder), "--pooling", "mean")
+    assert AutoConfig.from_pretrained(again.folder).num_hidden_layers == 3

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from nlpxfer.evaluate.retention import (
 from nlpxfer.hub.folder import finished_files
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL
 from nlpxfer.report.disagreements import TwoAnswers, disagreements
+from nlpxfer.report.retention import retention_lines
 
 
 def hot(classes, count=3, sure=2.0):
@@ -201,7 +203,20 @@ def test_the_gate_names_the_figures():
         "b: the share of the teacher's F1 is 0.7500 (0.6000 of 0.8000, 30 test rows), below min_class_retention 0.8",
     ]
     nothing = {"score": {"value": None, "metric": "accuracy"}}
-    assert "the teacher scores 0" in gate_faults(nothing, 0.5, None)[0]
+    assert gate_faults(nothing, 0.5, None) == [
+        "the share of the teacher's test accuracy cannot be told, since the teacher's is not above 0; "
+        "min_retention 0.5 is not met"
+    ]
+
+
+def test_a_teacher_whose_correlation_is_negative():
+    gold = np.arange(30.0)
+    task = Gold(REGRESSION, ("score",), gold, gold)
+    teacher, student = (Answers(numbers[:, None], numbers[:, None]) for numbers in (-gold, gold))
+    found = retained([student], teacher, task)
+    report = SimpleNamespace(checks={"retention": {"students": {"distilled": found}}}, arms=[])
+    (line,) = retention_lines(report)
+    assert line.startswith("kept:     the teacher's Spearman is not above 0: there is no share of it to keep; ")
 
 
 def test_a_gate_that_could_judge_nothing_is_refused():

@@ -12,7 +12,7 @@ from processes import ROOT
 from tiny import LABELS, WORDS
 from transformers import AutoModelForSequenceClassification, pipeline
 
-from nlpxfer.backends import StaticBackend
+from nlpxfer.backends import StaticBackend, has_precision
 from nlpxfer.checkpoint.head import embedding_parameters, head_of
 from nlpxfer.checkpoint.load import load_classifier, load_teacher, stored_schema
 from nlpxfer.checkpoint.save import save_classifier
@@ -311,6 +311,9 @@ def test_predictions_take_the_quick_path(student, tmp_path):
     rows = tokenise(made.tokenizer, TEXTS, max_length=32)
     slow = predict(made.model, rows, Collator.for_tokenizer(made.tokenizer))
     np.testing.assert_allclose(classifier.logits(TEXTS), slow, atol=1e-6)
+    assert classifier.logits([]).shape == (0, len(SCHEMA))
+    assert not has_precision(str(folder))
+    assert has_precision("team/model")
     with pytest.raises(ConfigError, match="bf16: .* is static, which is computed in float32"):
         Classifier.load(str(folder), bf16=True)
 

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from nlpxfer.data.files import read_table
 from nlpxfer.data.stream import RowReader, row_writer
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
 
@@ -157,7 +158,10 @@ def test_only_the_columns_asked_for_become_objects(tmp_path):
     [
         ("x.csv", b"text,label\na,b\nc\n", r"row 2 \(line 3\): 1 fields, the header has 2"),
         ("x.csv", b'text,label\n"a,b\n', r"row 1 \(line 2\) cannot be read"),
-        ("x.csv", b"text,text\na,b\n", "the header has text twice"),
+        ("x.csv", b"text,text\na,b\n", "x.csv has more than one column named 'text'"),
+        ("x.csv", b",,text\n1,2,a\n", "x.csv has 2 columns without a name"),
+        ("x.csv", b"text,label\ra,b\rc\xff,d\r", "line 3: byte 0xff is not valid UTF-8"),
+        ("x.csv", b"text,label\ra,b\rc\r", r"row 2 \(line 3\): 1 fields, the header has 2"),
         ("x.csv", b"text\na\nb\0\n", "line 3: holds a NUL byte"),
         ("x.tsv", b"text\na\n\xff\n", "line 3: byte 0xff is not valid UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n\n{"text": \n', r"row 2 \(line 3\): not valid JSON"),
@@ -237,5 +241,41 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path):
 
 def test_long_fields_and_blank_lines(tmp_path):
     path = tmp_path / "x.csv"
-    path.write_text("text\n\n" + "a" * 300_000 + "\n\n")
+    path.write_text("\ntext,note\n\n" + "a" * 300_000 + ",b\n\n")
     assert [len(row["text"]) for row in read(path)] == [300_000]
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_blank_line_of_one_column_is_a_row(tmp_path, end):
+    path = tmp_path / "x.csv"
+    path.write_bytes(end.join(["", "text", "a", "", "", "b", ""]).encode())
+    assert [row["text"] for row in read(path)] == ["a", "", "", "b"] == read_table(path, ["text"]).columns["text"]
+    assert read_table(path, ["text"]).lines == [3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_end_in_any_of_three_ways(tmp_path, kind, end):
+    mark = "\t" if kind == ".tsv" else ","
+    lines = [f"text{mark}note", f"a\u2028\x85b\u0085{mark}x", f'"c{end}d"{mark}y']
+    path = tmp_path / f"x{kind}"
+    path.write_bytes(end.join(["\ufeff" + lines[0], *lines[1:], ""]).encode())
+    found = read(path)
+    assert found == [{"text": "a\u2028\x85b\u0085", "note": "x"}, {"text": f"c{end}d", "note": "y"}]
+    assert read_table(path, ["text"]).columns["text"] == [row["text"] for row in found]
+    reader = RowReader(path)
+    assert len(list(reader.windows(1))) == 2
+    assert reader.bytes_read == reader.size
+
+
+def test_columns_of_jsonl_are_those_of_all_first_rows(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"a": 1}\n{"b": 1, "a": 2}\n')
+    assert RowReader(path).names() == ["a", "b"]
+
+
+def test_another_separator_is_guessed(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text("text;label\na;b\n")
+    with pytest.raises(DataError, match=r"no column text\.\n  Likely reason: its fields are separated by ';'"):
+        next(RowReader(path).windows(3, ["text"]))

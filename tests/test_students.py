@@ -31,9 +31,9 @@ def teacher(tiny_checkpoint):
 
 
 def taught(tiny_data, teacher, *words):
-    """Options of a run with a teacher that is given; a static student has epochs of its own."""
+    """Options of a run with a teacher that is given; a static student has epochs of its own, steps are none."""
     shared = tiny_words(tiny_data, rate="2e-2")
-    if "static" in words:
+    if "static" in words or "--max_steps" in words:
         at = shared.index("--num_train_epochs")
         shared[at : at + 2] = []
     return [*shared, "--teacher_name_or_path", str(teacher), *words]

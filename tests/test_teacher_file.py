@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import ClassLabel, Dataset, Features, Value
 
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.teacher_file import FLOOR, read_teacher_file, rounding_of
@@ -193,6 +194,31 @@ def test_a_choice_under_another_name_is_told_the_name(tmp_path):
     assert "or, of each row, 'probabilities' or 'intent'" in str(caught.value)
 
 
+def test_choices_are_read_as_the_labels_of_the_data(tmp_path):
+    numbers = LabelSchema(("1", "2", "1.0"))
+    rows = [{"text": text, "label": label} for text, label in (("a", 2.0), ("b", 1), ("c", " 1.0 "))]
+    file = read_teacher_file(write_jsonl(tmp_path / "llm.jsonl", rows), numbers)
+    assert file.logits(["a", "b", "c"]).argmax(axis=1).tolist() == [1, 0, 2]
+    several = LabelSchema(numbers.names, MULTI_LABEL)
+    rows = [{"text": "a", "label": [2.0, " 1.0"]}]
+    file = read_teacher_file(write_jsonl(tmp_path / "lists.jsonl", rows), several)
+    assert (file.logits(["a"]) > 0).tolist() == [[False, True, True]]
+    path = write_csv(tmp_path / "texts.csv", ["text", "label"], [["a", "2 | 1.0"], ["b", ""]])
+    file = read_teacher_file(path, several, separator="|")
+    assert (file.logits(["a", "b"]) > 0).tolist() == [[False, True, True], [False] * 3]
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["sport", "food", "music"])})
+    rows = [{"text": "a", "label": "sport"}, {"text": "b", "label": "music"}]
+    Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "llm.parquet"))
+    file = read_teacher_file(tmp_path / "llm.parquet", SCHEMA)
+    assert file.logits(["a", "b"]).argmax(axis=1).tolist() == [2, 1]
+
+
+def test_a_choice_that_looks_like_a_label(tmp_path):
+    path = write_jsonl(tmp_path / "llm.jsonl", [{"text": "a", "label": "cafe\u0301"}])
+    with pytest.raises(DataError, match=r"look alike .*'cafe\\u0301' and 'caf\\xe9'"):
+        read_teacher_file(path, LabelSchema(("caf\u00e9", "pub")))
+
+
 @pytest.mark.parametrize(
     ("row", "told"),
     [
@@ -201,7 +227,9 @@ def test_a_choice_under_another_name_is_told_the_name(tmp_path):
         ({"text": "b", "probabilities": [1, 0, 0]}, "is no object of label names"),
         ({"text": "b", "probabilities": {"food": True, "music": 0, "sport": 0}}, "True for 'food' is no number"),
         ({"text": "b", "label": "art"}, "not a label: 'art'"),
-        ({"text": "b", "label": ["food"]}, "one label is needed, not a list"),
+        ({"text": "b", "label": ["food"]}, "'label' is a list, one label is needed"),
+        ({"text": "b", "label": 1.5}, "'label' is the number 1.5, not a class"),
+        ({"text": "b", "label": " "}, "'label' is blank"),
         ({"text": "b"}, "has neither of 'probabilities' and 'label'"),
         ({"text": "b", "label": "food", "probabilities": {}}, "has both of"),
         ({"text": 7, "label": "food"}, "has no text"),

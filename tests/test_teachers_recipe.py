@@ -18,7 +18,7 @@ from nlpxfer.teachers import TransferRows
 from nlpxfer.teachers.rows import contradicts
 
 NLI = ("neutral", "entailment", "contradiction")
-QUICKLY = ["--control_arm", "false", "--max_train_samples", "32", "--linear_probe", "false", "--max_steps", "2"]
+QUICKLY = ["--control_arm", "false", "--max_train_samples", "32", "--linear_probe", "false"]
 OTHER_ORDER = ("travel", "music", "food", "sport")
 
 
@@ -43,7 +43,7 @@ def taught(monkeypatch):
 
 
 def words(tiny_data, *more):
-    return [*tiny_words(tiny_data), *QUICKLY, *map(str, more)]
+    return [*tiny_words(tiny_data, steps=2), *QUICKLY, *map(str, more)]
 
 
 def rows_of(path):
@@ -170,7 +170,7 @@ def test_a_file_alone_may_leave_rows_out(tiny_data, tiny_checkpoint, taught, tmp
     assert "says nothing about" in message
     assert "--teacher_file_partial true" in message
     own += ["--teacher_file_partial", "true"]
-    asked = [*tiny_words(tiny_data), *QUICKLY[2:], *map(str, own)]
+    asked = [*tiny_words(tiny_data, steps=2), *QUICKLY[2:], *map(str, own)]
     run = finished("distill", tmp_path / "out", *asked)
     assert run.arm("control")["description"].endswith("from bert-base"), "a file has no weights to start from"
     rows, logits, _, transfer = taught[0]
@@ -445,7 +445,7 @@ def test_other_tasks(kind, tiny_checkpoint, taught, tmp_path):
         tiny_checkpoint("bert", "classifier", labels=names, problem_type=kind, seed=seed, num_labels=len(names))
         for seed in (0, 1)
     ]
-    given = [*QUICK, "--train_file", path, "--problem_type", kind, *QUICKLY[:2], *QUICKLY[4:]]
+    given = [*QUICK, "--train_file", path, "--problem_type", kind, *QUICKLY[:2], *QUICKLY[4:], "--max_steps", "2"]
     own = ["--teacher_name_or_path", f"{models[0]},{models[1]}", "--teacher_weights", "0.75,0.25"]
     run = finished("distill", tmp_path / "out", *given, *own)
     texts, logits, _, _ = taught[0]

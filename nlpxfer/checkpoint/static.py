@@ -220,7 +220,7 @@ class StaticForSequenceClassification(PreTrainedModel):  # type: ignore[no-untyp
             starts_B: Where each row begins; a row ends where the next one begins.
         """
         ends_B = torch.cat([starts_B[1:], starts_B.new_tensor([len(tokens_T)])])
-        parts, begin = [], 0
+        parts, begin = [self.classifier.weight.new_empty(0, self.classifier.out_features)], 0
         while begin < len(starts_B):
             # so many tokens at a time that a copy of their vectors stays small
             end = max(begin + 1, int(torch.searchsorted(ends_B, starts_B[begin] + _CHUNK_TOKENS, right=True)))

@@ -91,6 +91,8 @@ ANY_VALUE = {
 }
 """Switch of which any value will do -> what to type, for the message."""
 
+SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
+"""Those of transformers' schedules of the learning rate that are no function of the step."""
 
 POOLINGS = ("auto", "own", "mean")
 """What a head may be asked to read."""
@@ -229,10 +231,12 @@ class RunOptions(TrainingArguments):
     Attributes:
         without_effect: Option -> why it does nothing in this recipe. It is refused where it is given.
         needed_switches: See `NEEDED_SWITCHES`.
+        overruled_by: Option -> the option beside which it does nothing.
     """
 
     without_effect: ClassVar[Mapping[str, str]] = MappingProxyType({})
     needed_switches: ClassVar[Mapping[str, tuple[str, object]]] = MappingProxyType(NEEDED_SWITCHES)
+    overruled_by: ClassVar[Mapping[str, str]] = MappingProxyType({"num_train_epochs": "max_steps"})
 
     output_dir: str | None = option(None, "Folder for the model and the report. Default: runs/<recipe>.")
     overwrite: bool = option(False, "Replace what an earlier run left in output_dir.")
@@ -385,6 +389,12 @@ class RunOptions(TrainingArguments):
         require(faults, 0 < self.layer_decay <= 1, f"layer_decay: {self.layer_decay} is not above 0 and up to 1")
         share = self.gradual_unfreezing
         require(faults, 0 <= share <= 1, f"gradual_unfreezing: {share} is not between 0 and 1")
+        schedule = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        fault = f"gradual_unfreezing: does not work with lr_scheduler_type {schedule}, whose rates follow the loss"
+        require(faults, not share or schedule not in SCHEDULES_BY_LOSS, fault)
+        for name, plain in (("layer_decay", 1), ("gradual_unfreezing", 0)):
+            fault = f"{name}: does nothing beside num_trained_layers 0, where only the head learns"
+            require(faults, layers != 0 or getattr(self, name) == plain, fault)
         for name in ("l2_sp_weight", "l2_sp_head_weight"):
             value = getattr(self, name)
             require(faults, 0 <= value < math.inf, f"{name}: {value} is not a finite number of at least 0")

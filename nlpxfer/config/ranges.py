@@ -199,8 +199,6 @@ def search_faults(num_trials: int, values: Mapping[str, Any], ranges: Mapping[st
     size = number_of_values(ranges)
     if ranges and size < num_trials:
         faults.append(f"num_trials: {num_trials} is more than the {size} combinations of the ranges")
-    if "num_train_epochs" in ranges and (values.get("max_steps", -1) > 0 or "max_steps" in ranges):
-        faults.append("num_train_epochs: its range does nothing beside max_steps")
     return faults
 
 

@@ -7,9 +7,11 @@ stand in validation or test go; leaks go, if asked for; the sample is drawn from
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -17,7 +19,7 @@ import numpy as np
 from nlpxfer.data.formats import SHOWN_FAULTS
 from nlpxfer.data.leaks import find_leaks
 from nlpxfer.data.rows import Rows
-from nlpxfer.data.schema import LabelSchema, natural_order
+from nlpxfer.data.schema import LabelSchema, natural_order, written_otherwise
 from nlpxfer.data.splits import (
     iterative_sample,
     iterative_split,
@@ -59,11 +61,18 @@ def freeze_schema(train: Rows, *, carved: Sequence[str], warnings: list[str]) ->
             warnings.append(f"{train.name}: classes without a training row are left out: {', '.join(unused)}")
     if all(name.lstrip("-").isdigit() for name in names):
         LOGGER.info("%s: the label names are numbers: %s", train.name, ", ".join(names[:SHOWN_FAULTS]))
-    variants = Counter(name.casefold() for name in names)
-    alike = [name for name in names if variants[name.casefold()] > 1]
-    if alike:
+    if alike := _alike(names, str.casefold):
         warnings.append(f"{train.name}: labels that differ by case only are kept apart: {', '.join(alike)}")
+    if alike := _alike(names, partial(unicodedata.normalize, "NFC")):
+        told = ", ".join(map(ascii, alike))
+        warnings.append(f"{train.name}: labels that differ by their form of Unicode only are kept apart: {told}")
     return LabelSchema(names)
+
+
+def _alike(names: Sequence[str], form: Callable[[str], str]) -> list[str]:
+    """The names that share their form with another one."""
+    forms = Counter(form(name) for name in names)
+    return [name for name in names if forms[form(name)] > 1]
 
 
 def freeze_label_set(train: Rows, *, min_rows: int, warnings: list[str]) -> LabelSchema:
@@ -155,7 +164,12 @@ def check_labels(splits: Mapping[str, Rows], schema: LabelSchema) -> None:
         ]
         listed = "\n  - ".join(["Labels that no training row has:", *faults])
         rare = "--min_label_rows 2 leaves rare labels out" if schema.problem_type == MULTI_LABEL else ""
-        raise LabelError(listed, fix=", ".join(dict.fromkeys(hints)) or rare, available=schema.names)
+        raise LabelError(
+            listed,
+            why=written_otherwise(unknown, schema.names),
+            fix=", ".join(dict.fromkeys(hints)) or rare,
+            available=schema.names,
+        )
 
 
 def carve(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nlpxfer.data.formats import READERS, Raw, read_txt
+from nlpxfer.data.formats import READERS, Raw, other_separator, read_txt, repeated_names
 from nlpxfer.errors import DataError, DataNotFoundError, nearest
 
 
@@ -107,21 +107,17 @@ def _check_exists(path: Path) -> None:
 
 
 def _check_columns(path: Path, raw: Raw, wanted: Sequence[str], fix: str) -> None:
-    twice = [name for name in dict.fromkeys(raw.names) if raw.names.count(name) > 1]
-    if twice:
-        raise DataError(
-            f"{path} has more than one column named {', '.join(map(repr, twice))}.", fix="rename one of them"
-        )
+    repeated = repeated_names(raw.names)
+    if repeated:
+        raise DataError(f"{path} has {repeated}.", fix="name each column otherwise, or remove it")
     missing = [name for name in wanted if name not in raw.columns]
     if not missing:
         return
     close = {name: nearest(name, raw.names) for name in missing}
     hints = [f"{close[name]!r} in place of {name!r}" for name in missing if close[name]]
-    lone = raw.names[0] if len(raw.names) == 1 else ""
-    separator = next((mark for mark in (";", "\t", "|", ",") if mark in lone), "")
     raise DataError(
         f"{path} has no column {', '.join(map(repr, missing))}.",
-        why=f"its fields are separated by {separator!r}; .csv needs ',' and .tsv needs a tab" if separator else "",
+        why=other_separator(raw.names),
         fix=", ".join(hints) or fix,
         available=raw.names,
     )

@@ -3,7 +3,8 @@
 Values stay as they are written: nothing becomes a null ("N/A", "None") or a number ("007") in csv and tsv. The
 standard library's readers are used instead of pandas or `load_dataset`, because they know the line on which a row
 starts, refuse rows that do not fit the header, and cache nothing on disk. Quoting in csv and tsv: a field that starts
-with `"` ends with `"`, and a quote inside it is doubled.
+with `"` ends with `"`, and a quote inside it is doubled. Lines end with LF, CR LF or CR. A blank line is left out, but
+with one column it is a row whose field is empty.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _read_text(path: Path) -> str:
 
 
 def _line(data: bytes, offset: int) -> int:
-    return data.count(b"\n", 0, offset) + 1
+    return len(data[:offset].replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n"))
 
 
 def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
@@ -102,7 +103,9 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
 
 
 def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line on which it starts, fields) for each row that is not blank, the header included.
+    """Yield (line on which it starts, fields) for each row, the header included.
+
+    Blank lines are none, but below a header of one column they are rows with an empty field.
 
     Args:
         path: For messages.
@@ -114,12 +117,14 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
     """
     usual = csv.field_size_limit(MAX_FIELD)  # the default refuses fields over 128 KiB
     line, row = 1, -1
+    blank: list[str] = []
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for fields in reader:
-            if fields:
+            if fields or blank:
                 row += 1
-                yield line, fields
+                blank = [""] if row == 0 and len(fields) == 1 else blank
+                yield line, fields or blank
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
@@ -129,6 +134,25 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
         ) from error
     finally:
         csv.field_size_limit(usual)
+
+
+def repeated_names(names: Sequence[str]) -> str:
+    """What is wrong with a header in which names stand more than once; empty where none does.
+
+    >>> repeated_names(["a", "", "b", "a", ""])
+    "more than one column named 'a', and 2 columns without a name"
+    """
+    twice = [name for name in dict.fromkeys(names) if names.count(name) > 1]
+    named = [repr(name) for name in twice if name]
+    nameless = [f"{names.count('')} columns without a name"] if "" in twice else []
+    return ", and ".join([f"more than one column named {', '.join(named)}"] * bool(named) + nameless)
+
+
+def other_separator(names: Sequence[str]) -> str:
+    """What to say where the fields of a csv or tsv file seem to be separated by something else, else nothing."""
+    lone = names[0] if len(names) == 1 else ""
+    mark = next((mark for mark in (";", "\t", "|", ",") if mark in lone), "")
+    return f"its fields are separated by {mark!r}; .csv needs ',' and .tsv needs a tab" if mark else ""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -199,10 +199,14 @@ def load_data(request: DataRequest) -> TextData:
         kind = problem_type_of(tables["train"], label, separator=separator)
     if request.min_label_rows > 1 and kind != MULTI_LABEL:
         raise ConfigError("min_label_rows: is for multi-label data; here each row has one label.")
-    splits = {
-        split: check_rows(table, text=text, pair=pair, label=label, problem_type=kind, separator=separator)
-        for split, table in tables.items()
-    }
+    splits: dict[str, Rows] = {}
+    known: set[str] = set()
+    for split, table in tables.items():  # training rows first
+        splits[split] = check_rows(
+            table, text=text, pair=pair, label=label, problem_type=kind, separator=separator, known=known
+        )
+        if kind == SINGLE_LABEL:
+            known.update(splits["train"].labels or ())
     unlabelled = None if extra is None else check_rows(extra, text=text, pair=pair, label=None)
     warnings: list[str] = []
     carved = [split for split in ("validation", "test") if split not in splits]

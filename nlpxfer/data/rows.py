@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -110,6 +110,7 @@ def check_rows(
     label: str | None,
     problem_type: ProblemType = SINGLE_LABEL,
     separator: str | None = None,
+    known: Container[str] = (),
 ) -> Rows:
     """Check every row of a table and name its labels.
 
@@ -120,6 +121,7 @@ def check_rows(
         label: The column of labels, or None for unlabelled rows.
         problem_type: What a label is.
         separator: Between the labels of a row, where they are one text; for multi-label only.
+        known: See `read_labels`.
 
     Raises:
         DataError: Texts or labels that are missing, blank or of a wrong kind: one error for all of them.
@@ -130,7 +132,7 @@ def check_rows(
             faults += _text_faults(table.columns[column], column)
     labels = None
     if label is not None:
-        labels, found = read_labels(table, label, problem_type, separator)
+        labels, found = read_labels(table, label, problem_type, separator, known)
         faults += found
     if faults:
         raise _faulty(table, faults)
@@ -185,21 +187,28 @@ def encodable(value: str) -> bool:
 
 
 def read_labels(
-    table: Table, column: str, problem_type: ProblemType, separator: str | None
+    table: Table, column: str, problem_type: ProblemType, separator: str | None, known: Container[str] = ()
 ) -> tuple[list[Any], list[tuple[int, str]]]:
     """The label of each row of a table, and what is wrong with them: (index of the row, fault).
+
+    Args:
+        table: Holds the column.
+        column: The column of labels.
+        problem_type: What a label is.
+        separator: Between the labels of a row, where they are one text; for multi-label only.
+        known: Names that are classes, whatever they look like: a column of such texts holds no numbers.
 
     Raises:
         DataError: Lists or fractions where each row has one class.
     """
     names = table.class_names.get(column)
     if problem_type == SINGLE_LABEL:
-        _refuse_other_tasks(table, column)
+        _refuse_other_tasks(table, column, known)
     labels: list[Any] = []
     faults: list[tuple[int, str]] = []
     read: dict[ProblemType, Callable[[object], tuple[Any, str]]] = {
-        SINGLE_LABEL: lambda value: _name_of(value, names),
-        MULTI_LABEL: lambda value: _names_of(value, names, separator),
+        SINGLE_LABEL: lambda value: label_name(value, names),
+        MULTI_LABEL: lambda value: label_names(value, names, separator),
         REGRESSION: _number_of,
     }
     for index, value in enumerate(table.columns[column]):
@@ -210,15 +219,21 @@ def read_labels(
     return labels, faults
 
 
-def _names_of(value: object, names: tuple[str, ...] | None, separator: str | None) -> tuple[tuple[str, ...], str]:
-    """The names of a row's labels, sorted, and what is wrong with them."""
+def label_names(value: object, names: tuple[str, ...] | None, separator: str | None) -> tuple[tuple[str, ...], str]:
+    """The names of a row's labels, sorted, and what is wrong with them.
+
+    Args:
+        value: As the file has it.
+        names: Those of class numbers, where the column says so.
+        separator: Between labels that are one text.
+    """
     if isinstance(value, str) and separator is not None:
         value = [part for part in value.split(separator) if part.strip()]
     if isinstance(value, str):
         return (), "is a text, a list of labels is needed (or --label_separator, which splits a text)"
     if not isinstance(value, list | tuple):
         return (), "is missing" if value is None else f"is of type {type(value).__name__}, a list of labels is needed"
-    found = [_name_of(item, names) for item in value]
+    found = [label_name(item, names) for item in value]
     return tuple(sorted({name for name, _ in found})), next((f"holds a label that {f}" for _, f in found if f), "")
 
 
@@ -232,8 +247,12 @@ def _number_of(value: object) -> tuple[float, str]:
     return float(number), "" if math.isfinite(number) else "is NaN or infinite"
 
 
-def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
-    """The name of one label value, and what is wrong with it."""
+def label_name(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
+    """The name of one label value, and what is wrong with it; `names` are those of class numbers, if it is one.
+
+    >>> label_name(" food ", None), label_name(2.0, None), label_name(1, ("ham", "spam"))
+    (('food', ''), ('2', ''), ('spam', ''))
+    """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "", "is missing"
     if isinstance(value, str):
@@ -242,7 +261,9 @@ def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
             return "", "is blank"
         return name, "" if encodable(name) else HALF_CHARACTER
     if isinstance(value, float):
-        value = int(value)  # whole: all others are refused before, and infinity with them
+        if not value.is_integer():
+            return "", f"is the number {value}, not a class"
+        value = int(value)
     if isinstance(value, int) and names is not None:
         if value == NO_LABEL:
             return "", f"is {NO_LABEL}, the mark for 'no label'"
@@ -254,7 +275,7 @@ def _name_of(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:
     return "", f"is of type {type(value).__name__}, a name or a whole number is needed"
 
 
-def _refuse_other_tasks(table: Table, column: str) -> None:
+def _refuse_other_tasks(table: Table, column: str, known: Container[str]) -> None:
     """Refuse lists of labels and numbers that are not whole where each row has one class."""
     values = table.columns[column]
     for index, value in enumerate(values):
@@ -263,7 +284,7 @@ def _refuse_other_tasks(table: Table, column: str) -> None:
                 f"{table.source}, {table.place(index)}: {column!r} holds a list of labels.",
                 fix="one label per row, or --problem_type multi_label_classification",
             )
-    fraction = _first_fraction(values)
+    fraction = _first_fraction(values, known)
     if fraction is not None:
         raise DataError(
             f"{table.source}, {table.place(fraction)}: {column!r} is the number {values[fraction]}, not a class.",
@@ -271,10 +292,10 @@ def _refuse_other_tasks(table: Table, column: str) -> None:
         )
 
 
-def _first_fraction(values: Sequence[Any]) -> int | None:
-    """Where the first number that is not whole stands; texts count when every one of them is a number."""
-    texts = [value for value in values if isinstance(value, str) and value.strip()]
-    numeric = bool(texts) and all(_as_number(value) is not None for value in texts)
+def _first_fraction(values: Sequence[Any], known: Container[str]) -> int | None:
+    """Where the first number that is not whole stands; texts count when every one is a number and none is known."""
+    texts = [value.strip() for value in values if isinstance(value, str) and value.strip()]
+    numeric = bool(texts) and all(text not in known and _as_number(text) is not None for text in texts)
     for index, value in enumerate(values):
         number = _as_number(value) if numeric and isinstance(value, str) else value
         if isinstance(number, float) and not math.isnan(number) and not number.is_integer():

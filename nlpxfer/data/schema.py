@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -115,7 +116,10 @@ class LabelSchema:
         except KeyError:
             close = nearest(name, self.names)
             raise LabelError(
-                f"{name!r} is not a label of this schema.", fix=f"{close!r}" if close else "", available=self.names
+                f"{name!r} is not a label of this schema.",
+                why=written_otherwise([name], self.names),
+                fix=f"{close!r}" if close else "",
+                available=self.names,
             ) from None
 
     def array(self, labels: Sequence[Any]) -> Array:
@@ -155,13 +159,14 @@ class LabelSchema:
             LabelError: The two sets of names differ; lists both sides.
         """
         if set(self.names) != set(other.names):
+            alike = written_otherwise([name for name in self.names if name not in other], other.names)
             raise LabelError(
                 "The two sides do not have the same labels:\n"
                 f"  - only here: {_shown(name for name in self.names if name not in other)}\n"
                 f"  - only there: {_shown(name for name in other.names if name not in self)}\n"
                 f"  - here: {_shown(self.names)}\n"
                 f"  - there: {_shown(other.names)}",
-                why="the two were made from different data, or one has no names (LABEL_0, LABEL_1, ...)",
+                why=alike or "the two were made from different data, or one has no names (LABEL_0, LABEL_1, ...)",
             )
         return [other.encode(name) for name in self.names]
 
@@ -203,6 +208,22 @@ class LabelSchema:
         except (ValueError, KeyError, TypeError) as error:
             raise LabelError(f"{path} is damaged: {error}.", fix="restore it, or train again") from error
         return cls(tuple(names), problem_type)
+
+
+def written_otherwise(unknown: Iterable[str], names: Iterable[str]) -> str:
+    """What to say where a name is unknown and yet looks like one of some names; empty where none does.
+
+    Some characters can be written in two ways, as one or as a letter and its accent (NFC and NFD of Unicode).
+    """
+    forms = {unicodedata.normalize("NFC", name): name for name in names}
+    for name in unknown:
+        known = forms.get(unicodedata.normalize("NFC", name), name)
+        if known != name:
+            return (
+                f"{name!r} and {known!r} look alike and are written with other characters, {ascii(name)} and "
+                f"{ascii(known)}; bring both to one form of Unicode, such as NFC"
+            )
+    return ""
 
 
 def _shown(names: Iterable[str]) -> str:

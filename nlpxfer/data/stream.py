@@ -19,7 +19,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final, Protocol
 
-from nlpxfer.data.formats import class_names, csv_rows, unique_keys
+from nlpxfer.data.formats import class_names, csv_rows, other_separator, repeated_names, unique_keys
 from nlpxfer.data.rows import HALF_CHARACTER, encodable
 from nlpxfer.errors import ConfigError, DataError, DataNotFoundError
 from nlpxfer.strict_json import replacing
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 STREAMED: Final = (".csv", ".tsv", ".jsonl", ".parquet")
+FIRST_ROWS: Final = 1024
+"""Rows of a jsonl file that are asked for the names of their columns."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,9 +87,9 @@ class RowReader:
         elif self.kind != ".jsonl":
             self.columns = next((fields for _, fields in self._csv_lines()), [])
             self.bytes_read = 0
-        if self.columns and len(set(self.columns)) < len(self.columns):
-            twice = sorted({name for name in self.columns if self.columns.count(name) > 1})
-            raise DataError(f"{self.path}: the header has {', '.join(twice)} twice.")
+        repeated = repeated_names(self.columns or ())
+        if repeated:
+            raise DataError(f"{self.path} has {repeated}.", fix="name each column otherwise, or remove it")
 
     @property
     def size(self) -> int:
@@ -95,8 +97,10 @@ class RowReader:
         return self.path.stat().st_size
 
     def names(self) -> list[str]:
-        """Names of the columns; of jsonl those of the first row."""
-        return list(next(self._jsonl_rows(), {}) if self.columns is None else self.columns)
+        """Names of the columns; of jsonl those of the first rows."""
+        if self.columns is not None:
+            return list(self.columns)
+        return list(dict.fromkeys(name for row in islice(self._jsonl_rows(), FIRST_ROWS) for name in row))
 
     def class_names(self, column: str) -> dict[str, tuple[str, ...]]:
         """The names of a column's classes, under its name, where it is known to hold class numbers (`ClassLabel`)."""
@@ -119,7 +123,8 @@ class RowReader:
         if self.columns is not None:
             for name in columns or ():
                 if name not in self.columns:
-                    raise DataError(f"{self.path}: there is no column {name}.", available=self.columns)
+                    why = other_separator(self.columns)
+                    raise DataError(f"{self.path}: there is no column {name}.", why=why, available=self.columns)
         if self.kind == ".parquet":
             for table in self._tables(count):
                 yield Window(_rows_of(table, columns or table.column_names), table)
@@ -129,10 +134,12 @@ class RowReader:
             yield Window(taken)
 
     def _lines(self) -> Iterator[str]:
-        """Lines with their line ends, checked one by one."""
+        """Lines with their line ends, checked one by one; those of jsonl end with LF, others with CR as well."""
         self.bytes_read = 0
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+        ends = "\n" if self.kind == ".jsonl" else ""
+        # one character for each byte, so that a fault is found in its line
+        with self.path.open(encoding="latin-1", newline=ends) as file:
+            for number, line in enumerate((text.encode("latin-1") for text in file), start=1):
                 self.bytes_read += len(line)
                 if b"\0" in line:
                     raise DataError(f"{self.path}, line {number}: holds a NUL byte, which no text has.")

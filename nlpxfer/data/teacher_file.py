@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 
 from nlpxfer.data.files import Table, read_some_columns
 from nlpxfer.data.formats import list_faults
-from nlpxfer.data.schema import LabelSchema
+from nlpxfer.data.rows import label_name, label_names
+from nlpxfer.data.schema import LabelSchema, written_otherwise
 from nlpxfer.errors import ConfigError, DataError, LabelError, nearest
 from nlpxfer.problem import MULTI_LABEL, REGRESSION
 
@@ -88,7 +89,13 @@ class TeacherFile:
 
 
 def read_teacher_file(
-    path: str | Path, schema: LabelSchema, *, text: str = "text", pair: str | None = None, label: str = "label"
+    path: str | Path,
+    schema: LabelSchema,
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    label: str = "label",
+    separator: str | None = None,
 ) -> TeacherFile:
     """Read what a teacher has written down.
 
@@ -97,7 +104,8 @@ def read_teacher_file(
         schema: The labels.
         text: Name of the column of texts: that of the data.
         pair: Name of that of second texts, for tasks on pairs; likewise.
-        label: Name of the key of hard labels; likewise.
+        label: Name of the key of hard labels; likewise. They are read as those of the data.
+        separator: Between the labels of a row that are one text; likewise.
 
     Raises:
         ConfigError: The task is a regression.
@@ -114,13 +122,13 @@ def read_teacher_file(
     raw = read_some_columns(
         path, [*columns, *schema.names, PROBABILITIES, label], needed=columns, fix=f"name the {of_texts}"
     )
-    table = Table(source=str(path), name=path.name, columns=raw.columns, lines=raw.lines)
+    table = Table(source=str(path), name=path.name, columns=raw.columns, lines=raw.lines, class_names=raw.class_names)
     by_column = not ({PROBABILITIES, label} & set(raw.names)) or set(schema.names) <= set(raw.names)
     if by_column:
         _check_names(path, [name for name in raw.names if name not in columns], schema, columns, label)
         shares_NC, faults = _numbers_of_columns(table, schema)
     else:
-        shares_NC, faults = _numbers_of_objects(table, schema, label)
+        shares_NC, faults = _numbers_of_objects(table, schema, label, separator)
     for name in columns:
         values = table.columns[name]
         faults += [
@@ -167,8 +175,8 @@ def _unlike(found: Sequence[str], schema: LabelSchema) -> tuple[list[str], list[
     """Names that are no labels, each with the nearest label, and labels that are not named."""
     unknown = []
     for name in [name for name in found if name not in schema]:
-        close = nearest(name, schema.names)
-        unknown.append(f"{name!r}" + (f" (did you mean {close!r}?)" if close else ""))
+        close, alike = nearest(name, schema.names), written_otherwise([name], schema.names)
+        unknown.append(f"{name!r}" + (f" ({alike})" if alike else f" (did you mean {close!r}?)" if close else ""))
     return unknown, [name for name in schema.names if name not in found]
 
 
@@ -198,8 +206,11 @@ def _number(value: object) -> float | None:
         return None
 
 
-def _numbers_of_objects(table: Table, schema: LabelSchema, label: str) -> tuple[Array, list[str]]:
+def _numbers_of_objects(
+    table: Table, schema: LabelSchema, label: str, separator: str | None
+) -> tuple[Array, list[str]]:
     rows = len(next(iter(table.columns.values())))
+    names = table.class_names.get(label)
     given = table.columns.get(PROBABILITIES, [None] * rows)
     chosen = table.columns.get(label, [None] * rows)
     shares_NC, faults = np.full((rows, len(schema)), np.nan), []
@@ -210,7 +221,8 @@ def _numbers_of_objects(table: Table, schema: LabelSchema, label: str) -> tuple[
         elif shares is not None:
             fault = _put_shares(shares_NC[row], shares, schema)
         else:
-            fault = _put_choice(shares_NC[row], choice, schema)
+            found, fault = _choice(choice, schema, names, separator)
+            fault = f"{label!r} {fault}" if fault else _put_choice(shares_NC[row], found, schema)
         if fault:
             faults.append(f"{table.place(row)}: {fault}")
     return shares_NC, faults
@@ -233,12 +245,20 @@ def _put_shares(row_C: Array, shares: object, schema: LabelSchema) -> str:
     return ""
 
 
-def _put_choice(row_C: Array, choice: object, schema: LabelSchema) -> str:
+def _choice(
+    value: object, schema: LabelSchema, names: tuple[str, ...] | None, separator: str | None
+) -> tuple[tuple[str, ...], str]:
+    """The names of the label, or labels, that were chosen, read as those of the data; what is wrong with them."""
+    if schema.problem_type == MULTI_LABEL:
+        return label_names(value, names, separator)
+    if isinstance(value, list):
+        return (), "is a list, one label is needed"
+    name, fault = label_name(value, names)
+    return (name,), fault
+
+
+def _put_choice(row_C: Array, names: Sequence[str], schema: LabelSchema) -> str:
     """Fill a row with 1 for the label, or labels, that were chosen, else 0; what is wrong with them."""
-    several = schema.problem_type == MULTI_LABEL
-    if isinstance(choice, list) != several:
-        return "a list of labels is needed" if several else "one label is needed, not a list"
-    names = [str(name) for name in choice] if isinstance(choice, list) else [str(choice)]
     unknown, _ = _unlike(names, schema)
     if unknown:
         return f"not a label: {', '.join(unknown)}"

@@ -254,10 +254,10 @@ def gate_faults(found: Mapping[str, Any], min_retention: float | None, min_class
     """
     faults, score = [], found["score"]
     if min_retention is not None and (score["value"] is None or score["value"] < min_retention):
-        kept = "cannot be told, since the teacher scores 0" if score["value"] is None else f"is {score['value']:.4f}"
-        faults.append(
-            f"the share of the teacher's test {score['metric']} {kept}, below min_retention {min_retention:g}"
-        )
+        limit = f"min_retention {min_retention:g}"
+        never = f"cannot be told, since the teacher's is not above 0; {limit} is not met"
+        kept = never if score["value"] is None else f"is {score['value']:.4f}, below {limit}"
+        faults.append(f"the share of the teacher's test {score['metric']} {kept}")
     if min_class_retention is not None:
         faults += [
             f"{row['label']}: the share of the teacher's F1 is {row['share']:.4f} ({row['student']:.4f} of "

@@ -24,7 +24,7 @@ import nlpxfer
 from nlpxfer.backends import EXPORT_FILE, INT8_FILE, ONNX_FILE, Backend, TorchBackend, onnx_file, open_onnx, open_torch
 from nlpxfer.checkpoint.save import check_free_space, save_description
 from nlpxfer.checkpoint.static import is_static
-from nlpxfer.classify import Classifier, second_column
+from nlpxfer.classify import Classifier, text_columns
 from nlpxfer.data.stream import RowReader
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError, ExportError, OutputExistsError
@@ -65,7 +65,7 @@ class ExportRequest:
         int8: Also write `model_int8.onnx`.
         opset: ONNX operator set. Default: the exporter's choice.
         texts: csv, tsv, jsonl or parquet with texts to compare on. Default: bundled and built-in ones.
-        text_column: Column of `texts` with the text.
+        text_column: Column of `texts` with the text. Default: that of the training where it is there, else "text".
         text_pair_column: Column of `texts` with the second text. Default: that of the training.
         max_changed: Largest share of predictions that int8 may change, 0 to 1. Default: any.
     """
@@ -76,7 +76,7 @@ class ExportRequest:
     int8: bool = False
     opset: int | None = None
     texts: Path | None = None
-    text_column: str = "text"
+    text_column: str | None = None
     text_pair_column: str | None = None
     max_changed: float | None = None
 
@@ -97,7 +97,7 @@ class ExportRequest:
             faults.append(f"max_changed: {self.max_changed} is not between 0 and 1")
         if self.max_changed is not None and not self.int8:
             faults.append("max_changed: it limits what int8 changes, and --int8 is not given")
-        if self.texts is None and (self.text_column != "text" or self.text_pair_column is not None):
+        if self.texts is None and (self.text_column, self.text_pair_column) != (None, None):
             faults.append("text_column, text_pair_column: they name columns of --texts, which is not given")
         if onnx_file(self.model) is not None:
             faults.append(f"{self.model} is an exported model already; give the folder that it was made from")
@@ -130,8 +130,10 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
-    second = None if request.texts is None else second_column(request.text_pair_column, request.texts, classifier)
-    texts = texts_to_compare(backend.tokenizer, request.texts, request.text_column, second)
+    columns: tuple[str, str | None] = ("text", None)
+    if request.texts is not None:
+        columns = text_columns(request.text_column, request.text_pair_column, request.texts, classifier)
+    texts = texts_to_compare(backend.tokenizer, request.texts, *columns)
     check_free_space(request.out, (6 if request.int8 else 5) * parameter_count(backend.checkpoint.model))
     with _appearing(request.out) as folder, tqdm(total=4, desc="export", unit="step", disable=quiet) as bar:
         save_description(backend.config, backend.tokenizer, backend.schema, folder)

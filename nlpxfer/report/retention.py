@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from nlpxfer.report.markdown import escape_markdown
 from nlpxfer.report.report import METRIC_WORDS, Arm, Report
-
-_NEVER: Final = "the teacher scores 0: there is nothing to keep"
 
 
 def size_facts(student: Arm, teacher: Arm) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def retention_lines(report: Report) -> list[str]:
 
 def _score_words(score: Mapping[str, Any]) -> str:
     if score["value"] is None:
-        return _NEVER
+        return f"the teacher's {METRIC_WORDS[score['metric']]} is not above 0: there is no share of it to keep"
     ends = [score[end] for end in ("low", "high")]
     interval = (
         "" if None in ends else f" ({100 * score['level']:g} % interval {_percent(ends[0])} to {_percent(ends[1])})"

@@ -269,6 +269,7 @@ def _read_file(run: Run, options: TeacherOptions) -> TeacherFile:
         text=columns.text_column,
         pair=columns.text_pair_column,
         label=str(columns.label_column),
+        separator=columns.label_separator,
     )
     splits = training_splits(run)
     if not options.teacher_file_partial:
