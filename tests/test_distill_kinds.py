@@ -26,6 +26,7 @@ from nlpxfer.checkpoint.adapters import load_adapter
 from nlpxfer.cli import main
 from nlpxfer.data.windows import window_spans
 from nlpxfer.evaluate import arms as arms_module
+from nlpxfer.evaluate import latency
 from nlpxfer.teachers import TransferRows
 
 LABELS_OF = {"labels": ("food", "music", "sport", "travel"), "numbers": ("score",), "pairs": ("False", "True")}
@@ -37,8 +38,11 @@ PLAINLY = [*ONE_STEP, "--control_arm", "false", "--linear_probe", "false", "--fr
 
 @pytest.fixture(autouse=True, scope="module")
 def _own_cache(tmp_path_factory):
+    """And few calls to measure how long a row takes, which nothing here depends on."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NLPXFER_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(latency, "ONE_ROW_CALLS", 5)
+        patch.setattr(latency, "BATCH_CALLS", 2)
         yield
 
 
@@ -441,13 +445,8 @@ def taught(monkeypatch):
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """The models of all arms by name, each written into a folder, and how many rows they learnt from."""
-    seen, prepare, scored = {}, arms_module.prepare_arm, arms_module._scored
-
-    def keep_rows(**arguments):
-        prepared = prepare(**arguments)
-        seen[arguments["name"]] = len(prepared.splits.train)
-        return prepared
+    """The models of all arms by name, each in a folder."""
+    seen, scored = {}, arms_module._scored
 
     def keep(name, seed, model, tokenizer, *rest):
         seen[name] = tmp_path / "kept" / name
@@ -465,7 +464,7 @@ def test_two_teachers_of_pairs_with_a_chain_and_a_curve(weights, tasks, taught, 
     task = tasks("pairs")
     own = ["--teacher_name_or_path", f"{task.teachers[0]},{task.teachers[1]}", "--teacher_weights", weights]
     if weights == "learnt":
-        own += ["--assistant_num_layers", "3", "--generations", "2", "--transfer_curve", "0,4"]
+        own += ["--generations", "2", "--transfer_curve", "0,4"]
     run = finished("distill", tmp_path / "out", *task.words(*PLAINLY, *own))
     told = run.report["checks"]["teacher"]
     gold = task.gold("validation")
@@ -497,9 +496,7 @@ def test_two_teachers_of_pairs_with_a_chain_and_a_curve(weights, tasks, taught, 
     if weights != "learnt":
         assert [each["weight"] for each in told["teachers"]] == [each["weight"] for each in found]
         return
-    for logits, name in zip(taught[1:], ("assistant-3", "generation-1"), strict=True):
-        np.testing.assert_allclose(logits, plain(trained[name], "pairs", *every), atol=1e-5)
-    assert trained["assistant-3"] != trained["generation-1"]
+    np.testing.assert_allclose(taught[1], plain(trained["generation-1"], "pairs", *every), atol=1e-5)
     points = run.report["checks"]["transfer_curve"]
     assert [(point["unlabelled_rows"], point["steps"]) for point in points] == [(0, 1), (4, 1), (8, 1)]
     assert len({point["test"]["loss"] for point in points}) == 3
