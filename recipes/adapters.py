@@ -31,6 +31,7 @@ from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Arm, Report
 from nlpxfer.result import finish
 from nlpxfer.run import Run
+from nlpxfer.searched import refuse_ends
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import check_r_drop
 
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             made |= {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
             return made | start_of_training(run, plan, start)
 
+        refuse_ends(run, plan, run.label_method)
         run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
         plan = run.search("adapter", arm, plan)
         run.settle(**start_of_training(run, plan, start))

@@ -39,6 +39,7 @@ from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.result import finish
 from nlpxfer.run import Run
+from nlpxfer.searched import refuse_ends
 from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
 from nlpxfer.students import kind_of, layer_count, outline, refuse_unused, student_of, training_of
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             plan.temperature != DistillOptions.temperature or "temperature" in options.ranges
         ):
             raise ConfigError("temperature: means nothing for a regression.")
+        refuse_ends(run, plan, partial(methods_for, run))
         if plan.teaches_itself:
             return distil_itself(run, plan)
         if plan.asked(options.ranges).reads_anything and not plan.one_classifier_teaches:

@@ -22,6 +22,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
+from nlpxfer.searched import refuse_ends
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import check_r_drop
 
@@ -59,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | run.start_of_training(start)
 
         arm(model_options)  # refuses what this kind of task cannot have
+        refuse_ends(run, model_options, run.label_method)
         run.begin(start, arms=1)
         chosen = run.search("fine-tuned", arm, model_options)
         run.settle(**run.start_of_training(start))

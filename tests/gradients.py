@@ -170,6 +170,31 @@ def gradient_of(
     return keep.gradient, loss
 
 
+def averaged(model_folder: Path, output: Path, batch: int, decay: float = 0.8) -> dict[str, torch.Tensor]:
+    """How far the weights that a student ends with, which teaches itself, are from its start; after two epochs."""
+    options = RunOptions(
+        output_dir=str(output),
+        use_cpu=True,
+        per_device_train_batch_size=batch,
+        num_train_epochs=2,
+        warmup_steps=0,
+        learning_rate=0.1,
+        optim="sgd",
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        disable_tqdm=True,
+    )
+    model = AutoModelForSequenceClassification.from_pretrained(model_folder)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    rows = step_rows(labelled="uneven", count=7)
+    trainer = step_trainer(model, Distill(kd_weight=0.5, ema_decay=decay), options, rows, "bert")
+    trainer.fit()
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    return {name: value - start[name] for name, value in model.state_dict().items()}
+
+
 def main(output: Path) -> None:
     gc.freeze()  # as a recipe does
     if is_main_process():
@@ -186,8 +211,9 @@ def main(output: Path) -> None:
         found[name] = gradient_of(output / "model", output, method, rows, batch, micro_batches, sampling=sampling)
     taught = guided(output / "teacher", other_states())
     found["states"] = gradient_of(output / "model", output, taught, state_rows(labelled="uneven", count=7), 2, 2)
+    average = averaged(output / "model", output, 2)
     if is_main_process():
-        torch.save({"processes": world()[1], "cases": found}, output / "gradients.pt")
+        torch.save({"average": average, "processes": world()[1], "cases": found}, output / "gradients.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

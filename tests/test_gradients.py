@@ -12,6 +12,7 @@ from gradients import (
     CASES,
     METHODS,
     STATES,
+    averaged,
     gradient_of,
     guided,
     other_states,
@@ -254,7 +255,10 @@ def test_stock_trainer_is_still_off_by_the_number_of_micro_batches(tiny_checkpoi
 
 @pytest.mark.processes
 def test_two_processes_give_the_gradient_of_one(tiny_checkpoint, tmp_path):
-    """Also where the rows do not divide by two, and where the second process has none at all."""
+    """Also where the rows do not divide by two, and where the second process has none at all.
+
+    A student that teaches itself ends with the same average of its weights; with that of no other decay.
+    """
     done = run(torchrun("tests/gradients.py", tmp_path))
     assert done.returncode == 0, done.stderr
     found = torch.load(tmp_path / "gradients.pt")
@@ -273,3 +277,5 @@ def test_two_processes_give_the_gradient_of_one(tiny_checkpoint, tmp_path):
     gradient, logged = found["cases"]["states"]
     assert distance(gradient, expected) <= 1e-5
     assert logged == pytest.approx(loss, rel=1e-5)
+    assert distance(found["average"], averaged(tmp_path / "model", tmp_path, 4)) <= 1e-5
+    assert distance(found["average"], averaged(tmp_path / "model", tmp_path, 4, decay=0.0)) > 0.1

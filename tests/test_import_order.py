@@ -1,6 +1,6 @@
-"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> result ->
-teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> int8 -> recipes ->
-cli -> __main__.
+"""Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> searched ->
+result -> teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> int8 ->
+recipes -> cli -> __main__.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -21,6 +21,7 @@ STAGES = (
     "report",
     "hub",
     "run",
+    "searched",
     "result",
     "teachers",
     "students",

@@ -528,6 +528,25 @@ def test_options_of_other_tasks_are_refused(words, fault, files, tiny_checkpoint
     assert fault in refused("finetune", tmp_path / "out", *words_for(files, tiny_checkpoint("bert"), *words))
 
 
+@pytest.mark.parametrize(
+    ("recipe", "task", "ranges"),
+    [
+        ("finetune", NUMBERS, {"class_weights": "none, balanced", "label_smoothing_factor": "0.0, 0.1"}),
+        ("finetune", MULTI, {"logit_adjustment": "0.0, 1.0"}),
+        ("adapters", NUMBERS, {"focal_gamma": "0.0, 2.0"}),
+        ("distill", NUMBERS, {"kd_loss": "kl, mse", "label_smoothing_factor": "0.0, 0.1"}),
+    ],
+)
+def test_ranges_of_other_tasks_are_refused(recipe, task, ranges, files, tiny_checkpoint, tmp_path):
+    """Not as trials that fail one after the other."""
+    words = [word for name, choices in ranges.items() for word in (f"--{name}", f"{{choices: [{choices}]}}")]
+    message = refused(
+        recipe, tmp_path / "out", *words_for(files, tiny_checkpoint("bert"), *task), *words, "--num_trials", "2"
+    )
+    assert all(f"{name}: " in message for name in ranges)
+    assert not (tmp_path / "out").exists()
+
+
 def test_balanced_weights_of_rare_labels(files, tiny_checkpoint, tmp_path):
     words = words_for(files, tiny_checkpoint("bert"), *MULTI, "--class_weights", "balanced", "--focal_gamma", "1")
     assert finished("finetune", tmp_path / "out", *words).report["metrics"]["test"]["micro_f1"] > 0.3

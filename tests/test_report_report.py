@@ -188,6 +188,18 @@ def test_verdict_sentence():
     assert Verdict.unmeasured("no control").sentence() == "unclear: no control"
 
 
+def test_the_sentence_of_an_error_says_which_way():
+    shared = {"metric": "mean_absolute_error", "versus": "control", "level": 0.95, "seeds": 1}
+    better = Verdict(call="positive", gain=0.25, low=0.125, high=0.5, **shared).sentence()
+    assert better == (
+        "positive: mean absolute error smaller by 0.25 than that of control (95 % interval 0.125 to 0.5, 1 seed)"
+    )
+    worse = Verdict(call="negative", gain=-0.25, low=-0.5, high=-0.125, **shared).sentence()
+    assert worse == (
+        "negative: mean absolute error larger by 0.25 than that of control (95 % interval 0.125 to 0.5, 1 seed)"
+    )
+
+
 def test_run_json_holds_what_a_repeat_needs_and_nothing_private(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     home = tmp_path / "home" / "alice"
     home.mkdir(parents=True)

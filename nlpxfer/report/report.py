@@ -130,9 +130,12 @@ class Verdict:
         metric = METRIC_WORDS.get(self.metric or "", self.metric)
         seeds = f"{self.seeds} seed" + ("" if self.seeds == 1 else "s")
         if self.metric in LOWER_IS_BETTER:  # in the unit of the numbers
+            word, by, low, high = "smaller", self.gain, self.low, self.high
+            if by < 0:
+                word, by, low, high = "larger", -by, -high, -low
             return (
-                f"{self.call}: {metric} smaller by {self.gain:.4g} than that of {self.versus} "
-                f"({100 * self.level:g} % interval {self.low:.4g} to {self.high:.4g}, {seeds})"
+                f"{self.call}: {metric} {word} by {by:.4g} than that of {self.versus} "
+                f"({100 * self.level:g} % interval {low:.4g} to {high:.4g}, {seeds})"
             )
         return (
             f"{self.call}: {100 * self.gain:+.1f} points of {metric} over {self.versus} "

@@ -261,7 +261,9 @@ def _check(candidates: Sequence[Candidate], target: Target, total_steps: int, ma
     if not 0 < target.keep <= 1:
         faults.append(f"keep: {target.keep} is not a share above 0 and up to 1")
     if not target.reference > 0:
-        faults.append(f"reference: the teacher's score is {target.reference}, so there is no share of it to keep")
+        faults.append(
+            f"keep: the teacher's validation score is {target.reference:.4f}, so there is no share of it to keep"
+        )
     if target.max_latency_ms is not None and not target.max_latency_ms > 0:
         faults.append(f"max_latency_ms: {target.max_latency_ms} is not positive")
     faults += [
