@@ -146,7 +146,14 @@ def test_one_that_diverges_is_out():
 def test_bad_arguments_are_named_together():
     with pytest.raises(ConfigError) as raised:
         climb([], Target(reference=0.0, keep=98, max_latency_ms=-1), total_steps=0, max_steps=0, eta=1)
-    for fault in ("candidates: 0", "keep: 98", "reference: ", "max_latency_ms: -1", "total_steps: 0", "eta: 1"):
+    for fault in (
+        "candidates: 0",
+        "keep: 98",
+        "no share of it to keep",
+        "max_latency_ms: -1",
+        "total_steps: 0",
+        "eta: 1",
+    ):
         assert fault in str(raised.value)
     curves = Curves(a=0.1, b=0.2, c=0.3, d=0.4)
     with pytest.raises(ConfigError, match="7 steps are not enough for 4 students in 2 rungs"):
