@@ -245,7 +245,8 @@ def _write(
     )
     for name, place in folders.items():
         remove_own(run.folder, name)  # of an attempt that ended in between
-        _copy_into(run.folder / name, run)
+        _copy_into(place, run)
+        (run.folder / name).mkdir(exist_ok=True)
         for path in sorted(place.iterdir(), key=lambda path: path.suffix in _WEIGHTS):
             path.replace(run.folder / name / path.name)
     if is_static(arm.model):

@@ -248,7 +248,7 @@ def test_long_fields_and_blank_lines(tmp_path):
 @pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
 def test_a_blank_line_of_one_column_is_a_row(tmp_path, end):
     path = tmp_path / "x.csv"
-    path.write_bytes(end.join(["", "text", "a", "", "", "b", ""]).encode())
+    path.write_bytes(end.join(["", "text", "a", "", "", "b", "", "", ""]).encode())  # those at the end are none
     assert [row["text"] for row in read(path)] == ["a", "", "", "b"] == read_table(path, ["text"]).columns["text"]
     assert read_table(path, ["text"]).lines == [3, 4, 5, 6]
 

@@ -4,7 +4,7 @@ Values stay as they are written: nothing becomes a null ("N/A", "None") or a num
 standard library's readers are used instead of pandas or `load_dataset`, because they know the line on which a row
 starts, refuse rows that do not fit the header, and cache nothing on disk. Quoting in csv and tsv: a field that starts
 with `"` ends with `"`, and a quote inside it is doubled. Lines end with LF, CR LF or CR. A blank line is left out, but
-with one column it is a row whose field is empty.
+between rows of one column it is a row whose field is empty.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
 def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it starts, fields) for each row, the header included.
 
-    Blank lines are none, but below a header of one column they are rows with an empty field.
+    Blank lines are none, but between rows of one column they are rows with an empty field.
 
     Args:
         path: For messages.
@@ -117,14 +117,18 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
     """
     usual = csv.field_size_limit(MAX_FIELD)  # the default refuses fields over 128 KiB
     line, row = 1, -1
-    blank: list[str] = []
+    one_column = False
+    blank_lines: list[int] = []
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
         for fields in reader:
-            if fields or blank:
-                row += 1
-                blank = [""] if row == 0 and len(fields) == 1 else blank
-                yield line, fields or blank
+            if fields:
+                row += 1 + len(blank_lines)
+                yield from ((blank, [""]) for blank in blank_lines)
+                yield line, fields
+                one_column, blank_lines = one_column or (row == 0 and len(fields) == 1), []
+            elif one_column:
+                blank_lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
