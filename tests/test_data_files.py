@@ -127,6 +127,9 @@ def test_missing_column_lists_columns_and_the_nearest(tmp_path):
 
 def test_wrong_separator_is_guessed(tmp_path):
     assert "separated by ';'" in fault(write(tmp_path, "a.csv", "text;label\nx;a\n"))
+    told = fault(write(tmp_path, "b.csv", 'text;label\n"x, y";a\n'))
+    assert "Likely reason: its fields are separated by ';'" in told
+    assert "doubled" not in told
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet"])

@@ -189,6 +189,16 @@ def test_label_set_metrics_against_scikit_learn():
     assert tuple(found) == METRICS[MULTI_LABEL]
 
 
+def test_scores_of_a_scale_do_not_look_at_its_ends():
+    """A prediction beyond the numbers of a split is wrong, and as far from them as it is."""
+    assert task_metrics(REGRESSION, [[1.5], [9.2]], [3.0, 3.0])["accuracy"] == 0
+    gold, found = np.array([1.0, 2, 4, 5, 5, 1]), np.array([[1.2], [2.6], [4.4], [7.1], [4.6], [-1.0]])
+    expected = sklearn.metrics.cohen_kappa_score(
+        gold.astype(int), [1, 3, 4, 7, 5, -1], labels=range(-1, 8), weights="quadratic"
+    )
+    assert task_metrics(REGRESSION, found, gold)["quadratic_kappa"] == pytest.approx(expected)
+
+
 def test_number_metrics_by_hand():
     found = task_metrics(REGRESSION, [[1.0], [2.0], [4.4]], [1.0, 3.0, 4.0])
     assert found["mean_absolute_error"] == pytest.approx(1.4 / 3)

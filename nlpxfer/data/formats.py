@@ -96,7 +96,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
         raise DataError(
             list_faults(str(path), faults),
             why="a text that holds the separator or a line break is not quoted",
-            fix='write such a field as "...", with quotes inside it doubled',
+            fix="" if other_separator(header) else 'write such a field as "...", with quotes inside it doubled',
         )
     places = {name: header.index(name) for name in columns if name in header}
     return Raw(header, {name: [row[place] for row in rows] for name, place in places.items()}, lines)
@@ -117,7 +117,7 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
     """
     usual = csv.field_size_limit(MAX_FIELD)  # the default refuses fields over 128 KiB
     line, row = 1, -1
-    one_column = False
+    one_column, header = False, [""]
     blank_lines: list[int] = []
     try:
         reader = csv.reader(lines, delimiter=delimiter, strict=True)
@@ -126,15 +126,17 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
                 row += 1 + len(blank_lines)
                 yield from ((blank, [""]) for blank in blank_lines)
                 yield line, fields
-                one_column, blank_lines = one_column or (row == 0 and len(fields) == 1), []
+                header, blank_lines = (fields if row == 0 else header), []
+                one_column = len(header) == 1
             elif one_column:
                 blank_lines.append(line)
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(
             f"{path}, {f'row {row + 1}' if row >= 0 else 'the header'} (line {line}) cannot be read: {error}.",
-            why="a quote that is part of the text is not doubled, or a quoted field is not closed",
-            fix='write such a field as "...", with quotes inside it doubled',
+            why=other_separator(header)
+            or "a quote that is part of the text is not doubled, or a quoted field is not closed",
+            fix="" if other_separator(header) else 'write such a field as "...", with quotes inside it doubled',
         ) from error
     finally:
         csv.field_size_limit(usual)

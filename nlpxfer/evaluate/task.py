@@ -115,7 +115,6 @@ def binary_cross_entropy(logits_NC: ArrayLike, gold_NC: ArrayLike) -> float:
 
 def _number_metrics(found_N: Array, gold_N: Array) -> dict[str, float]:
     from scipy.stats import pearsonr, spearmanr
-    from sklearn.metrics import cohen_kappa_score
 
     error_N = found_N - gold_N
     varied = len(found_N) > 1 and np.ptp(found_N) > 0 and np.ptp(gold_N) > 0
@@ -127,12 +126,23 @@ def _number_metrics(found_N: Array, gold_N: Array) -> dict[str, float]:
         "loss": float((error_N**2).mean() / 2),
     }
     if (gold_N == np.rint(gold_N)).all():
-        rounded_N = np.rint(found_N).clip(gold_N.min(), gold_N.max()).astype(int)
+        rounded_N = np.rint(found_N)
         metrics["accuracy"] = float((rounded_N == gold_N).mean())
         if np.ptp(gold_N) > 0:
-            kappa = cohen_kappa_score(gold_N.astype(int), rounded_N, weights="quadratic")
-            metrics["quadratic_kappa"] = float(kappa)
+            metrics["quadratic_kappa"] = quadratic_kappa(rounded_N, gold_N)
     return metrics
+
+
+def quadratic_kappa(found_N: Array, gold_N: Array) -> float:
+    """Cohen's kappa weighted by squared distances: 1 minus their mean over that of answers dealt out at random.
+
+    Source: Cohen 1968, Weighted kappa, Psychological Bulletin 70(4).
+
+    >>> quadratic_kappa(np.array([1.0, 2.0]), np.array([2.0, 1.0]))
+    -1.0
+    """
+    by_chance = found_N.var() + gold_N.var() + (found_N.mean() - gold_N.mean()) ** 2
+    return float(1 - ((found_N - gold_N) ** 2).mean() / by_chance)
 
 
 def _checked(logits_NC: ArrayLike, labels: ArrayLike, *, several: bool) -> tuple[Array, Array]:
