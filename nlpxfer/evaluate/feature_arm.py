@@ -129,9 +129,8 @@ def feature_arm(
     found = {"train": features_of("train", bool(options.bf16)), "validation": features_of("validation", False)}
     labels = {part: getattr(splits, part).columns["labels"] for part in ("train", "validation")}
     plan = replace(plan or MlpPlan(), seed=seed)
-    windows = None
-    if any(getattr(splits, part).windows is not None for part in found):
-        windows = [getattr(splits, part).windows_per_row for part in found]
+    labelled_rows = [splits.train, splits.validation]
+    windows = labelled_rows if any(rows.windows is not None for rows in labelled_rows) else None
     fitted = _fit_(model, method, found, labels, plan, linear_probe=options.linear_probe, windows=windows, quiet=quiet)
     seconds = time.perf_counter() - start
     found["test"] = features_of("test", False)
@@ -186,7 +185,7 @@ def _fit_(
     plan: MlpPlan,
     *,
     linear_probe: bool,
-    windows: Sequence[Array] | None,
+    windows: Sequence[TokenisedRows] | None,
     quiet: bool,
 ) -> _Fitted:
     """Fit the head on the first process, and give its weights to all."""
@@ -214,7 +213,7 @@ def _fit_here_(
     plan: MlpPlan,
     *,
     linear_probe: bool,
-    windows: Sequence[Array] | None,
+    windows: Sequence[TokenisedRows] | None,
     quiet: bool,
 ) -> _Fitted:
     probe = None

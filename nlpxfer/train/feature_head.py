@@ -28,13 +28,15 @@ from tqdm.auto import tqdm
 from nlpxfer.checkpoint.head import PooledMoments, head_features, head_logits, head_of, make_transparent_
 from nlpxfer.errors import DataError, NotFiniteError
 from nlpxfer.losses.classification import labelled
-from nlpxfer.methods.base import mean_by_row
 from nlpxfer.methods.features import POOLED, FeatureBased, require_hidden_layer
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.train.linear_probe import HEAD_SIZE, Probe, fit_final_
+from nlpxfer.train.predict import mean_of_windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from nlpxfer.data.tokenise import TokenisedRows
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ def fit_logistic_head_(
     validation_labels: Array,
     *,
     problem_type: ProblemType = SINGLE_LABEL,
-    windows: Sequence[Array] | None = None,
+    windows: Sequence[TokenisedRows] | None = None,
 ) -> Probe:
     """Set the head in place to a probe of pooled states (`fit_probe`); the penalty with the lowest validation loss.
 
@@ -109,7 +111,7 @@ def fit_logistic_head_(
         validation_MH: Pooled states of the validation rows.
         validation_labels: Their labels.
         problem_type: What the labels are.
-        windows: How many windows each training row and each validation row has, if the states are those of windows.
+        windows: The training and the validation rows, if the states are those of their windows.
 
     Raises:
         DataError: All labelled training rows have the same label.
@@ -121,7 +123,7 @@ def fit_logistic_head_(
         make_transparent_(model, _moments(train_NH), size=HEAD_SIZE)
     read = [_in_chunks(model, states, head_features) for states in (train_NH, validation_MH)]
     if windows is not None:
-        read = [row_means(states, counts) for states, counts in zip(read, windows, strict=True)]
+        read = [mean_of_windows(states, rows) for states, rows in zip(read, windows, strict=True)]
         read[0], train_labels = _labelled(read[0], train_labels)
     fitted = fit_final_(model, read[0], train_labels, read[1], validation_labels, problem_type=problem_type)
     return Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
@@ -314,12 +316,6 @@ def _in_chunks(model: PreTrainedModel, states_NH: Array, output: Any) -> Array: 
             for start in range(0, len(states_NH), CHUNK_ROWS)
         ]
     return np.concatenate(parts)
-
-
-def row_means(values_WD: Array, windows_N: Array) -> Array:
-    """Means over the windows of each row, shape (N, D)."""
-    means_ND: Array = mean_by_row(torch.from_numpy(values_WD), torch.from_numpy(windows_N)).numpy()
-    return means_ND
 
 
 def logits_of_features(model: PreTrainedModel, states_NH: Array) -> Array:
