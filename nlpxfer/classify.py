@@ -82,9 +82,9 @@ class Classifier:
     @classmethod
     def load(
         cls,
-        model: str,
+        model: str | Path,
         *,
-        base: str | None = None,
+        base: str | Path | None = None,
         max_length: int | None = None,
         bf16: bool | None = None,
         int8: bool = False,
@@ -107,7 +107,7 @@ class Classifier:
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
-        backend = open_backend(model, base=base, int8=int8, bf16=bf16)
+        backend = open_backend(str(model), base=None if base is None else str(base), int8=int8, bf16=bf16)
         limit = backend.max_positions
         if max_length is not None and not 4 <= max_length <= limit:
             raise ConfigError(

@@ -152,7 +152,7 @@ class Run:
         return found
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
-        """One split (`train`, `validation`, `test` or `unlabelled`) as a tokenizer sees it; no test row in trials."""
+        """One split, of those that `data` has, as a tokenizer sees it; no test row in trials."""
         if self.searching and split == "test":
             none = self.data.schema.unlabelled(0)
             return tokenise(tokenizer, [], max_length=self.data_options.max_length, labels=none)

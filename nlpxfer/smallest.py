@@ -353,7 +353,7 @@ def _whole_training(run: Run) -> int:
     options = run.options
     if options.max_steps > 0:
         return options.max_steps
-    rows = len(run.data.train) + (0 if run.data.unlabelled is None else len(run.data.unlabelled))
+    rows = sum(len(getattr(run.data, split)) for split in run.data.taught)
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
     return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
 

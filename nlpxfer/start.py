@@ -50,7 +50,7 @@ def start_run(
         recipe: Name of the method; the default output folder is `runs/<recipe>`.
         data_options: Where the rows come from.
         options: How to train.
-        others: Further option dataclasses, for run.json; those with `unlabelled_file` name unlabelled text.
+        others: Further option dataclasses, for run.json; that with `unlabelled_file` says which texts have no labels.
         folds: Whether the recipe trains on folds; without it `num_folds` is refused.
         searches: Whether the recipe calls `Run.search`; options given as ranges are refused otherwise.
 
@@ -94,8 +94,8 @@ def start_run(
     options.bf16 = config["bf16"] = precision.bf16
     if options.mixed_precision != "fp16":
         options.mixed_precision = "bf16" if precision.bf16 else "no"
-    unlabelled = next((o for o in others if getattr(o, "unlabelled_file", None)), None)
-    data = load_data(_request(data_options, unlabelled))
+    transfer = next((o for o in others if hasattr(o, "unlabelled_file")), None)
+    data = load_data(_request(data_options, transfer))
     _choose_metric(options, data.schema.problem_type)
     config["metric_for_best_model"], config["greater_is_better"] = (
         options.metric_for_best_model,
@@ -157,14 +157,15 @@ def _check_search(recipe: str, options: RunOptions, searches: bool) -> None:
     check_search_installed()
 
 
-def _request(options: DataOptions, unlabelled: object | None) -> DataRequest:
-    known = {f.name for f in fields(DataRequest)} - {"seed", "unlabelled_file", "unlabelled_rows", "augmentation"}
+def _request(options: DataOptions, transfer: object | None) -> DataRequest:
+    of_transfer = ("unlabelled_file", "unlabelled_rows", "mixed_texts")
+    known = {f.name for f in fields(DataRequest)} - {"seed", "augmentation", *of_transfer}
     shared = {name: getattr(options, name) for name in known}
+    if transfer is not None:
+        shared |= {name: getattr(transfer, name) for name in of_transfer}
     return DataRequest(
         **shared,
         seed=options.data_split_seed,
-        unlabelled_file=getattr(unlabelled, "unlabelled_file", None),
-        unlabelled_rows=getattr(unlabelled, "unlabelled_rows", None),
         augmentation=Augmentation.from_options(vars(options)),
     )
 

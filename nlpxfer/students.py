@@ -171,14 +171,13 @@ def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
         max_length=run.data_options.max_length,
     )
     tokenizer, quiet = source.tokenizer, bool(run.options.disable_tqdm)
-    splits = ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
 
     def build(seed: int) -> Checkpoint:
         refuse_wide(source, dim)
         states_VH = run.once(("states", source.weights_sha256), lambda: token_states(source, quiet=quiet))
         counts_V = run.once(
             ("counts", source.tokenizer_sha256),
-            lambda: token_counts((run.tokenise(tokenizer, split) for split in splits), len(states_VH)),
+            lambda: token_counts((run.tokenise(tokenizer, split) for split in run.data.taught), len(states_VH)),
         )
         return static_student(source, states_VH, counts_V, shape, seed=seed)
 

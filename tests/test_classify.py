@@ -93,6 +93,11 @@ def test_no_texts_have_no_answers(classifier):
     assert several.probabilities([]).shape == (0, 4)
 
 
+def test_a_folder_may_be_a_path(classifier, folder, rows):
+    texts = [row["text"] for row in rows]
+    assert (Classifier.load(Path(folder), bf16=False).logits(texts) == classifier.logits(texts)).all()
+
+
 def test_max_length_is_that_of_the_training(classifier, folder):
     assert classifier.max_length == 24
     assert Classifier.load(str(folder), max_length=12, bf16=False).max_length == 12

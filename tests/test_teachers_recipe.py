@@ -35,7 +35,7 @@ def taught(monkeypatch):
 
     def record(self, run, panel):
         made(self, run, panel)
-        texts = [text for split in ("train", "unlabelled") if getattr(run.data, split) for text in run.texts(split)[0]]
+        texts = [text for split in run.data.taught for text in run.texts(split)[0]]
         seen.append((texts, np.array(self.logits), run.labels("train"), self))
 
     monkeypatch.setattr(TransferRows, "__init__", record)
@@ -331,6 +331,8 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--assistant_num_layers", "3,4"], "must descend"),
         (["--assistant_num_layers", "three"], "'three' is not a number of layers"),
         (["--generations", "0"], "generations: 0 is below 1"),
+        (["--mixed_texts", "-1"], "mixed_texts: -1 is below 0"),
+        (["--mixed_texts", "2", "--teacher_file", "x.csv"], "mixed_texts: teacher_file cannot hold answers to texts"),
         (["--contradiction_weight", "1.5"], "contradiction_weight: 1.5 is not between 0 and 1"),
         (["--transfer_curve", "0,all"], "transfer_curve: has no effect without --unlabelled_file"),
         (["--teacher_file_partial", "true"], "teacher_file_partial: has no effect without --teacher_file"),

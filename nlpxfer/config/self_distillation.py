@@ -12,8 +12,9 @@ from nlpxfer.config.student import STATIC
 from nlpxfer.config.teachers import TeacherOptions
 
 _DEFAULT_DECAY: Final = 0.99
+_ROWS: Final = ("unlabelled_file", "unlabelled_rows", "mixed_texts")
 _OF_ANOTHER_TEACHER: Final = (
-    *(field.name for field in fields(TeacherOptions) if field.name not in ("unlabelled_file", "unlabelled_rows")),
+    *(field.name for field in fields(TeacherOptions) if field.name not in _ROWS),
     "min_retention",
     "min_class_retention",
     "disagreements",

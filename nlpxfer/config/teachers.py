@@ -30,7 +30,7 @@ class TeacherOptions:
         dict.fromkeys(
             (
                 "teacher_name_or_path teacher_num_train_epochs teacher_learning_rate teacher_folds teacher_weight_tau "
-                "teacher_file_partial assistant_num_layers generations unlabelled_rows"
+                "teacher_file_partial assistant_num_layers generations unlabelled_rows mixed_texts"
             ).split(),
             _FOR_STUDENT,
         )
@@ -85,6 +85,9 @@ class TeacherOptions:
     generations: int = option(1, "Students of the same shape, each taught by the one before; the last is the result.")
     unlabelled_file: str | None = option(None, "Unlabelled texts for the teacher to label; auto: the data set's own.")
     unlabelled_rows: int | None = option(None, "Use only so many of them, drawn by lot.")
+    mixed_texts: int = option(
+        0, "Texts to make of each training text and pieces of others, for the teacher to label; 0: none."
+    )
     transfer_curve: str | None = option(
         None, "Also train a student with each of these numbers of unlabelled texts: 0,500,2000,all."
     )
@@ -190,6 +193,10 @@ class TeacherOptions:
             faults.append(f"contradiction_weight: {self.contradiction_weight} is not between 0 and 1")
         if self.unlabelled_rows is not None and self.unlabelled_rows < 1:
             faults.append(f"unlabelled_rows: {self.unlabelled_rows} is below 1")
+        if self.mixed_texts < 0:
+            faults.append(f"mixed_texts: {self.mixed_texts} is below 0")
+        if self.mixed_texts and self.teacher_file and not (self.teacher_names or self.zero_shot_teacher):
+            faults.append("mixed_texts: teacher_file cannot hold answers to texts that the run makes")
         try:
             sizes = self.curve
         except ValueError:

@@ -34,6 +34,7 @@ from nlpxfer.data.arrange import (
 )
 from nlpxfer.data.augment import augment
 from nlpxfer.data.files import Table, read_table
+from nlpxfer.data.mix import mix
 from nlpxfer.data.pack import fingerprint, to_dataset
 from nlpxfer.data.rows import Rows, check_rows, problem_type_of
 from nlpxfer.data.schema import LabelSchema
@@ -68,6 +69,7 @@ class DataRequest:
         unlabelled_file: Texts without labels: .txt with one text per line, or another format with the text columns.
             'auto' takes unlabelled.txt of the folder or bundled set that `dataset_name` names.
         unlabelled_rows: Keep this many of the unlabelled texts, drawn by lot.
+        mixed_texts: Texts to make of pieces of each training text and another one; they have no labels.
         max_train_samples: Train on this many rows, drawn so that each class keeps its share.
         validation_share: Part of the training rows that becomes the missing validation split.
         test_share: Part of the training rows that becomes the missing test split.
@@ -89,6 +91,7 @@ class DataRequest:
     min_label_rows: int = 1
     unlabelled_file: str | None = None
     unlabelled_rows: int | None = None
+    mixed_texts: int = 0
     max_train_samples: int | None = None
     validation_share: float = 0.1
     test_share: float = 0.1
@@ -109,7 +112,7 @@ class TextData:
     `train`, `validation` and `test` have the columns `text`, `text_pair` (only for pairs), `label` (index into
     `schema`; a list of them for multi-label; a number for regression) and `row` (the row's number in its file, from 1;
     carved rows keep that of the training file).
-    `unlabelled` has no `label`.
+    `unlabelled` and `mixed` have no `label`; `row` of a mixture is that of the training row it starts from.
 
     Args:
         schema: The classes, frozen from the training rows.
@@ -117,6 +120,7 @@ class TextData:
         validation: Validation rows.
         test: Test rows.
         unlabelled: Texts without labels, if asked for.
+        mixed: Mixtures of training texts, if asked for. Leaks are counted without them.
         leaks: Per pair of splits, such as `train_test`, what `Leaks.as_dict` gives for the second of the two, as the
             splits now are: after `drop_leaks`, if that was asked for. `rows` are indices from 0.
         fingerprint: sha256 over the schema and every row of every split, in order.
@@ -127,6 +131,7 @@ class TextData:
         warnings: What a reader of the report should know.
         augmented: Edited copies among the training rows, which stand at their end: the `edits`, rows `added` and
             `not_made`; empty if none were asked for. Leaks and contradictions are counted without them.
+        unmixed: How many of the mixtures that were asked for would have been texts that are there already.
     """
 
     schema: LabelSchema
@@ -134,6 +139,7 @@ class TextData:
     validation: Dataset
     test: Dataset
     unlabelled: Dataset | None
+    mixed: Dataset | None
     leaks: dict[str, dict[str, Any]]
     fingerprint: str
     sources: dict[str, str]
@@ -141,6 +147,12 @@ class TextData:
     contradictions: int
     warnings: tuple[str, ...]
     augmented: dict[str, Any]
+    unmixed: int
+
+    @property
+    def taught(self) -> list[str]:
+        """The splits that a teacher labels: the training rows, and texts without labels if there are any."""
+        return ["train", *(split for split in ("unlabelled", "mixed") if getattr(self, split) is not None)]
 
     def facts(self) -> dict[str, Any]:
         """What a report says about the data; the leaks without their rows."""
@@ -148,13 +160,14 @@ class TextData:
         return {
             "problem_type": self.schema.problem_type,
             "rows": {split: len(rows) for split, rows in splits.items()}
-            | ({} if self.unlabelled is None else {"unlabelled": len(self.unlabelled)}),
+            | {split: len(getattr(self, split)) for split in self.taught[1:]},
             "classes": len(self.schema),
             **self._label_facts(splits),
             "leaks": {pair: {k: v for k, v in found.items() if k != "rows"} for pair, found in self.leaks.items()},
             "contradictions": self.contradictions,
             "removed": dict(self.removed),
             "augmented": dict(self.augmented),
+            "mixed": {} if self.mixed is None else {"made": len(self.mixed), "not_made": self.unmixed},
             "warnings": list(self.warnings),
             "sources": dict(self.sources),
             "fingerprint": self.fingerprint,
@@ -221,6 +234,7 @@ def load_data(request: DataRequest) -> TextData:
     for line in warnings:
         LOGGER.warning(line)
     leaks, contradictions = compare(splits, unlabelled), count_contradictions(splits["train"])
+    mixed, unmixed = _mix(splits, unlabelled, request)
     splits["train"], augmented = _augment(splits, request.augmentation)
     return TextData(
         schema=schema,
@@ -228,13 +242,17 @@ def load_data(request: DataRequest) -> TextData:
         validation=to_dataset(splits["validation"], schema),
         test=to_dataset(splits["test"], schema),
         unlabelled=None if unlabelled is None else to_dataset(unlabelled, schema),
+        mixed=None if mixed is None else to_dataset(mixed, schema),
         leaks=leaks,
-        fingerprint=fingerprint(schema, {**{split: splits[split] for split in SPLITS}, "unlabelled": unlabelled}),
+        fingerprint=fingerprint(
+            schema, {**{split: splits[split] for split in SPLITS}, "unlabelled": unlabelled, "mixed": mixed}
+        ),
         sources=sources,
         removed=removed,
         contradictions=contradictions,
         warnings=tuple(warnings),
         augmented=augmented,
+        unmixed=unmixed,
     )
 
 
@@ -295,6 +313,16 @@ def _augment(splits: Mapping[str, Rows], plan: Augmentation | None) -> tuple[Row
     added = len(rows) - len(train)
     LOGGER.info("augmentation: %d edited copies added, %d could not be made", added, not_made)
     return rows, {"edits": list(plan.edits), "added": added, "not_made": not_made}
+
+
+def _mix(splits: Mapping[str, Rows], unlabelled: Rows | None, request: DataRequest) -> tuple[Rows | None, int]:
+    """Mixtures of training texts, if they are asked for, and how many could not be made."""
+    if not request.mixed_texts:
+        return None, 0
+    others = [splits["validation"], splits["test"], *([] if unlabelled is None else [unlabelled])]
+    mixed, not_made = mix(splits["train"], others, count=request.mixed_texts, seed=request.seed)
+    LOGGER.info("mixed texts: %d made, %d would have been texts that are there", len(mixed), not_made)
+    return mixed, not_made
 
 
 def _check_request(request: DataRequest) -> None:

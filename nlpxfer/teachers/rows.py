@@ -1,9 +1,9 @@
 """The rows that a student learns from, with what the teachers say about them.
 
 Rows are in the order of the data; logits were found by text, so that they belong to their rows however these were
-drawn. Labelled rows that nobody says anything about stay, for their label; unlabelled ones go.
+drawn. Labelled rows that nobody says anything about stay, for their label; those without a label go.
 
-Shapes: N rows, C classes.
+Shapes: N rows, C classes: training rows first, then unlabelled ones, then mixtures, if there are any.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.mixture import answered
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
 from nlpxfer.teachers.panel import Panel
-from nlpxfer.teachers.teacher import training_splits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,19 +31,19 @@ Array = np.ndarray[Any, Any]
 
 
 class TransferRows:
-    """Training rows with the teachers' logits, and with unlabelled rows if there are any.
+    """Training rows and texts without labels, with the teachers' logits.
 
     Attributes:
-        logits: Of training and unlabelled rows (N, C), NaN in rows that nobody says anything about.
+        logits: Of all rows (N, C), NaN in rows that nobody says anything about.
         facts: For the report.
-        columns: Further columns of training and unlabelled rows, each with N rows.
+        columns: Further columns, each with N rows.
     """
 
     def __init__(self, run: Run, panel: Panel) -> None:
         self.run = run
         self.columns: dict[str, Array] = {}
         self.labels = run.labels("train")
-        self.logits, self.facts = panel.logits(run, training_splits(run))
+        self.logits, self.facts = panel.logits(run, run.data.taught)
         known_N = answered(self.logits)
         against_N = contradicts(run.problem_type, self.logits[: len(self.labels)], self.labels)
         self.contradicted_N = np.zeros(len(self.logits), dtype=bool)
@@ -58,18 +57,22 @@ class TransferRows:
     @property
     def unlabelled(self) -> int:
         """How many unlabelled rows are taught."""
-        return int(self.kept_N[len(self.labels) :].sum())
+        return int(self.kept_N[self._unlabelled].sum())
+
+    @property
+    def _unlabelled(self) -> slice:
+        rows = self.run.data.unlabelled
+        return slice(len(self.labels), len(self.labels) + (0 if rows is None else len(rows)))
 
     def by_split(self) -> dict[str, Array]:
-        """The logits of each split, NaN in rows that nobody says anything about."""
-        labelled = len(self.labels)
-        parts = {"train": self.logits[:labelled]}
+        """The logits of the training and unlabelled rows, NaN in rows that nobody says anything about."""
+        parts = {"train": self.logits[: len(self.labels)]}
         if self.run.data.unlabelled is not None:
-            parts["unlabelled"] = self.logits[labelled:]
+            parts["unlabelled"] = self.logits[self._unlabelled]
         return parts
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase) -> TokenisedRows:
-        """Training and unlabelled rows, N, as a tokenizer sees them."""
+        """All rows, N, as a tokenizer sees them."""
         return with_unlabelled(self.run, tokenizer).train
 
     def split(
@@ -96,19 +99,20 @@ class TransferRows:
         if unlabelled is None:
             return self.kept_N
         drawn_N = self.kept_N.copy()
-        drawn_N[len(self.labels) :] = False
-        texts = np.flatnonzero(self.kept_N[len(self.labels) :]) + len(self.labels)
+        drawn_N[self._unlabelled] = False
+        texts = np.flatnonzero(self.kept_N[self._unlabelled]) + len(self.labels)
         order = np.random.default_rng(self.run.data_options.data_split_seed).permutation(len(texts))
         drawn_N[texts[order[:unlabelled]]] = True
         return drawn_N
 
 
 def with_unlabelled(run: Run, tokenizer: PreTrainedTokenizerBase) -> Splits:
-    """The splits as a tokenizer sees them; the unlabelled rows, if there are any, after the training rows."""
+    """The splits as a tokenizer sees them; the rows without labels, if there are any, after the training rows."""
     splits = run.split(tokenizer)
-    if run.data.unlabelled is None:
-        return splits
-    return replace(splits, train=TokenisedRows.join(splits.train, run.tokenise(tokenizer, "unlabelled")))
+    train = splits.train
+    for split in run.data.taught[1:]:
+        train = TokenisedRows.join(train, run.tokenise(tokenizer, split))
+    return replace(splits, train=train)
 
 
 def contradicts(problem_type: ProblemType, logits_NC: Array, labels: Array) -> Array:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nlpxfer.run import Run
 
 Array = np.ndarray[Any, Any]
-TRAINING = ("train", "unlabelled")
+TRAINING = ("train", "unlabelled", "mixed")
 """Splits whose logits are cached and may be computed in bfloat16; scores are always those of float32."""
 
 
@@ -219,11 +219,6 @@ def texts_of(run: Run, splits: Sequence[str]) -> tuple[list[str], list[str] | No
     return texts, None if parts[0][1] is None else [pair for _, part in parts for pair in part or []]
 
 
-def training_splits(run: Run) -> list[str]:
-    """The splits that are taught: the training rows, and unlabelled ones if there are any."""
-    return ["train"] if run.data.unlabelled is None else ["train", "unlabelled"]
-
-
 def fingerprint(parents: Sequence[dict[str, Any]], weights: Sequence[float]) -> str:
     """One short text that changes with what several teachers are, and how they are mixed."""
     content = json.dumps([list(parents), [round(weight, 6) for weight in weights]], sort_keys=True)
@@ -271,7 +266,7 @@ def _read_file(run: Run, options: TeacherOptions) -> TeacherFile:
         label=str(columns.label_column),
         separator=columns.label_separator,
     )
-    splits = training_splits(run)
+    splits = run.data.taught
     if not options.teacher_file_partial:
         for split in splits:
             file.require_all(source, *run.texts(split), split=f"the {split} rows")
