@@ -86,15 +86,20 @@ class Results:
         name: Name of the benchmark.
         asked: The options; `results`, `scale`, `only`, `anew` and `words` are read.
         settings: Sizes and seeds; finished cells of other settings or library versions are refused.
+        self_contained: Each cell holds all that its figures are compared with, so that cells of several machines may
+            stand in one file: those that were not measured on the first one say on which. Else they are refused.
     """
 
-    def __init__(self, name: str, asked: argparse.Namespace, settings: Mapping[str, Any]) -> None:
-        self.name, self.asked = name, asked
+    def __init__(
+        self, name: str, asked: argparse.Namespace, settings: Mapping[str, Any], *, self_contained: bool = False
+    ) -> None:
+        self.name, self.asked, self.self_contained = name, asked, self_contained
         self.path = asked.results / f"{name}_{asked.scale}.json"
         self.partial = asked.results / f"{name}_{asked.scale}.partial.json"
         asked.results.mkdir(parents=True, exist_ok=True)
         chosen = json.loads(json.dumps({"defaults": DEFAULTS, **settings}))
         self.facts = {"settings": chosen, "versions": versions(), "machine": machine()}
+        self.elsewhere = False
         self.cells: dict[str, Any] = {}
         self.data: dict[str, str] = {}
         self.skipped: dict[str, str] = {}
@@ -103,6 +108,9 @@ class Results:
 
     def _take_over(self) -> None:
         found = json.loads(self.partial.read_text(encoding="utf-8"))
+        if self.self_contained:
+            self.elsewhere = self.facts["machine"] != found["facts"]["machine"]
+            self.facts["machine"] = found["facts"]["machine"]
         for part, now in self.facts.items():
             before = found["facts"][part]
             changed = [key for key in {*before, *now} if key in before and key in now and before[key] != now[key]]
@@ -111,6 +119,7 @@ class Results:
                     f"{self.partial.name} holds cells measured with other {part}: {', '.join(sorted(changed))}.",
                     fix="--anew measures all cells again",
                 )
+        self.facts["versions"] = found["facts"]["versions"] | self.facts["versions"]
         self.cells, self.data = found["cells"], found["data"]
         if self.cells:
             logger.info("%s: %d finished cells are kept", self.partial.name, len(self.cells))
@@ -150,6 +159,7 @@ class Results:
                 logger.warning("%s is left out: %s", key, reason)
                 continue
             found |= {"cell_seconds": time.perf_counter() - start, "load_before": load, "date": now()}
+            found |= {"machine": machine()} if self.elsewhere else {}
             self.cells[key] = tidy(found)
             write_json_whole(self.partial, {"facts": self.facts, "data": self.data, "cells": self.cells})
             logger.info("%s: %.0f s", key, found["cell_seconds"])

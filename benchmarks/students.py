@@ -13,6 +13,7 @@ Cells of each data set:
 - `model2vec`: the same teacher's body made static by model2vec, and logistic regression on the labels
 - `speed`: rows per second of `Classifier.logits` for teacher, static student and its int8 form, and of model2vec with
   its regression, in turns, tokenising included
+- `mixed-<student>`: the teacher also labels mixtures of the training texts, and nothing else
 - `more-<student>`: the teacher labels more texts: the other training texts, or the unlabelled ones of bundled data
 - `few-teacher`, `few-<student>`: the same with few labels per class, for the teacher too
 
@@ -63,6 +64,7 @@ STUDENTS: dict[str, list[str]] = {
 more that computes it. The narrower one keeps 1,280 of 1,536 inner values of each layer."""
 KEPT_TARGETS = {"3 layers": 0.99, "3 layers, narrower": 0.99, "2 layers": 0.975, "static": 0.93}
 SPEED_TARGETS = {"3 layers": 1.8, "3 layers, narrower": 1.8, "static": 50.0}
+KEPT = ("teacher", "distilled", "control", "gain", "machine")
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Inverse strengths of the regression on model2vec's vectors, chosen on validation rows."""
 
@@ -71,8 +73,8 @@ STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 class Size:
     """How much is measured on a data set; rows are stratified samples of the training rows.
 
-    The `more` students learn from texts without labels too, for `text_epochs`; `few` rows have labels in the cells
-    that start so, None leaves these out.
+    The `more` students learn from texts without labels too, and the `mixed` ones from `mixed_texts` mixtures for each
+    row, both for `text_epochs`; `few` rows have labels in the cells that start so, None leaves these out.
     """
 
     rows: int | None
@@ -80,6 +82,8 @@ class Size:
     seeds: int
     few: int | None = None
     more: tuple[str, ...] = ("3 layers", "2 layers", "static")
+    mixed: tuple[str, ...] = ("3 layers", "2 layers", "static")
+    mixed_texts: int = 5
     text_epochs: int = 3
     students: tuple[str, ...] = ("3 layers", "2 layers", "static")
     speed_rows: int = 1000
@@ -98,7 +102,16 @@ SIZES: dict[str, dict[str, Size]] = {
 MOST = {"small": {"validation": 500, "test": 2000}}
 """Scale -> rows that are kept of a split of a set that is not bundled."""
 SMOKE = Size(
-    rows=96, epochs=1, seeds=1, few=48, text_epochs=1, students=("2 layers", "static"), more=("static",), speed_rows=16
+    rows=96,
+    epochs=1,
+    seeds=1,
+    few=48,
+    text_epochs=1,
+    students=("2 layers", "static"),
+    more=("static",),
+    mixed=("static",),
+    mixed_texts=1,
+    speed_rows=16,
 )
 
 
@@ -125,6 +138,8 @@ class Bench:
         found |= {student: lambda s=student: self.student(s) for student in self.size.students}
         found |= {"textbrewer": self.textbrewer, "sentence-transformers": self.sentence_transformers}
         found |= {"model2vec": self.model2vec, "speed": self.speed}
+        for student in self.size.mixed:
+            found[f"mixed-{student}"] = lambda s=student: self.student(s, "mixed-")
         for student in self.size.more:
             found[f"more-{student}"] = lambda s=student: self.student(s, "more-")
         if self.size.few is not None:
@@ -150,7 +165,9 @@ class Bench:
         epochs = self.size.text_epochs if prefix else self.size.epochs
         if "static" not in STUDENTS[student]:  # it has epochs of its own
             words += ["--num_train_epochs", str(epochs)]
-        if prefix:
+        if prefix == "mixed-":
+            values["mixed_texts"] = self.size.mixed_texts
+        elif prefix:
             values["unlabelled_file"] = self._texts()
         report = self._run("distill", f"{prefix}{student}".replace(" ", "-"), values, words)
         arms = {arm.name: arm for arm in report.arms}
@@ -276,12 +293,15 @@ class Bench:
             asked += ["--model_name_or_path", self.asked.model, "--control_arm", "false"]
         report: Report = load_recipe(recipe).main([*asked, *words, "--output_dir", str(folder)])
         kind = key.partition("-")[0]
-        other_rows = f"-{kind}" if kind in ("more", "few") else ""
+        other_rows = f"-{kind}" if kind in ("mixed", "more", "few") else ""
         self.results.use_data(f"{self.name}{other_rows}", report.data["fingerprint"])
         return report
 
     def _kept(self, key: str) -> Path:
+        """The folder of a cell's model; a teacher that was measured on another machine is trained again."""
         folder: Path = self.folder / key
+        if key.endswith("teacher") and not folder.exists() and self.results.get(f"{self.name}/{key}"):
+            self.teacher(key, self.few if key.startswith("few") else self.rows)
         if not (folder / "report.json").is_file():
             raise Skipped(f"there is no {key} yet: measure the cell {self.name}/{key} first")
         return folder
@@ -306,14 +326,15 @@ class Bench:
     def summary(self) -> dict[str, Any]:
         """Each student beside its control arm, with the targets."""
         found: dict[str, Any] = {}
-        for prefix in ("", "more-", "few-"):
+        measured = {"": self.size.students, "mixed-": self.size.mixed, "more-": self.size.more}
+        for prefix, wanted in (measured | {"few-": self.size.students}).items():
             students = {}
-            for student in self.size.more if prefix == "more-" else self.size.students:
+            for student in wanted:
                 cell = self.results.get(f"{self.name}/{prefix}{student}")
                 if cell is None:
                     continue
                 kept, ratio = cell["distilled"]["kept"]["value"], cell["speed_ratio"]["median"]
-                students[student] = {key: cell[key] for key in ("teacher", "distilled", "control", "gain")} | {
+                students[student] = {key: cell[key] for key in KEPT if key in cell} | {
                     "rows": cell["rows"],
                     "kept": judged(kept, KEPT_TARGETS[student]) if prefix != "few-" else kept,
                     "speed_ratio": judged(ratio, SPEED_TARGETS[student])
@@ -350,7 +371,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     settings = {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()}
     shares = {"layers": DISTIL().share_of_teacher, "static": DISTIL(student="static").share_of_teacher}
     shared = {"model": asked.model, "students": STUDENTS, "kd_weight": shares}
-    results = Results("students", asked, shared | settings)
+    results = Results("students", asked, shared | settings, self_contained=True)
     summary = {}
     for name, values in known.items():
         bench = Bench(name, values, sizes[name], asked, results)

@@ -236,8 +236,11 @@ def predict_tables(found: Mapping[str, Any]) -> str:
     return text + (table(heads, rows) if rows else "")
 
 
+ELSEWHERE = "†"
+"""Stands beside what was measured on another machine than the rest."""
 STUDENT_TEXTS = {
     "": "all labels",
+    "mixed-": "all labels, and mixtures of their texts",
     "more-": "all labels, and other texts without",
     "few-": "few labels, and other texts without",
 }
@@ -262,7 +265,7 @@ def students_tables(found: Mapping[str, Any]) -> str:
                     [
                         name,
                         str(each["rows"]["train"]),
-                        student,
+                        student + (f" {ELSEWHERE}" if "machine" in each else ""),
                         *(share(each[arm]["test_accuracy"]) for arm in ("teacher", "distilled", "control")),
                         verdict(kept, percent) if isinstance(kept, Mapping) else percent(kept),
                         f"{shown[0]:+.1f} [{shown[1]:+.1f}, {shown[2]:+.1f}] ({gain['call']})",
@@ -309,10 +312,15 @@ TABLES = {
 def caption(found: Mapping[str, Any]) -> str:
     """One line on where the figures come from."""
     machine, versions = found["machine"], found["versions"]
-    place = machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}, {machine['instructions']}"
+    others = [cell["machine"] for cell in found["cells"].values() if "machine" in cell]
+    place = _place(machine) + "".join(f"; {ELSEWHERE} {name}" for name in dict.fromkeys(map(_place, others)))
     libraries = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers") if name in versions)
     skipped = f" Left out: {', '.join(found['skipped'])}." if found["skipped"] else ""
     return f"`{found['command']}`, {found['date'][:10]}, {place}, {libraries}.{skipped}\n"
+
+
+def _place(machine: Mapping[str, Any]) -> str:
+    return machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}, {machine['instructions']}"
 
 
 def main(argv: Sequence[str] | None = None) -> str:

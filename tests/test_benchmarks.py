@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -110,7 +111,7 @@ def test_students_side_by_side(load, sets, words):
     keys = {key.removeprefix("tiny/") for key in found["cells"]}
     own = {"teacher", "2 layers", "static", "speed"}
     others = {"model2vec", "textbrewer", "sentence-transformers"}  # as far as they are installed
-    assert own | {f"few-{key}" for key in own - {"speed"}} | {"more-static"} == keys - others
+    assert own | {f"few-{key}" for key in own - {"speed"}} | {"more-static", "mixed-static"} == keys - others
     assert keys & others == others - {key.removeprefix("tiny/").partition(":")[0] for key in found["skipped"]}
     summary = found["summary"]["tiny"]
     static, teacher = summary["students"]["static"], found["cells"]["tiny/teacher"]
@@ -119,8 +120,43 @@ def test_students_side_by_side(load, sets, words):
     assert static["kept"]["value"] == pytest.approx(accuracies[0] / accuracies[1], rel=1e-4)
     for prefix in ("few-", "more-"):
         assert summary[f"{prefix}students"]["static"]["rows"]["unlabelled"] > 0
+    assert 80 < summary["mixed-students"]["static"]["rows"]["mixed"] <= 96
     assert summary["static_speed"]["value"] > 0
     assert "| tiny | 96 | static |" in load("table").main([str(path)])
+
+
+def test_students_of_another_machine_say_so(load, sets, words, tmp_path, monkeypatch):
+    """Each cell has its own teacher's scores; the teacher, whose folder stayed behind, is trained again."""
+    bench, measuring = load("students"), load("measuring")
+    first = read(bench.main([*words, "--only", "tiny/teacher", "--only", "tiny/static"], sets=sets))
+    assert not any("machine" in cell for cell in first["cells"].values())
+    shutil.rmtree(tmp_path / "work")
+    other = measuring.machine() | {"processor": "another one", "cores": 64}
+    monkeypatch.setattr(measuring, "machine", lambda: other)
+    path = bench.main([*words, "--only", "mixed-"], sets=sets)
+    second = read(path)
+    assert second["machine"] == first["machine"]
+    assert second["versions"] == first["versions"]
+    new = second["cells"].pop("tiny/mixed-static")
+    assert second["cells"] == first["cells"]
+    assert new["machine"] == other
+    assert (tmp_path / "work" / "students-smoke-tiny" / "teacher" / "report.json").is_file()
+    tables = load("table").main([str(path)])
+    assert "| tiny | 96 | static † |" in tables
+    assert "| tiny | 96 | static |" in tables
+    assert "; † 64 cores, another one, " in tables
+    third = read(bench.main([*words, "--only", "mixed-"], sets=sets))
+    assert third["cells"]["tiny/mixed-static"] == new, "finished"
+
+
+def test_seconds_of_another_machine_are_refused(load, sets, words, monkeypatch):
+    bench, measuring = load("finetune"), load("measuring")
+    only = ["--only", "sweep/0.0001"]
+    bench.main([*words, *only], sets=sets)
+    other = measuring.machine() | {"processor": "another one"}
+    monkeypatch.setattr(measuring, "machine", lambda: other)
+    with pytest.raises(ConfigError, match="measured with other machine: processor"):
+        bench.main([*words, *only], sets=sets)
 
 
 def test_unknown_data_are_named(load, words):
