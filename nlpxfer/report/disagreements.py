@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from nlpxfer.evaluate.calibration import probabilities
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
+from nlpxfer.report.listed_row import labels_above, listed_row
 from nlpxfer.strict_json import write_json_lines_whole
 
 Array = NDArray[Any]
@@ -133,12 +134,9 @@ def _line(
     problem_type: ProblemType,
     temperatures: tuple[float, float],
 ) -> dict[str, Any]:
-    pair = {} if two.pairs is None else {"text_pair": two.pairs[index]}
     line: dict[str, Any] = {
         "split": two.split,
-        "row": int(two.numbers_N[index]),
-        "text": two.texts[index],
-        **pair,
+        **listed_row(index, two.numbers_N, two.texts, two.pairs),
         "label": None if two.gold is None else _label(two.gold[index], names, problem_type),
     }
     logits = (two.teacher_NC[index], two.student_NC[index])
@@ -150,7 +148,7 @@ def _line(
     if problem_type == MULTI_LABEL:
         differ = [c for c in range(len(names)) if (shares[0][c] > 0.5) != (shares[1][c] > 0.5)]
         for who, each in zip(("teacher", "student"), shares, strict=True):
-            line[who] = [name for name, share in zip(names, each, strict=True) if share > 0.5]
+            line[who] = labels_above(each, names)
             line[f"{who}_probability"] = {names[c]: round(float(each[c]), _DIGITS) for c in differ}
         return line
     for who, each in zip(("teacher", "student"), shares, strict=True):
@@ -163,5 +161,5 @@ def _label(gold: Any, names: Sequence[str], problem_type: ProblemType) -> Any:  
     if problem_type == REGRESSION:
         return round(float(gold), _DIGITS)
     if problem_type == MULTI_LABEL:
-        return [name for name, one in zip(names, gold, strict=True) if one]
+        return labels_above(gold, names)
     return names[int(gold)]

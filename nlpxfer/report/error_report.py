@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from nlpxfer.evaluate.metrics import per_class_table, per_label_table
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.report.error_page import error_page
+from nlpxfer.report.listed_row import labels_above, listed_row
 from nlpxfer.report.plots import confusion_counts
 from nlpxfer.strict_json import write_json_whole, write_text_whole
 
@@ -66,7 +67,7 @@ def error_summary(
     wrong = np.flatnonzero(predicted_N != labels_N)
     mistakes = [
         {
-            **_row(index, numbers_N, texts, pairs),
+            **listed_row(index, numbers_N, texts, pairs),
             "label": names[labels_N[index]],
             "predicted": names[predicted_N[index]],
             "probability": round(float(sure_N[index]), _DIGITS),
@@ -123,9 +124,9 @@ def label_set_error_summary(
     worst = np.argsort(-_wrong_side(shares_NC, thresholds_C)[rows, labels], kind="stable")[:SHOWN]
     mistakes = [
         {
-            **_row(row, numbers_N, texts, pairs),
-            "labels": _names(gold_NC[row], names),
-            "predicted": _names(given_NC[row], names),
+            **listed_row(row, numbers_N, texts, pairs),
+            "labels": labels_above(gold_NC[row], names),
+            "predicted": labels_above(given_NC[row], names),
             "label": names[label],
             "kind": "missing" if gold_NC[row, label] else "extra",
             "probability": round(float(shares_NC[row, label]), _DIGITS),
@@ -174,7 +175,7 @@ def number_error_summary(
     for index in worst:
         label, predicted = _shown_number(gold[index]), _shown_number(found[index])
         numbers = {"label": label, "predicted": predicted, "error": _shown_number(predicted - label)}
-        mistakes.append({**_row(index, numbers_N, texts, pairs), **numbers})
+        mistakes.append({**listed_row(index, numbers_N, texts, pairs), **numbers})
     return {"rows": len(gold), **_mean_errors(error_N), "mistakes": mistakes, "by_number": _by_number(gold, error_N)}
 
 
@@ -207,17 +208,6 @@ def write_error_report(
     """
     write_json_whole(Path(folder) / ERRORS_FILE, dict(splits))
     write_text_whole(Path(folder) / READABLE_FILE, error_page(splits, problem_type))
-
-
-def _row(
-    index: int, numbers_N: Sequence[int], texts: Sequence[str], pairs: Sequence[str] | None
-) -> dict[str, int | str]:
-    pair = {} if pairs is None else {"text_pair": pairs[index]}
-    return {"row": int(numbers_N[index]), "text": texts[index], **pair}
-
-
-def _names(has_C: NDArray[np.bool_], names: Sequence[str]) -> list[str]:
-    return [name for name, has in zip(names, has_C, strict=True) if has]
 
 
 def _wrong_side(shares_NC: NDArray[np.float64], thresholds_C: NDArray[np.float64]) -> NDArray[np.float64]:

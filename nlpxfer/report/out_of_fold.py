@@ -19,6 +19,7 @@ from nlpxfer.evaluate.calibration import probabilities
 from nlpxfer.evaluate.folds import OutOfFold
 from nlpxfer.evaluate.label_errors import LabelSetErrors
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
+from nlpxfer.report.listed_row import labels_above, listed_row
 from nlpxfer.strict_json import write_json_lines_whole
 
 OUT_OF_FOLD_FILE: Final = "predictions/out_of_fold.jsonl"
@@ -33,13 +34,9 @@ def prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logit
     shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
     if problem_type == MULTI_LABEL:
         given = {name: round(float(p), _DIGITS) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
-        return {"label": _given(names, gold), "predicted": given}
+        return {"label": labels_above(gold, names), "predicted": given}
     best = int(shares_C.argmax())
     return {"label": names[gold], "predicted": names[best], "probability": round(float(shares_C[best]), _DIGITS)}
-
-
-def _given(names: Sequence[str], gold_C: NDArray[Any]) -> list[str]:
-    return [name for name, one in zip(names, gold_C, strict=True) if one > 0.5]
 
 
 def write_out_of_fold(folder: str | Path, found: OutOfFold, names: Sequence[str], numbers_N: Sequence[int]) -> Path:
@@ -98,13 +95,12 @@ def write_label_errors(
 
     def lines() -> Iterator[dict[str, Any]]:
         for rank, index in enumerate(errors.rows_E, start=1):
-            pair = {} if pairs is None else {"text_pair": pairs[index]}
-            row = {"rank": rank, "row": int(numbers_N[index]), "text": texts[index], **pair}
+            row = {"rank": rank, **listed_row(index, numbers_N, texts, pairs)}
             shares_C, gold = found.shares_NC[index], found.labels[index]
             if isinstance(errors, LabelSetErrors):
                 label = int(errors.labels_E[rank - 1])
                 yield row | {
-                    "labels": _given(names, gold),
+                    "labels": labels_above(gold, names),
                     "label": names[label],
                     "suggested": "remove" if gold[label] > 0.5 else "add",
                     "probability": round(float(shares_C[label]), _DIGITS),
