@@ -185,7 +185,7 @@ def find_smallest(
 
     Raises:
         TargetMissedError: No student reaches the target; names the nearest.
-        ConfigError: See `check_search`.
+        ConfigError: See `check_search`; or the teacher's score is not above 0.
         Interrupted: A signal asked to stop; the search starts anew when the run is resumed.
     """
     if not plan.search:
@@ -254,6 +254,11 @@ def _search(
     teacher: Checkpoint | None,
     maker: MakesInt8 | None,
 ) -> tuple[LadderResult, Mapping[str, Measured | None]]:
+    target = Target(
+        reference=_score_of(run, run.answers[TEACHER][0].validation),
+        keep=plan.keep or KEEP,
+        max_latency_ms=plan.max_latency_ms,
+    )
     plans = {choice.name: _planned(run, plan, choice.values) for choice in choices}
     bases = dict.fromkeys(choice.trained_as for choice in choices)
     measured = _measured(run, choices, {name: arm_of(plans[name]) for name in bases}, teacher, maker)
@@ -286,11 +291,6 @@ def _search(
         )
         for choice in choices
     ]
-    target = Target(
-        reference=_score_of(run, run.answers[TEACHER][0].validation),
-        keep=plan.keep or KEEP,
-        max_latency_ms=plan.max_latency_ms,
-    )
     return climb(candidates, target, total_steps=_budget(run, plan), max_steps=_whole_training(run)), measured
 
 

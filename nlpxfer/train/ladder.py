@@ -67,11 +67,27 @@ class Target:
         reference: The teacher's validation score.
         keep: Least share of it that the student keeps.
         max_latency_ms: Most milliseconds for one row; None: any.
+
+    Raises:
+        ConfigError: No student could be held against it; all reasons at once.
     """
 
     reference: float
     keep: float
     max_latency_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        faults = []
+        if not 0 < self.keep <= 1:
+            faults.append(f"keep: {self.keep} is not a share above 0 and up to 1")
+        if not self.reference > 0:
+            faults.append(
+                f"keep: the teacher's validation score is {self.reference:.4f}, so there is no share of it to keep"
+            )
+        if self.max_latency_ms is not None and not self.max_latency_ms > 0:
+            faults.append(f"max_latency_ms: {self.max_latency_ms} is not positive")
+        if faults:
+            raise ConfigError.from_faults(faults)
 
     @property
     def score(self) -> float:
@@ -184,7 +200,7 @@ def climb(
     Raises:
         ConfigError: No candidates, equal names, a budget too small for a step of each, or values out of range.
     """
-    _check(candidates, target, total_steps, max_steps, eta)
+    _check(candidates, total_steps, max_steps, eta)
     ordered = sorted(candidates, key=lambda each: (each.latency_ms, each.bytes))
     tried = {c.name: Tried(name=c.name, latency_ms=c.latency_ms, bytes=c.bytes) for c in ordered}
     alive = []
@@ -253,19 +269,11 @@ def least_steps(candidates: int, trainings: int, eta: int = 2) -> int:
     return trainings * rung_count(candidates, eta)
 
 
-def _check(candidates: Sequence[Candidate], target: Target, total_steps: int, max_steps: int, eta: int) -> None:
+def _check(candidates: Sequence[Candidate], total_steps: int, max_steps: int, eta: int) -> None:
     faults = []
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         faults.append(f"candidates: {len(names)} with {len(set(names))} different names")
-    if not 0 < target.keep <= 1:
-        faults.append(f"keep: {target.keep} is not a share above 0 and up to 1")
-    if not target.reference > 0:
-        faults.append(
-            f"keep: the teacher's validation score is {target.reference:.4f}, so there is no share of it to keep"
-        )
-    if target.max_latency_ms is not None and not target.max_latency_ms > 0:
-        faults.append(f"max_latency_ms: {target.max_latency_ms} is not positive")
     faults += [
         f"{name}: {value} is below 1"
         for name, value in (("total_steps", total_steps), ("max_steps", max_steps))
