@@ -5,14 +5,15 @@
 
 A cell `<data>/<method>/<seed>` is a run of the method's recipe with its defaults, save for what METHODS and the sizes
 name. Its seconds hold features or linear probe, training, validation after each epoch and checkpoints; loading,
-tokenising and the final scoring are not in them. Memory is the highest resident memory of the process during the cell
-less that before it (Linux). `<data>/stock/<seed>` is the stock Trainer in float32 with its training alone. The seconds
-of `taught` come on top of those of its teachers.
+tokenising and the final scoring are not in them. `<data>/stock/<seed>` is the stock Trainer in float32 with its
+training alone. The seconds of `taught` come on top of those of its teachers.
+
+The cell `<data>/memory` runs each method for one epoch in a process of its own and notes the most resident memory that
+this process had, libraries and data included (Linux).
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -21,22 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import measuring
-import psutil
 import torch
 from data_sets import data_sets
-from measuring import Results, Skipped, judged, mean_and_deviation, median_and_range
-from peers import STOCK, stock_arguments, stock_model, stock_trainer
+from measuring import Results, Skipped, at_home, judged, mean_and_deviation, median_and_range, most_memory, run_recipe
+from peers import STOCK, STOCK_LEARNING_RATE, train_stock
 
 from nlpxfer.checkpoint.adapter_kinds import KINDS
-from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.cli import run_main
-from nlpxfer.config import DataOptions, RunOptions
-from nlpxfer.data.tokenise import Collator
-from nlpxfer.evaluate.task import task_metrics
-from nlpxfer.recipes import load_recipe
 from nlpxfer.report.report import Report
-from nlpxfer.start import start_run
-from nlpxfer.train.predict import predict
 
 ALL_DATA = "banking77,clinc150,scicite,pubmedqa,unfair_tos,debian-sections,debian-tags"
 R_DROP = ["--r_drop_weight", "1", "--dropout", "0.1"]
@@ -148,24 +141,15 @@ class Bench:
                 found[f"{self.name}/{method}/{seed}"] = lambda m=method, s=seed: self.method(m, s)
             if self.size.stock_epochs and number == 0:
                 found[f"{self.name}/stock/{seed}"] = lambda s=seed: self.stock(s)
+            if number == 0:
+                found[f"{self.name}/memory"] = self.memory
         return found
 
     def method(self, method: str, seed: int) -> dict[str, Any]:
         """A run of the recipe."""
-        recipe, own = METHODS[method]
-        words = [word for key, value in self.values.items() for word in (f"--{key}", str(value))]
         folder = self._folder(method, seed)
-        shutil.rmtree(folder, ignore_errors=True)
-        words += ["--output_dir", str(folder)]
-        words += ["--control_arm", "false", "--seed", str(seed), *own, *self.size.options.get(method, ())]
-        if recipe == "features":
-            words += ["--feature_cache", str(self._beside("features"))]
-            shutil.rmtree(words[-1], ignore_errors=True)  # each run computes its own
-        else:
-            words += ["--num_train_epochs", str(self.size.epochs)]
-        words += self._teachers(seed) if method == "taught" else ["--model_name_or_path", self.asked.model]
-        with MemoryPeak() as memory:
-            report: Report = load_recipe(recipe).main(words)
+        recipe, words = self._command(method, seed, folder, self.size.epochs)
+        report: Report = run_recipe(recipe, words)
         self.results.use_data(self.name, report.data["fingerprint"])
         arm = next(arm for arm in report.arms if arm.metrics == report.metrics)
         bundle = folder / "adapter" / "adapter_model.safetensors"
@@ -175,11 +159,36 @@ class Bench:
             "train_seconds": arm.seconds,
             "trained_parameters": arm.details.get("trained_parameters"),
             "saved_bytes": bundle.stat().st_size if bundle.is_file() else arm.bytes,
-            "memory_bytes": memory.added,
             "metrics": json.loads(json.dumps(report.metrics)),
             "without_leaks": report.checks.get("test_without_leaks"),
             "bf16": report.checks["precision"]["bf16"],
         }
+
+    def _command(self, method: str, seed: int, folder: Path, epochs: int) -> tuple[str, list[str]]:
+        """A method's recipe and its command line; what an earlier run left in the folder is removed."""
+        recipe, own = METHODS[method]
+        words = [word for key, value in self.values.items() for word in (f"--{key}", str(value))]
+        shutil.rmtree(folder, ignore_errors=True)
+        words += ["--output_dir", str(folder)]
+        words += ["--control_arm", "false", "--seed", str(seed), *own, *self.size.options.get(method, ())]
+        if recipe == "features":
+            words += ["--feature_cache", str(self._beside("features"))]
+            shutil.rmtree(words[-1], ignore_errors=True)  # each run computes its own
+        else:
+            words += ["--num_train_epochs", str(epochs)]
+        words += self._teachers(seed) if method == "taught" else ["--model_name_or_path", self.asked.model]
+        return recipe, words
+
+    def memory(self) -> dict[str, Any]:
+        """The most memory that a process of each method had; `taught` is `lp-ft` with answers from disk."""
+        seed, found = self.size.seeds[0], {}
+        for method in self.size.methods:
+            if method != "taught":
+                command = self._command(method, seed, self.folder, 1)
+                found[method] = most_memory(run_recipe, *command)
+        if self.size.stock_epochs:
+            found["stock"] = most_memory(train_stock, *self._stock(seed), epochs=1)
+        return {"peak_bytes": found}
 
     def _folder(self, method: str, seed: int) -> Path:
         """Where a method's model lies: that of a teacher until the end, others until the next cell."""
@@ -208,31 +217,18 @@ class Bench:
 
     def stock(self, seed: int) -> dict[str, Any]:
         """The stock Trainer in float32, at the learning rate that was best for it in `finetune.py`."""
+        fingerprint, cell = train_stock(*self._stock(seed), epochs=self.size.stock_epochs)
+        self.results.use_data(self.name, fingerprint)
+        return cell
+
+    def _stock(self, seed: int) -> tuple[Mapping[str, Any], Path, str, int]:
         shutil.rmtree(self.folder, ignore_errors=True)
-        options = RunOptions(output_dir=str(self.folder))
-        with start_run("finetune", DataOptions(**self.values), options) as run:
-            self.results.use_data(self.name, run.data.fingerprint)
-            tokenizer = load_classifier(self.asked.model, schema=run.data.schema).tokenizer
-            splits = run.split(tokenizer)
-            model = stock_model(self.asked.model, len(run.data.schema), seed)
-            arguments = stock_arguments(
-                self.folder / "stock", learning_rate=3e-4, epochs=self.size.stock_epochs, seed=seed
-            )
-            trainer = stock_trainer(model, arguments, splits.train, tokenizer)
-            with MemoryPeak() as memory:
-                seconds = trainer.train().metrics["train_runtime"]
-            collator = Collator.for_tokenizer(tokenizer)
-            metrics = {
-                split: task_metrics(run.problem_type, predict(model, rows, collator), run.labels(split))
-                for split, rows in (("validation", splits.validation), ("test", splits.test))
-            }
-            trained = sum(p.numel() for p in model.parameters())
-            return {"seed": seed, "train_seconds": seconds, "trained_parameters": trained, "metrics": metrics,
-                    "memory_bytes": memory.added}  # fmt: skip
+        return self.values, self.folder, self.asked.model, seed
 
     def summary(self) -> dict[str, Any]:
         """Means over the seeds of each method, and the targets."""
         found: dict[str, Any] = {"metric": HEADLINE.get(self.name, "accuracy"), "methods": {}}
+        peaks = (self.results.get(f"{self.name}/memory") or {"peak_bytes": {}})["peak_bytes"]
         for method in (*self.size.methods, "stock"):
             cells = self.results.under(f"{self.name}/{method}/")
             if not cells:
@@ -243,8 +239,9 @@ class Bench:
                 "test": {name: mean_and_deviation(scores[name] for scores in test) for name in names},
                 "trained_parameters": cells[0]["trained_parameters"],
                 "saved_bytes": cells[0].get("saved_bytes"),
-                "train_seconds": median_and_range(cell["train_seconds"] for cell in cells),
-                "memory_bytes": median_and_range(cell["memory_bytes"] for cell in cells),
+                "train_seconds": median_and_range(cell["train_seconds"] for cell in at_home(cells)),
+                "elsewhere": any("machine" in cell for cell in cells),
+                "peak_bytes": peaks.get(method),
             }
         found["rows"] = next((cell["rows"] for cell in self.results.under(f"{self.name}/") if "rows" in cell), None)
         return found | {"targets": self._targets(found["methods"], found["metric"])}
@@ -258,33 +255,12 @@ class Bench:
         best_lora = max((score[name] for name in LORA if name in score), default=None)
         if best_full is not None and best_lora is not None:
             targets["LoRA: points lost"] = judged(best_full - best_lora, LORA_POINTS, at_most=True)
-        if {"features", "stock"} <= set(methods):
+        if {"features", "stock"} <= {name for name, item in methods.items() if not item["elsewhere"]}:
             seconds = [methods[name]["train_seconds"]["median"] for name in ("features", "stock")]
             targets["features: share of stock's time"] = judged(seconds[0] / seconds[1], FEATURE_TIME, at_most=True)
         if self.asked.scale == "full" and self.name in ACCURACY_TARGETS and best_full is not None:
             targets["accuracy"] = judged(max(score.values()), ACCURACY_TARGETS[self.name])
         return targets
-
-
-class MemoryPeak:
-    """How far resident memory rose inside a `with` block, in bytes: `added`; None where the system does not tell."""
-
-    added: int | None = None
-
-    def __enter__(self) -> MemoryPeak:
-        """Forget the highest value so far."""
-        gc.collect()
-        self.clear, self.status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-        self.before = psutil.Process().memory_info().rss
-        if self.clear.exists():
-            self.clear.write_text("5")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        """Read the highest value since."""
-        if self.clear.exists():
-            line = next(line for line in self.status.read_text().splitlines() if line.startswith("VmHWM"))
-            self.added = max(0, 1024 * int(line.split()[1]) - self.before)
 
 
 def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]] | None = None) -> Path:
@@ -302,9 +278,10 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
             "methods": {name: METHODS[name] for name in used},
             "defaults": DEFAULTS,
             "stock": STOCK,
-            "stock_learning_rate": 3e-4,
+            "stock_learning_rate": STOCK_LEARNING_RATE,
         }
         | {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()},
+        several_machines=True,
     )
     benches = [Bench(name, values, sizes[name], asked, results) for name, values in known.items()]
     cells: dict[str, Callable[[], dict[str, Any]]] = {}

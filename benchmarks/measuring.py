@@ -11,12 +11,14 @@ import argparse
 import datetime
 import json
 import logging
+import multiprocessing
 import os
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,9 @@ from tqdm.auto import tqdm
 from nlpxfer.config import default_learning_rate
 from nlpxfer.config.options import DEFAULT_HEAD_SIZE
 from nlpxfer.errors import ConfigError
+from nlpxfer.evaluate.cost import peak_memory_bytes
 from nlpxfer.evaluate.metrics import classification_metrics
+from nlpxfer.recipes import load_recipe
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
 
@@ -86,14 +90,14 @@ class Results:
         name: Name of the benchmark.
         asked: The options; `results`, `scale`, `only`, `anew` and `words` are read.
         settings: Sizes and seeds; finished cells of other settings or library versions are refused.
-        self_contained: Each cell holds all that its figures are compared with, so that cells of several machines may
-            stand in one file: those that were not measured on the first one say on which. Else they are refused.
+        several_machines: No figure that depends on the machine is compared between cells, so that those of several
+            machines may stand in one file: those not measured on the first one say on which. Else they are refused.
     """
 
     def __init__(
-        self, name: str, asked: argparse.Namespace, settings: Mapping[str, Any], *, self_contained: bool = False
+        self, name: str, asked: argparse.Namespace, settings: Mapping[str, Any], *, several_machines: bool = False
     ) -> None:
-        self.name, self.asked, self.self_contained = name, asked, self_contained
+        self.name, self.asked, self.several_machines = name, asked, several_machines
         self.path = asked.results / f"{name}_{asked.scale}.json"
         self.partial = asked.results / f"{name}_{asked.scale}.partial.json"
         asked.results.mkdir(parents=True, exist_ok=True)
@@ -108,7 +112,7 @@ class Results:
 
     def _take_over(self) -> None:
         found = json.loads(self.partial.read_text(encoding="utf-8"))
-        if self.self_contained:
+        if self.several_machines:
             self.elsewhere = self.facts["machine"] != found["facts"]["machine"]
             self.facts["machine"] = found["facts"]["machine"]
         for part, now in self.facts.items():
@@ -238,6 +242,26 @@ def tidy(value: Any) -> Any:  # noqa: ANN401 - anything JSON can hold
     if isinstance(value, (list, tuple)):
         return [tidy(item) for item in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def at_home(cells: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The cells that were measured on the first machine of their file; all of them where none was."""
+    return [cell for cell in cells if "machine" not in cell] or list(cells)
+
+
+def run_recipe(recipe: str, words: Sequence[str]) -> Any:  # noqa: ANN401 - what the recipe returns
+    """Run a recipe with a command line."""
+    return load_recipe(recipe).main(list(words))
+
+
+def most_memory(function: Callable[..., object], *values: Any, **named: Any) -> int:  # noqa: ANN401
+    """Call a function in a new process: the most memory that this ever had, in bytes.
+
+    Memory that earlier work left to Python does not count.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        process.submit(function, *values, **named).result()
+        return process.submit(peak_memory_bytes).result()
 
 
 def scores(run: Run, validation_logits: Array, test_logits: Array) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +28,24 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
-from nlpxfer.checkpoint.load import Checkpoint
+from nlpxfer.checkpoint.load import Checkpoint, load_classifier
 from nlpxfer.checkpoint.pooling import has_mean_layer
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.checkpoint.student import model_layers, slice_layers
-from nlpxfer.data.tokenise import TokenisedRows
+from nlpxfer.config import DataOptions, RunOptions
+from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.evaluate.task import task_metrics
+from nlpxfer.start import start_run
 from nlpxfer.train.launch import seed_everything
+from nlpxfer.train.predict import predict
 from nlpxfer.train.trainer import TransferTrainer
 
 LEARNING_RATES = (1e-4, 3e-4, 1e-3)
 WARM_UP = 0.1
 CLIP = 1.0
+STOCK_LEARNING_RATE = 3e-4
+"""The best of `LEARNING_RATES` on validation rows in `finetune.py`."""
 STOCK = (
     "transformers.Trainer with DataCollatorWithPadding: random batches of 32 padded to their longest row, float32, "
     "fused AdamW, linear schedule with 10 % warm-up, gradient norm 1, new random head, all weights trained"
@@ -131,6 +137,35 @@ class EpochTime(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         self.seconds = self._clock() - self.start
+
+
+def train_stock(
+    values: Mapping[str, Any], folder: Path, model: str, seed: int, epochs: int
+) -> tuple[str, dict[str, Any]]:
+    """The stock Trainer on a data set: the fingerprint of its rows, then seconds, trained parameters and scores.
+
+    Args:
+        values: Values of `DataOptions`.
+        folder: A new one.
+        model: The checkpoint.
+        seed: Of head, batches and dropout.
+        epochs: Over the training rows.
+    """
+    with start_run("finetune", DataOptions(**values), RunOptions(output_dir=str(folder))) as run:
+        tokenizer = load_classifier(model, schema=run.data.schema).tokenizer
+        splits = run.split(tokenizer)
+        stock = stock_model(model, len(run.data.schema), seed)
+        rate = STOCK_LEARNING_RATE
+        arguments = stock_arguments(folder / "stock", learning_rate=rate, epochs=epochs, seed=seed)
+        seconds = stock_trainer(stock, arguments, splits.train, tokenizer).train().metrics["train_runtime"]
+        collator = Collator.for_tokenizer(tokenizer)
+        metrics = {
+            split: task_metrics(run.problem_type, predict(stock, rows, collator), run.labels(split))
+            for split, rows in (("validation", splits.validation), ("test", splits.test))
+        }
+        trained = sum(p.numel() for p in stock.parameters())
+        found = {"seed": seed, "train_seconds": seconds, "trained_parameters": trained, "metrics": metrics}
+        return run.data.fingerprint, found
 
 
 def epoch_seconds(trainer: Trainer) -> float:

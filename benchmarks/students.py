@@ -371,7 +371,7 @@ def main(argv: Sequence[str] | None = None, sets: Mapping[str, Mapping[str, Any]
     settings = {name: asdict(size) | {"most": MOST.get(asked.scale)} for name, size in sizes.items()}
     shares = {"layers": DISTIL().share_of_teacher, "static": DISTIL(student="static").share_of_teacher}
     shared = {"model": asked.model, "students": STUDENTS, "kd_weight": shares}
-    results = Results("students", asked, shared | settings, self_contained=True)
+    results = Results("students", asked, shared | settings, several_machines=True)
     summary = {}
     for name, values in known.items():
         bench = Bench(name, values, sizes[name], asked, results)

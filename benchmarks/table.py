@@ -16,6 +16,8 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 DASH = "–"
+ELSEWHERE = "†"
+"""Stands beside what was measured on another machine than the rest."""
 SCORES = {"accuracy": "accuracy", "micro_f1": "micro-F1", "macro_f1": "macro-F1"}
 METHODS = {
     "full": "all weights, random head",
@@ -180,12 +182,12 @@ def methods_tables(found: Mapping[str, Any]) -> str:
         shown = [SCORES[metric] + (" *" if metric == item["metric"] else "") for metric in metrics]
         rows = [
             [
-                METHODS[method],
+                METHODS[method] + (f" {ELSEWHERE}" if row["elsewhere"] else ""),
                 *(share(row["test"].get(metric)) for metric in metrics),
                 count(row["trained_parameters"]),
                 DASH if row.get("saved_bytes") is None else f"{row['saved_bytes'] / 1e6:.1f} MB",
                 f"{row['train_seconds']['median']:.1f} s",
-                f"{row['memory_bytes']['median'] / 1e6:.0f} MB",
+                DASH if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f} MB",
             ]
             for method, row in item["methods"].items()
         ]
@@ -236,8 +238,6 @@ def predict_tables(found: Mapping[str, Any]) -> str:
     return text + (table(heads, rows) if rows else "")
 
 
-ELSEWHERE = "†"
-"""Stands beside what was measured on another machine than the rest."""
 STUDENT_TEXTS = {
     "": "all labels",
     "mixed-": "all labels, and mixtures of their texts",

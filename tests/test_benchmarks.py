@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -99,10 +100,38 @@ def test_methods_side_by_side(load, sets, words):
     assert methods["lora"]["trained_parameters"] < methods["lp-ft"]["trained_parameters"]
     accuracies = [found["cells"][f"tiny/lora/{seed}"]["metrics"]["test"]["accuracy"] for seed in (42, 43)]
     assert methods["lora"]["test"]["accuracy"]["mean"] == pytest.approx(np.mean(accuracies), rel=1e-5)
-    assert all(cell["memory_bytes"] is None or cell["memory_bytes"] >= 0 for cell in found["cells"].values())
     targets = found["summary"]["tiny"]["targets"]
     assert set(targets) == {"features: points lost", "LoRA: points lost", "features: share of stock's time"}
     assert "| LoRA |" in load("table").main([str(path)])
+
+
+def test_methods_may_be_of_several_machines(load, sets, words, monkeypatch):
+    bench, measuring = load("finetune_methods"), load("measuring")
+    monkeypatch.setattr(bench, "SMOKE", replace(bench.SMOKE, methods=("features",)))
+    first = read(bench.main([*words, "--only", "stock"], sets=sets))
+    other = measuring.machine() | {"processor": "another one", "cores": 64}
+    monkeypatch.setattr(measuring, "machine", lambda: other)
+    ran = []  # in this process: starting another takes seconds
+    monkeypatch.setattr(bench, "most_memory", lambda run, *v, **n: ran.append(run(*v, **n)) or 10**9 * len(ran))
+    path = bench.main([*words, "--only", "memory", "--only", "features"], sets=sets)
+    found = read(path)
+    assert found["machine"] == first["machine"]
+    assert found["cells"]["tiny/memory"]["peak_bytes"] == {"features": 10**9, "stock": 2 * 10**9}
+    methods = found["summary"]["tiny"]["methods"]
+    assert [item["peak_bytes"] for item in methods.values()] == [10**9, 2 * 10**9]
+    assert [name for name, item in methods.items() if item["elsewhere"]] == ["features"]
+    assert "features: share of stock's time" not in found["summary"]["tiny"]["targets"]
+    table = load("table").main([str(path)])
+    assert "| frozen features, logistic regression † |" in table
+    assert "| 1000 MB |" in table
+
+
+def test_memory_is_that_of_a_process_of_its_own(load):
+    most_memory = load("measuring").most_memory
+    held = np.ones(10**8)  # 800 MB of this process
+    small, large = (most_memory(exec, f"bytearray(b'x') * {size}") for size in (10, 10**9))
+    assert small < held.nbytes
+    assert 10**9 < large < small + 10**9
 
 
 def test_students_side_by_side(load, sets, words):

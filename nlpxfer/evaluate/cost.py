@@ -244,6 +244,11 @@ def peak_memory_bytes(device: torch.device | str | None = None) -> int:
     """
     if device is not None and torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    status = Path("/proc/self/status")
+    if status.is_file():  # Linux hands ru_maxrss on to started processes: it may be the peak of a notebook
+        lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+        if "VmHWM" in lines:
+            return 1024 * int(lines["VmHWM"].split()[0])
     try:
         import resource
     except ImportError:  # Windows has no resource module; accelerate brings psutil along
