@@ -8,7 +8,7 @@
 temperature and length of the student's texts. Another model than that is refused, since a threshold says nothing about
 it. The models themselves are named in each call and not in the file, which so holds no path of a machine.
 
-Labels are matched by name. Both models must give one label to each row.
+Labels are matched by name. Both models must be of one kind of task: one label for each row, or several.
 
 Shapes: N rows, S rows sent on, C classes.
 """
@@ -19,15 +19,15 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
 from nlpxfer.classify import (
-    LABEL,
-    PROBABILITY,
+    SEPARATOR,
+    AnswerColumns,
     Classifier,
     Predicted,
     label_rows,
@@ -37,10 +37,12 @@ from nlpxfer.classify import (
 )
 from nlpxfer.data.stream import Row
 from nlpxfer.errors import CheckpointError, ConfigError, DataNotFoundError, LabelError
-from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, choose_point, thinned
-from nlpxfer.evaluate.interval import paired_gain
-from nlpxfer.problem import SINGLE_LABEL
+from nlpxfer.evaluate.cascade import CascadePoint, cascade_curve, certainty, choose_point, thinned
+from nlpxfer.evaluate.interval import MetricName, paired_gain
+from nlpxfer.evaluate.task import label_set_f1
+from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION
 from nlpxfer.report.plots import CascadePicture, cascade_plot
+from nlpxfer.report.report import METRIC_WORDS
 from nlpxfer.strict_json import write_json_whole
 
 logger = logging.getLogger(__name__)
@@ -61,7 +63,8 @@ class Cascade:
     Attributes:
         student: Asked first.
         teacher: Asked where the student is not sure.
-        min_probability: Rows whose best calibrated probability by the student is below it are sent on; None: all.
+        min_probability: Rows of whose answer the student is less sure (`evaluate.cascade.certainty`) are sent on;
+            None: all.
         order_C: Where each of the student's labels stands in the teacher's.
     """
 
@@ -70,21 +73,32 @@ class Cascade:
     min_probability: float | None
     order_C: Sequence[int]
 
+    @property
+    def metric(self) -> MetricName:
+        """What the answers are judged by: a mean over rows."""
+        return GAIN[self.student.schema.problem_type]
+
     @classmethod
     def of(cls, student: Classifier, teacher: Classifier, min_probability: float | None) -> Cascade:
         """The cascade of two classifiers.
 
         Raises:
-            ConfigError: One of them does not give one label to each row, or the threshold is not in 0..1.
+            ConfigError: One of them gives numbers, or they are of different kinds of task; or the threshold is not in
+                0..1.
             LabelError: They know different labels; lists both sides.
         """
-        for who, model in ((STUDENT, student), (TEACHER, teacher)):
-            if model.schema.problem_type != SINGLE_LABEL:
+        kinds = {STUDENT: student.schema.problem_type, TEACHER: teacher.schema.problem_type}
+        for who, kind in kinds.items():
+            if kind == REGRESSION:
                 raise ConfigError(
-                    f"A cascade needs models that give one label to each row; the {who} is one of the kind "
-                    f"{model.schema.problem_type}.",
-                    why="several labels of a row, or a number, have no single probability to draw a line at",
+                    f"A cascade needs models that give labels; the {who} is one of the kind {kind}.",
+                    why="a number has no probability to draw a line at",
                 )
+        if kinds[STUDENT] != kinds[TEACHER]:
+            raise ConfigError(
+                f"A cascade needs two models of one kind; the {STUDENT} is one of the kind {kinds[STUDENT]}, "
+                f"the {TEACHER} of {kinds[TEACHER]}."
+            )
         if min_probability is not None and not 0 <= min_probability <= 1:
             raise ConfigError(f"min_probability: {min_probability} is not between 0 and 1")
         try:
@@ -104,11 +118,34 @@ class Cascade:
         shares: Array = self.teacher.probabilities(texts, pairs)[:, list(self.order_C)]
         return shares
 
+    def thresholds_C(self, who: str) -> Array:
+        """Probabilities above which the student or the teacher gives a label, in the student's order of labels."""
+        return self.student.thresholds_C if who == STUDENT else self.teacher.thresholds_C[list(self.order_C)]
+
+    def sureness(self, shares_NC: Array) -> Array:
+        """How sure the student is of its answers, shape (N,)."""
+        several = self.student.schema.problem_type == MULTI_LABEL
+        return certainty(shares_NC, shares_NC > self.thresholds_C(STUDENT) if several else None)
+
+    def row_scores(self, who: str, shares_NC: Array, labels: Sequence[Any]) -> Array:
+        """What each answer of the student or the teacher scores, shape (N,): right or wrong, or the F1 of its labels.
+
+        Args:
+            who: `STUDENT` or `TEACHER`.
+            shares_NC: Its probabilities, in the student's order of labels.
+            labels: Gold labels, as `LabelSchema.array` takes them.
+        """
+        gold = self.student.schema.array(labels)
+        if self.student.schema.problem_type == MULTI_LABEL:
+            return label_set_f1(shares_NC > self.thresholds_C(who), gold > 0.5)
+        right_N: Array = shares_NC.argmax(axis=1) == gold
+        return right_N
+
     def sends_on(self, shares_NC: Array) -> Array:
         """Which rows the teacher is asked about, shape (N,)."""
         if self.min_probability is None:
             return np.ones(len(shares_NC), dtype=bool)
-        sent_N: Array = shares_NC.max(axis=1) < self.min_probability
+        sent_N: Array = self.sureness(shares_NC) < self.min_probability
         return sent_N
 
     def probabilities(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> tuple[Array, Array]:
@@ -134,6 +171,7 @@ def fit_cascade(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Fit the threshold on a labelled file and write `cascade.json`; see `evaluate.cascade` for the rule.
@@ -143,17 +181,19 @@ def fit_cascade(
         teacher: The large one.
         source: Rows that neither was trained on: the validation file, not the test file.
         output: Where `cascade.json` goes.
-        tolerance: How far the accuracy may be below the teacher's; None: the highest accuracy.
+        tolerance: How far the accuracy may be below the teacher's; None: the highest accuracy. Multi-label: the F1
+            per row.
         text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
+        label_separator: Between the labels of a multi-label row that are one text.
         quiet: No progress bar.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: `output` exists, `tolerance` is not in [0, 1), or the models are not for one label per row.
+        ConfigError: `output` exists, `tolerance` is not in [0, 1), or the models make no cascade (`Cascade.of`).
         LabelError: The models or the file have other labels.
         DataError: A row has no text or label, or cannot be read.
     """
@@ -162,28 +202,31 @@ def fit_cascade(
     if Path(output).exists():
         raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
     cascade = Cascade.of(student, teacher, None)
-    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, quiet)
-    curve = cascade_curve(asked.sure_N, asked.small_right_N, asked.large_right_N)
-    chosen = choose_point(curve, tolerance)
+    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, label_separator, quiet)
+    curve, metric = cascade_curve(asked.sure_N, asked.small_N, asked.large_N), cascade.metric
     content = {
         "version": FORMAT_VERSION,
-        **asdict(chosen),
-        "student_accuracy": curve[0].accuracy,
-        "teacher_accuracy": curve[-1].accuracy,
+        **_point(choose_point(curve, tolerance), metric),
+        f"student_{metric}": curve[0].score,
+        f"teacher_{metric}": curve[-1].score,
         "rows": len(asked.sure_N),
-        "rule": "highest accuracy" if tolerance is None else "fewest rows sent on within the tolerance",
+        "rule": f"highest {metric}" if tolerance is None else "fewest rows sent on within the tolerance",
         "tolerance": tolerance,
         **_facts(cascade),
-        "curve": [asdict(point) for point in thinned(curve)],
+        "curve": [_point(point, metric) for point in thinned(curve)],
     }
     write_json_whole(output, content)
     return content
 
 
+def _point(point: CascadePoint, metric: str) -> dict[str, Any]:
+    return {"min_probability": point.min_probability, "sent": point.sent, metric: point.score}
+
+
 def _facts(cascade: Cascade) -> dict[str, Any]:
     """What a threshold depends on."""
     student, teacher = cascade.student, cascade.teacher
-    return {
+    facts: dict[str, Any] = {
         "labels": list(student.schema.names),
         "student": {
             "weights": student.backend.weights_sha256,
@@ -192,6 +235,11 @@ def _facts(cascade: Cascade) -> dict[str, Any]:
         },
         "teacher": {"weights": teacher.backend.weights_sha256},
     }
+    if student.schema.problem_type == MULTI_LABEL:  # which labels are given depends on these too
+        facts[TEACHER]["temperature"] = teacher.temperature
+        for who in (STUDENT, TEACHER):
+            facts[who]["thresholds"] = cascade.thresholds_C(who).tolist()
+    return facts
 
 
 def load_cascade(path: str | Path, student: Classifier, teacher: Classifier) -> Cascade:
@@ -240,12 +288,13 @@ def predict_cascade(
     *,
     text_column: str | None = None,
     text_pair_column: str | None = None,
+    label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> tuple[Predicted, int]:
     """Label the rows of a file, in new columns beside those that are there; memory does not grow with the file.
 
-    The columns are `predicted_label`, `probability` (calibrated, of whoever answers) and `model`: student or teacher.
-    A row whose text is missing or blank gets nothing in them. The output appears whole at the end or not at all.
+    The columns are those of `predict_file`, of whoever answers, and `model`: student or teacher. A row whose text is
+    missing or blank gets nothing in them. The output appears whole at the end or not at all.
 
     Returns:
         What was done, and how many rows the teacher answered.
@@ -254,40 +303,34 @@ def predict_cascade(
         DataError, ConfigError: See `label_rows`.
     """
     sent = 0
+    answering = {
+        who: AnswerColumns(cascade.student.schema, cascade.thresholds_C(who), label_separator=label_separator)
+        for who in (STUDENT, TEACHER)
+    }
 
     def answers(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[Row]:
         nonlocal sent
-        for answer in _answers(cascade, texts, pairs):
-            sent += answer[MODEL] == TEACHER
-            yield answer
+        for shares_C, by_teacher in zip(*cascade.probabilities(texts, pairs), strict=True):
+            sent += int(by_teacher)
+            who = TEACHER if by_teacher else STUDENT
+            yield {**answering[who].row(shares_C), MODEL: who}
 
-    types: dict[str, type] = {LABEL: str, PROBABILITY: float, MODEL: str}
+    types = answering[STUDENT].types | {MODEL: str}
     columns = text_columns(text_column, text_pair_column, source, cascade.student, cascade.teacher)
     rows, blank = label_rows(source, output, answers, types, columns, quiet=quiet)
     return Predicted(rows, blank, 0), sent
 
 
-def _answers(cascade: Cascade, texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[Row]:
-    names = cascade.student.schema.names
-    for shares_C, sent in zip(*cascade.probabilities(texts, pairs), strict=True):
-        best = int(shares_C.argmax())
-        yield {
-            LABEL: names[best],
-            PROBABILITY: round(float(shares_C[best]), 6),
-            MODEL: TEACHER if sent else STUDENT,
-        }
-
-
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """Both models' answers for a labelled file, and the seconds that they took, tokenising included.
+    """What both models' answers for a labelled file score, and the seconds that they took, tokenising included.
 
     The teacher's seconds are parted into those for the rows that the cascade sends on, and for the others.
     """
 
     sure_N: Array
-    small_right_N: Array
-    large_right_N: Array
+    small_N: Array
+    large_N: Array
     sent_N: Array
     student_seconds: float
     sent_seconds: float
@@ -300,6 +343,7 @@ def _ask_both(
     text_column: str | None,
     text_pair_column: str | None,
     label_column: str | None,
+    label_separator: str,
     quiet: bool,
 ) -> _Asked:
     """Ask both models for every row of a labelled file, each row once."""
@@ -308,8 +352,7 @@ def _ask_both(
     models = cascade.student, cascade.teacher
     texts_in = text_columns(text_column, text_pair_column, source, *models)
     columns = (*texts_in, trained_column("label_column", label_column, source, *models))
-    for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, "", quiet):
-        gold_N = np.array(gold)
+    for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, label_separator, quiet):
         if not found:  # the first batches of a model are slow
             first = texts[:_WARMUP_ROWS], None if pairs is None else pairs[:_WARMUP_ROWS]
             cascade.student_shares(*first)
@@ -317,15 +360,16 @@ def _ask_both(
         start = time.perf_counter()
         small_NC = cascade.student_shares(texts, pairs)
         sent_N = cascade.sends_on(small_NC)
-        times, large_N = [time.perf_counter() - start], np.empty(len(texts), dtype=np.int64)
+        times, large_NC = [time.perf_counter() - start], np.empty_like(small_NC)
         for part_N in (sent_N, ~sent_N):
             start = time.perf_counter()
-            large_N[part_N] = cascade.teacher_shares(*_chosen(texts, pairs, part_N)).argmax(axis=1)
+            large_NC[part_N] = cascade.teacher_shares(*_chosen(texts, pairs, part_N))
             times.append(time.perf_counter() - start)
         seconds += times
-        found.append((small_NC.max(axis=1), small_NC.argmax(axis=1) == gold_N, large_N == gold_N, sent_N))
-    sure_N, small_right_N, large_right_N, sent_N = (np.concatenate(column) for column in zip(*found, strict=True))
-    return _Asked(sure_N, small_right_N, large_right_N, sent_N, *seconds.tolist())
+        scores = (cascade.row_scores(who, shares, gold) for who, shares in ((STUDENT, small_NC), (TEACHER, large_NC)))
+        found.append((cascade.sureness(small_NC), *scores, sent_N))
+    sure_N, small_N, large_N, sent_N = (np.concatenate(column) for column in zip(*found, strict=True))
+    return _Asked(sure_N, small_N, large_N, sent_N, *seconds.tolist())
 
 
 def evaluate_cascade(
@@ -336,23 +380,26 @@ def evaluate_cascade(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
+    label_separator: str = SEPARATOR,
     quiet: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy against cost of a cascade on a labelled file, with the student alone and the teacher alone beside it.
+    """Score against cost of a cascade on a labelled file, with the student alone and the teacher alone beside it.
 
     Args:
         cascade: Two models and a threshold.
         source: Rows that the threshold was not fitted on.
-        plot: Where to draw accuracy against the share of rows sent on; PNG.
+        plot: Where to draw the score against the share of rows sent on; PNG.
         text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
+        label_separator: Between the labels of a multi-label row that are one text.
         quiet: No progress bar.
 
     Returns:
-        `rows`, `sent` (share), `min_probability`; for `cascade`, `student` and `teacher` each `accuracy`, `seconds`
-        (measured on this machine, tokenising included) and `rows_per_second`; `against_teacher`, the difference of
-        the accuracies with a paired interval; `curve`, what other thresholds would have done.
+        `rows`, `sent` (share), `min_probability`; for `cascade`, `student` and `teacher` each `accuracy` (multi-label:
+        `sample_f1`), `seconds` (measured on this machine, tokenising included) and `rows_per_second`;
+        `against_teacher`, the difference of these scores with a paired interval; `curve`, what other thresholds would
+        have done.
 
     Raises:
         ConfigError: `plot` has another ending than .png, or exists.
@@ -361,31 +408,30 @@ def evaluate_cascade(
     """
     if plot is not None and (Path(plot).suffix.lower() != ".png" or Path(plot).exists()):
         raise ConfigError(f"plot: {plot} is no .png, or exists.", fix="--plot cascade.png, and no file of that name")
-    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, quiet)
-    curve = cascade_curve(asked.sure_N, asked.small_right_N, asked.large_right_N)
-    right_N = np.where(asked.sent_N, asked.large_right_N, asked.small_right_N)
-    rows, sent = len(right_N), float(asked.sent_N.mean())
+    asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, label_separator, quiet)
+    curve, metric = cascade_curve(asked.sure_N, asked.small_N, asked.large_N), cascade.metric
+    both_N = np.where(asked.sent_N, asked.large_N, asked.small_N)
+    rows, sent = len(both_N), float(asked.sent_N.mean())
     models = {
-        "cascade": (right_N, asked.student_seconds + asked.sent_seconds),
-        STUDENT: (asked.small_right_N, asked.student_seconds),
-        TEACHER: (asked.large_right_N, asked.sent_seconds + asked.other_seconds),
+        "cascade": (both_N, asked.student_seconds + asked.sent_seconds),
+        STUDENT: (asked.small_N, asked.student_seconds),
+        TEACHER: (asked.large_N, asked.sent_seconds + asked.other_seconds),
     }
     scores = {
-        name: {"accuracy": float(right.mean()), "seconds": seconds, "rows_per_second": rows / max(seconds, 1e-9)}
-        for name, (right, seconds) in models.items()
+        name: {metric: float(each_N.mean()), "seconds": seconds, "rows_per_second": rows / max(seconds, 1e-9)}
+        for name, (each_N, seconds) in models.items()
     }
-    gain = paired_gain([right_N], [asked.large_right_N])
+    gain = paired_gain([both_N], [asked.large_N], metric=metric)
     if plot is not None:
-        point = CascadePoint(
-            min_probability=cascade.min_probability, sent=sent, accuracy=scores["cascade"]["accuracy"]
-        )
+        point = CascadePoint(min_probability=cascade.min_probability, sent=sent, score=scores["cascade"][metric])
         speeds = {name: each["rows_per_second"] for name, each in scores.items()}
-        cascade_plot(CascadePicture(curve=curve, chosen=point, rows_per_second=speeds, rows=rows), plot)
+        words = METRIC_WORDS[metric]
+        cascade_plot(CascadePicture(curve=curve, chosen=point, rows_per_second=speeds, rows=rows, metric=words), plot)
     return {
         "rows": rows,
         "sent": sent,
         "min_probability": cascade.min_probability,
         **scores,
         "against_teacher": {"gain": gain.gain, "low": gain.low, "high": gain.high, "level": gain.level},
-        "curve": [asdict(point) for point in thinned(curve)],
+        "curve": [_point(point, metric) for point in thinned(curve)],
     }

@@ -177,7 +177,8 @@ class AnswerColumns:
     """The columns that a prediction adds to a row, and their values.
 
     Args:
-        classifier: Gives the kind of task, labels, temperature and thresholds.
+        schema: The kind of task, and the labels.
+        thresholds_C: Multi-label: the probability above which a label is given.
         min_probability: Rows below it abstain; for tasks with one class per row.
         all_probabilities: A column for each label.
         label_separator: Between the labels of a multi-label row.
@@ -187,9 +188,15 @@ class AnswerColumns:
     """
 
     def __init__(
-        self, classifier: Classifier, min_probability: float | None, all_probabilities: bool, label_separator: str
+        self,
+        schema: LabelSchema,
+        thresholds_C: Array,
+        *,
+        min_probability: float | None = None,
+        all_probabilities: bool = False,
+        label_separator: str = SEPARATOR,
     ) -> None:
-        self.classifier, self.schema, self.separator = classifier, classifier.schema, label_separator
+        self.schema, self.thresholds_C, self.separator = schema, thresholds_C, label_separator
         self.min_probability = min_probability
         kind, faults = self.schema.problem_type, []
         if min_probability is not None and kind != SINGLE_LABEL:
@@ -217,15 +224,12 @@ class AnswerColumns:
         if min_probability is not None:
             self.types[ABSTAINED] = bool
 
-    def of(self, logits_NC: Array) -> Iterator[dict[str, Any]]:
-        """The columns' values for each row."""
-        kind = self.schema.problem_type
-        if kind == REGRESSION:
-            yield from ({NUMBER: float(f"{number:.{DIGITS}g}")} for number in logits_NC[:, 0])
-            return
-        for shares_C in probabilities(logits_NC, self.classifier.temperature, kind):
-            row = self._label(shares_C) if kind == SINGLE_LABEL else self._labels(shares_C)
-            yield row | {name: round(float(share), 6) for name, share in zip(self.each, shares_C, strict=False)}
+    def row(self, shares_C: Array) -> dict[str, Any]:
+        """The values for one row, from its calibrated probabilities; of a regression from its number, shape (1,)."""
+        if self.schema.problem_type == REGRESSION:
+            return {NUMBER: float(f"{shares_C[0]:.{DIGITS}g}")}
+        row = self._label(shares_C) if self.schema.problem_type == SINGLE_LABEL else self._labels(shares_C)
+        return row | {name: round(float(share), 6) for name, share in zip(self.each, shares_C, strict=False)}
 
     def _label(self, shares_C: Array) -> dict[str, Any]:
         best = int(shares_C.argmax())
@@ -235,7 +239,7 @@ class AnswerColumns:
         return row
 
     def _labels(self, shares_C: Array) -> dict[str, Any]:
-        given = np.flatnonzero(shares_C > self.classifier.thresholds_C)
+        given = np.flatnonzero(shares_C > self.thresholds_C)
         return {
             LABELS: self.separator.join(self.schema.names[index] for index in given),
             PROBABILITIES: self.separator.join(f"{shares_C[index]:.6f}" for index in given),
@@ -345,12 +349,20 @@ def predict_file(
     if min_probability is not None and not 0 < min_probability <= 1:
         raise ConfigError(f"min_probability: {min_probability} is not above 0 and up to 1")
     least = _least_probability(classifier) if min_probability is None else min_probability
-    columns = AnswerColumns(classifier, least, all_probabilities, label_separator)
+    columns = AnswerColumns(
+        classifier.schema,
+        classifier.thresholds_C,
+        min_probability=least,
+        all_probabilities=all_probabilities,
+        label_separator=label_separator,
+    )
     abstained = 0
 
     def answers(texts: Sequence[str], pairs: Sequence[str] | None) -> Iterator[dict[str, Any]]:
         nonlocal abstained
-        for answer in columns.of(classifier.logits(texts, pairs)):
+        numbers = classifier.schema.problem_type == REGRESSION
+        for found_C in (classifier.logits if numbers else classifier.probabilities)(texts, pairs):
+            answer = columns.row(found_C)
             abstained += answer.get(ABSTAINED) is True
             yield answer
 

@@ -192,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_cascade(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_subparsers(dest="step", required=True, metavar="STEP")
     fit = steps.add_parser("fit", help="find the threshold on labelled rows and write cascade.json")
-    evaluate = steps.add_parser("evaluate", help="accuracy against cost on labelled rows")
+    evaluate = steps.add_parser("evaluate", help="score against cost on labelled rows")
     predict = steps.add_parser("predict", help="label the rows of a file of any length")
     for step in (fit, evaluate, predict):
         step.add_argument("student", metavar="STUDENT", help="small model: output folder of a recipe or of export")
@@ -208,6 +208,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
             step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
+        step.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
     gold = f"column with the gold label; {_AS_IN_TRAINING} label"
     for step in (fit, evaluate):
         step.add_argument("--label_column", metavar="NAME", help=gold)
@@ -215,10 +216,10 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--cascade", required=True, type=Path, metavar="JSON", help="what fit has written")
     fit.add_argument("--output_file", required=True, type=Path, metavar="JSON", help="file to write")
     rule = fit.add_mutually_exclusive_group()
-    within = "fewest rows sent on whose accuracy is at most this below the teacher's; default: 0.005"
+    within = "fewest rows sent on whose score is at most this below the teacher's; default: 0.005"
     rule.add_argument("--tolerance", type=float, default=0.005, metavar="A", help=within)
-    rule.add_argument("--highest_accuracy", action="store_true", help="the threshold with the highest accuracy")
-    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="draw accuracy against the rows sent on")
+    rule.add_argument("--highest_accuracy", action="store_true", help="the threshold with the highest score")
+    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="draw the score against the rows sent on")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
 
 
@@ -248,15 +249,17 @@ def _cascade(asked: argparse.Namespace) -> None:
         )
         for who in int8
     )
-    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column, "quiet": is_quiet()}
+    columns = {"text_column": asked.text_column, "text_pair_column": asked.text_pair_column}
+    columns |= {"label_separator": asked.label_separator, "quiet": is_quiet()}
     if asked.step == "fit":
         tolerance = None if asked.highest_accuracy else asked.tolerance
         columns |= {"label_column": asked.label_column, "tolerance": tolerance}
         found = fit_cascade(student, teacher, asked.file, asked.output_file, **columns)
+        metric = "accuracy" if "accuracy" in found else "sample_f1"
         sys.stdout.write(
             f"{asked.output_file}: {100 * found['sent']:.1f} % of the rows are sent on; "
-            f"accuracy {found['accuracy']:.4f}, student {found['student_accuracy']:.4f}, "
-            f"teacher {found['teacher_accuracy']:.4f}\n"
+            f"{metric} {found[metric]:.4f}, student {found[f'student_{metric}']:.4f}, "
+            f"teacher {found[f'teacher_{metric}']:.4f}\n"
         )
         return
     cascade = load_cascade(asked.cascade, student, teacher)

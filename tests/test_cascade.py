@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,12 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, DataError, DataNotFoundError, LabelError
 from nlpxfer.evaluate.calibration import save_calibration
 from nlpxfer.evaluate.cascade import cascade_curve, choose_point, thinned
-from nlpxfer.problem import MULTI_LABEL
+from nlpxfer.problem import MULTI_LABEL, REGRESSION
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
 TURNED = LabelSchema(SCHEMA.names[::-1])
+SETS, TURNED_SETS = LabelSchema(SCHEMA.names, MULTI_LABEL), LabelSchema(TURNED.names, MULTI_LABEL)
+NUMBER = LabelSchema(("score",), REGRESSION)
 
 
 def plain_curve(sure, small, large):
@@ -40,9 +43,9 @@ def test_the_curve_is_that_of_every_threshold_with_ties():
     sure = generator.integers(1, 30, 200) / 30
     small, large = generator.random(200) < sure, generator.random(200) < 0.9
     curve = cascade_curve(sure, small, large)
-    assert {point.sent: point.accuracy for point in curve} == pytest.approx(plain_curve(sure, small, large))
-    assert (curve[0].min_probability, curve[0].sent, curve[0].accuracy) == (0.0, 0.0, small.mean())
-    assert (curve[-1].min_probability, curve[-1].sent, curve[-1].accuracy) == (None, 1.0, large.mean())
+    assert {point.sent: point.score for point in curve} == pytest.approx(plain_curve(sure, small, large))
+    assert (curve[0].min_probability, curve[0].sent, curve[0].score) == (0.0, 0.0, small.mean())
+    assert (curve[-1].min_probability, curve[-1].sent, curve[-1].score) == (None, 1.0, large.mean())
     for point in curve[:-1]:
         assert (sure < point.min_probability).mean() == point.sent
     assert [point.sent for point in curve] == sorted({point.sent for point in curve})
@@ -61,7 +64,7 @@ def test_the_two_rules():
     small = np.array([0, 0, 0, 1, 1, 1, 1, 1, 1, 0], bool)
     large = np.array([1, 1, 1, 1, 0, 1, 1, 0, 1, 1], bool)
     curve = cascade_curve(sure, small, large)
-    assert [round(10 * point.accuracy) for point in curve] == [6, 7, 8, 9, 9, 8, 8, 8, 7, 7, 8]
+    assert [round(10 * point.score) for point in curve] == [6, 7, 8, 9, 9, 8, 8, 8, 7, 7, 8]
     assert choose_point(curve, 0.0).sent == 0.2  # the first that is as good as the teacher's 8 of 10
     assert choose_point(curve, 0.1).sent == 0.1
     assert choose_point(curve, 0.2).sent == 0.0
@@ -283,12 +286,84 @@ def test_models_that_make_no_cascade(models, folders, tiny_checkpoint, tmp_path)
     make_model(tmp_path / "other", tiny_checkpoint("bert", layers=1), other, 1.0, 1)
     with pytest.raises(LabelError, match=r"(?s)Student \(here\).*only here: travel.*only there: weather"):
         Cascade.of(student, Classifier.load(str(tmp_path / "other"), bf16=False), 0.5)
-    several = LabelSchema(SCHEMA.names, MULTI_LABEL)
-    make_model(tmp_path / "several", tiny_checkpoint("bert", layers=1), several, 1.0, 1)
-    with pytest.raises(ConfigError, match="the teacher is one of the kind multi_label_classification"):
-        Cascade.of(student, Classifier.load(str(tmp_path / "several"), bf16=False), 0.5)
+    several = Classifier.load(make_model(tmp_path / "several", tiny_checkpoint("bert", layers=1), SETS, 1.0, 1))
+    with pytest.raises(ConfigError, match=r"student is one of the kind single_label.*teacher of multi_label"):
+        Cascade.of(student, several, 0.5)
+    numbers = Classifier.load(make_model(tmp_path / "number", tiny_checkpoint("bert", layers=1), NUMBER, 1.0, 1))
+    with pytest.raises(ConfigError, match=r"(?s)the student is one of the kind regression.*no probability"):
+        Cascade.of(numbers, student, 0.5)
     with pytest.raises(ConfigError, match=r"min_probability: 1\.5"):
         Cascade.of(student, student, 1.5)
+
+
+@pytest.fixture(scope="module")
+def several(tiny_checkpoint, tmp_path_factory):
+    """Folders of a student and a teacher of several labels, each with thresholds of its own."""
+    root = tmp_path_factory.mktemp("several")
+    student = make_model(root / "student", tiny_checkpoint("bert", layers=1), SETS, 2.0, 50)
+    teacher = make_model(root / "teacher", tiny_checkpoint("distilbert"), TURNED_SETS, 1.5, 20)
+    save_calibration(student, 2.0, thresholds=dict(zip(SETS.names, (0.3, 0.4, 0.5, 0.6), strict=True)))
+    save_calibration(teacher, 1.5, thresholds=dict(zip(SETS.names, (0.7, 0.6, 0.5, 0.4), strict=True)))
+    return student, teacher
+
+
+def sets_by_hand(folder, thresholds, texts):
+    """Probabilities in the order of SETS, and the labels above the thresholds."""
+    model = Classifier.load(str(folder), bf16=False)
+    shares = model.probabilities(texts)[:, [model.schema.names.index(name) for name in SETS.names]]
+    return shares, shares > np.array(thresholds)
+
+
+def test_a_cascade_of_several_labels(several, rows, tmp_path, capsys):
+    """The student's decisions by its thresholds, the teacher's by its own; scored by the F1 of each row's labels."""
+    texts = [row["text"] for row in rows]
+    small, mine = sets_by_hand(several[0], (0.3, 0.4, 0.5, 0.6), texts)
+    _, theirs = sets_by_hand(several[1], (0.7, 0.6, 0.5, 0.4), texts)
+    sure = np.prod(np.where(mine, small, 1 - small), axis=1) ** 0.25
+    line = np.median(sure)
+    gold = np.where((sure >= line)[:, None], mine, theirs)
+    gold[::10] = ~gold[::10]  # whom nobody has right
+    named = [";".join(name for name, given in zip(SETS.names, row, strict=True) if given) for row in gold]
+    source = write_csv(tmp_path / "in.csv", [{"text": t, "label": n} for t, n in zip(texts, named, strict=True)])
+
+    def call(step, *words):
+        given = [step, *several, source, "--bf16", "false", "--label_separator", ";", *words]
+        with pytest.raises(SystemExit) as left:
+            main(["cascade", *map(str, given)])
+        assert left.value.code == 0
+        return capsys.readouterr().out
+
+    def f1(given):
+        hits, total = (given & gold).sum(axis=1), given.sum(axis=1) + gold.sum(axis=1)
+        return np.where(total == 0, 1.0, 2 * hits / np.maximum(total, 1))
+
+    said = call("fit", "--highest_accuracy", "--output_file", tmp_path / "cascade.json")
+    assert "sample_f1" in said
+    fitted = json.loads((tmp_path / "cascade.json").read_text())
+    assert fitted["student_sample_f1"] == pytest.approx(f1(mine).mean())
+    assert fitted["teacher_sample_f1"] == pytest.approx(f1(theirs).mean())
+    best = max(plain_curve(sure, f1(mine), f1(theirs)).items(), key=lambda item: (round(item[1], 9), -item[0]))
+    assert (fitted["sent"], fitted["sample_f1"]) == pytest.approx(best)
+    assert 0 < fitted["sent"] < 1
+    assert fitted["sample_f1"] > max(fitted["student_sample_f1"], fitted["teacher_sample_f1"])
+
+    found = json.loads(call("evaluate", "--cascade", tmp_path / "cascade.json", "--plot", tmp_path / "c.png"))
+    assert found["cascade"]["sample_f1"] == pytest.approx(fitted["sample_f1"])
+    assert found["against_teacher"]["gain"] == pytest.approx(fitted["sample_f1"] - f1(theirs).mean())
+    assert imread(tmp_path / "c.png").shape[0] > 200
+
+    call("predict", "--cascade", tmp_path / "cascade.json", "--output_file", tmp_path / "out.csv")
+    sent = sure < fitted["min_probability"]
+    for number, row in enumerate(read(tmp_path / "out.csv")):
+        given = (theirs if sent[number] else mine)[number]
+        assert row["model"] == ("teacher" if sent[number] else "student")
+        assert row["predicted_labels"] == ";".join(np.array(SETS.names)[given])
+        assert len(row["probabilities"].split(";")) == max(1, given.sum())
+
+    models = [Classifier.load(str(folder), bf16=False) for folder in several]
+    moved = replace(models[1], thresholds_C=models[1].thresholds_C / 2)
+    with pytest.raises(CheckpointError, match="teacher thresholds"):
+        load_cascade(tmp_path / "cascade.json", models[0], moved)
 
 
 def test_bad_files_leave_nothing(models, rows, tmp_path):

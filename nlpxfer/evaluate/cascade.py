@@ -1,14 +1,14 @@
 """Two models in a row: the small one answers where it is sure, the large one all else; where to draw the line.
 
 The line is a calibrated probability of the small model, fitted on labelled rows that neither learnt from. Two rules:
-the smallest share of rows sent on whose accuracy is within a tolerance of the large model's (the default: the cheapest
-that is as good), or the highest accuracy (two models together can beat both). Each threshold between two rows is
+the smallest share of rows sent on whose score is within a tolerance of the large model's (the default: the cheapest
+that is as good), or the highest score (two models together can beat both). Each threshold between two rows is
 looked at, so on few rows the best one is partly luck: `nlpxfer cascade evaluate` on other rows says what it is worth.
 
 Maximum probability over entropy or a learnt router, because it needs no further model, is what `predict` shows, and
 with a fitted temperature is as good a signal as these where the classes are few hundred at most.
 
-Shapes: N rows.
+Shapes: N rows, C classes.
 
 Sources: Viola and Jones 2001 (cascades); Wang et al. 2018, IDK Cascades, arXiv:1706.00885 (a threshold on the
 confidence of the fast model, chosen on validation rows); Guo et al. 2017, arXiv:1706.04599 (temperature).
@@ -30,26 +30,50 @@ class CascadePoint:
     """A threshold and what it does.
 
     Attributes:
-        min_probability: Rows whose best probability by the small model is below it are sent on; None: all are.
+        min_probability: Rows of whose answer the small model is less sure than this are sent on; None: all are.
         sent: Share of the rows sent on.
-        accuracy: Of the two together.
+        score: Of the two together, a mean over rows.
     """
 
     min_probability: float | None
     sent: float
-    accuracy: float
+    score: float
 
 
-def cascade_curve(sure_N: ArrayLike, small_right_N: ArrayLike, large_right_N: ArrayLike) -> list[CascadePoint]:
+def certainty(shares_NC: ArrayLike, given_NC: ArrayLike | None = None) -> NDArray[np.float64]:
+    """How sure a model is of its answers, shape (N,), between 0 and 1.
+
+    Args:
+        shares_NC: Calibrated probabilities.
+        given_NC: Multi-label: the labels that it gives. None: the most probable class.
+
+    Returns:
+        The best class's probability; of sets of labels the geometric mean over labels of the probabilities of giving,
+        or not giving, each. The product would be the probability that the whole set is right if labels were
+        independent; its root orders rows alike, and does not vanish with many labels.
+
+    >>> certainty([[0.7, 0.3], [0.1, 0.9]])
+    array([0.7, 0.9])
+    >>> certainty([[0.9, 0.4]], [[True, False]]).round(3)
+    array([0.735])
+    """
+    shares = np.asarray(shares_NC, float)
+    if given_NC is None:
+        return np.asarray(shares.max(axis=1))
+    decided_NC = np.where(given_NC, shares, 1 - shares)
+    return np.asarray(np.exp(np.log(np.maximum(decided_NC, np.finfo(float).tiny)).mean(axis=1)))
+
+
+def cascade_curve(sure_N: ArrayLike, small_N: ArrayLike, large_N: ArrayLike) -> list[CascadePoint]:
     """All thresholds that tell rows apart, from no row sent on to all of them.
 
     Args:
-        sure_N: Best calibrated probability of the small model.
-        small_right_N: Whether its answer is the gold one.
-        large_right_N: Whether the large model's is.
+        sure_N: How sure the small model is of its answer (`certainty`).
+        small_N: What its answer scores: right or wrong, or a number.
+        large_N: What the large model's scores.
 
     >>> for point in cascade_curve([0.9, 0.5, 0.7], [True, False, True], [True, True, False]):
-    ...     print(point.min_probability, round(point.sent, 2), round(point.accuracy, 2))
+    ...     print(point.min_probability, round(point.sent, 2), round(point.score, 2))
     0.0 0.0 0.67
     0.6 0.33 1.0
     0.8 0.67 0.67
@@ -58,17 +82,17 @@ def cascade_curve(sure_N: ArrayLike, small_right_N: ArrayLike, large_right_N: Ar
     Raises:
         DataError: No rows, or different numbers of them.
     """
-    sure, small, large = np.asarray(sure_N, float), np.asarray(small_right_N, bool), np.asarray(large_right_N, bool)
+    sure, small, large = (np.asarray(column, float) for column in (sure_N, small_N, large_N))
     if not len(sure) or not len(sure) == len(small) == len(large):
         raise DataError(f"A cascade cannot be judged on {len(sure)}, {len(small)} and {len(large)} rows.")
     order = np.argsort(sure, kind="stable")
     sorted_N, rows = sure[order], len(sure)
-    right_N1 = np.concatenate([[0], np.cumsum(large[order])]) + np.concatenate(
+    total_N1 = np.concatenate([[0], np.cumsum(large[order])]) + np.concatenate(
         [np.cumsum(small[order][::-1])[::-1], [0]]
     )
     cuts = [0, *(np.flatnonzero(np.diff(sorted_N) > 0) + 1).tolist(), rows]
     return [
-        CascadePoint(min_probability=_threshold(sorted_N, cut), sent=cut / rows, accuracy=float(right_N1[cut] / rows))
+        CascadePoint(min_probability=_threshold(sorted_N, cut), sent=cut / rows, score=float(total_N1[cut] / rows))
         for cut in cuts
     ]
 
@@ -87,11 +111,11 @@ def choose_point(curve: Sequence[CascadePoint], tolerance: float | None) -> Casc
 
     Args:
         curve: From `cascade_curve`; its last point is the large model alone.
-        tolerance: The smallest share of rows sent on with an accuracy of at least the large model's less this; None:
-            the highest accuracy.
+        tolerance: The smallest share of rows sent on with a score of at least the large model's less this; None: the
+            highest score.
     """
-    least = max(point.accuracy for point in curve) if tolerance is None else curve[-1].accuracy - tolerance
-    return next(point for point in curve if point.accuracy >= least - 1e-12)
+    least = max(point.score for point in curve) if tolerance is None else curve[-1].score - tolerance
+    return next(point for point in curve if point.score >= least - 1e-12)
 
 
 def thinned(curve: Sequence[CascadePoint], most: int = 101) -> list[CascadePoint]:

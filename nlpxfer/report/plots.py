@@ -102,16 +102,18 @@ class CascadePicture:
         chosen: The point of the threshold in use.
         rows_per_second: Measured, for `cascade`, `student` and `teacher`.
         rows: Labelled rows behind it.
+        metric: What the points' scores are, in words.
     """
 
     curve: Sequence[CascadePoint]
     chosen: CascadePoint
     rows_per_second: Mapping[str, float]
     rows: int
+    metric: str = "accuracy"
 
 
 def cascade_plot(picture: CascadePicture, path: str | Path) -> Path:
-    """Draw the accuracy of a cascade against the share of rows that it sends on to the teacher, as PNG.
+    """Draw the score of a cascade against the share of rows that it sends on to the teacher, as PNG.
 
     Args:
         picture: What to show; both ends of the curve and the point in use are marked, with their rows per second.
@@ -126,17 +128,22 @@ def cascade_plot(picture: CascadePicture, path: str | Path) -> Path:
         raise DataError("There are no points to draw")
     figure = Figure(figsize=(7, 4.4), dpi=_DPI, layout="constrained")
     axes = figure.subplots()
-    sent, right = ([100 * getattr(point, name) for point in picture.curve] for name in ("sent", "accuracy"))
+    sent, right = ([100 * getattr(point, name) for point in picture.curve] for name in ("sent", "score"))
     axes.plot(sent, right, color=_BAR, linewidth=1.6, zorder=2)
     marked = {"student": picture.curve[0], "cascade": picture.chosen, "teacher": picture.curve[-1]}
     for name, point in marked.items():
-        shown = f"{name if name == 'cascade' else f'{name} only'}: {100 * point.accuracy:.1f} %"
+        shown = f"{name if name == 'cascade' else f'{name} only'}: {100 * point.score:.1f} %"
         shown += f", {picture.rows_per_second[name]:,.0f} rows/s"
         shape = "o" if name == "cascade" else "s"
-        axes.plot(100 * point.sent, 100 * point.accuracy, shape, markersize=8, label=shown, zorder=3)
-    _plain_axes(axes, "% of the rows sent on to the teacher", "accuracy in %")
+        axes.plot(100 * point.sent, 100 * point.score, shape, markersize=8, label=shown, zorder=3)
+    _plain_axes(axes, "% of the rows sent on to the teacher", f"{picture.metric} in %")
     axes.legend(fontsize=9, frameon=False, labelcolor=_INK)
-    axes.set_title(f"Accuracy against cost ({picture.rows:,} rows)", fontsize=11, color=_INK, pad=10)
+    axes.set_title(
+        f"{picture.metric[0].upper()}{picture.metric[1:]} against cost ({picture.rows:,} rows)",
+        fontsize=11,
+        color=_INK,
+        pad=10,
+    )
     return _save(figure, path)
 
 
