@@ -108,7 +108,7 @@ demo:
 
 test:
 	@sh -c "$$SETUP" setup demo test
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint:
 	@sh -c "$$SETUP" setup demo test dev

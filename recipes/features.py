@@ -21,7 +21,6 @@ from nlpxfer.checkpoint.pooling import can_read_mean, use_mean_pooling
 from nlpxfer.checkpoint.resolve import resolve_checkpoint
 from nlpxfer.cli import run_main
 from nlpxfer.config import NEEDED_SWITCHES, DataOptions, RunOptions, option, parse
-from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits
 from nlpxfer.evaluate.feature_arm import FeatureArm, feature_arm
 from nlpxfer.methods.features import FeatureBased, require_hidden_layer
@@ -121,12 +120,6 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, options = parse((DataOptions, FeatureOptions), argv)
     name, revision, classifier = options.model_name_or_path, options.model_revision, options.classifier
-    if data_options.long_texts == "sliding_window" and classifier == "mlp":
-        raise ConfigError(
-            "long_texts: an mlp is trained on one row of features per text, not on windows.",
-            fix="--classifier logistic, or --long_texts head_tail",
-        )
-
     with start_run("features", data_options, options, folds=True) as run:
         smoothing = options.label_smoothing_factor
         method = FeatureBased(problem_type=run.problem_type, classifier=classifier, label_smoothing=smoothing)

@@ -165,6 +165,50 @@ def test_one_pass_is_that_of_a_plain_network(task):
     np.testing.assert_allclose(logits_of_features(model, arrays[2]), expected, atol=1e-4)
 
 
+def test_the_logits_of_windows_are_averaged_before_the_loss(task):
+    """torch's own modules: each row's loss is that of the mean of its windows' logits."""
+    checkpoint, _, arrays = task("bert")
+    random = torch.Generator().manual_seed(3)
+    counts, two_each = torch.randint(1, 4, (160,), generator=random), torch.full((len(arrays[2]),), 2)
+    states, held_out = (
+        torch.from_numpy(rows).repeat_interleave(windows, dim=0)
+        for rows, windows in ((arrays[0], counts), (arrays[2], two_each))
+    )
+    states, held_out = (each + each.std(0) * torch.randn(each.shape, generator=random) for each in (states, held_out))
+    labels, gold = torch.from_numpy(arrays[1].copy()), torch.from_numpy(arrays[3])
+    labels[::9] = -100  # no label: left out with its windows
+    kept = labels >= 0
+    states_kept = states[kept.repeat_interleave(counts)]
+    mean, scale = states_kept.mean(0), states_kept.std(0)
+    model = checkpoint.model
+    dense, final = model.bert.pooler.dense, model.classifier
+    plain = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
+    with torch.no_grad():
+        plain[0].weight.copy_(dense.weight * scale)
+        plain[0].bias.copy_(dense.bias + dense.weight @ mean)
+        plain[2].load_state_dict(final.state_dict())
+
+    def row_logits(states, counts):
+        return torch.stack([part.mean(0) for part in plain((states - mean) / scale).split(counts.tolist())])
+
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=0.01, weight_decay=0.0)
+    rows_of, loss_of = states_kept.split(counts[kept].tolist()), nn.CrossEntropyLoss()
+    for rows in torch.randperm(int(kept.sum()), generator=torch.Generator().manual_seed(7)).split(20):
+        optimizer.zero_grad()
+        chosen = torch.cat([rows_of[row] for row in rows])
+        loss_of(row_logits(chosen, counts[kept][rows]), labels[kept][rows]).backward()
+        optimizer.step()
+    windows = [SimpleNamespace(windows_per_row=each.numpy()) for each in (counts, two_each)]
+    plan = MlpPlan(learning_rate=0.01, weight_decays=(0.0,), epochs=1, batch_size=20, seed=7)
+    given = (part.numpy() for part in (states, labels, held_out, gold))
+    fit = fit_mlp_head_(model, MLP, *given, plan=plan, windows=windows)
+    assert fit.epochs == 1
+    expected = plain((held_out - mean) / scale).detach().numpy()
+    np.testing.assert_allclose(logits_of_features(model, held_out.numpy()), expected, atol=1e-4)
+    loss = loss_of(row_logits(held_out, two_each), gold)
+    assert fit.validation_loss == pytest.approx(loss.item(), abs=1e-4)
+
+
 def test_it_learns_what_logistic_regression_cannot(task):
     """The class is whether two entries of the state are of one sign."""
     checkpoint, _, _ = task("bert")
@@ -368,7 +412,6 @@ REFUSED = {
     "another classifier": (["--classifier", "svm"], ["classifier", "svm", "mlp"]),
     "with an mlp too": (["--classifier", "mlp", "--dropout", "0.1", "--max_steps", "9"],
                         ["dropout: has", "max_steps: has"]),
-    "windows": (["--long_texts", "sliding_window", "--classifier", "mlp"], ["long_texts: an mlp is trained"]),
     "misspelt": (["--feature_cash", "x"], ["did you mean feature_cache"]),
 }  # fmt: skip
 

@@ -543,13 +543,23 @@ def test_a_word_at_the_end_decides(words, succeeds, end_decides, tiny_checkpoint
     assert np.mean([row["label"] == row["predicted_label"] for row in answers]) == pytest.approx(scored)
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "modernbert", "gpt2"])
-def test_a_classifier_on_frozen_features_reads_windows(family, end_decides, tiny_checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("family", "classifier"),
+    [
+        *((family, "logistic") for family in ("bert", "distilbert", "modernbert", "gpt2")),
+        ("bert", "mlp"),
+        ("modernbert", "mlp"),
+    ],
+)
+def test_a_classifier_on_frozen_features_reads_windows(
+    family, classifier, end_decides, tiny_checkpoint, tmp_path, monkeypatch
+):
     """Whatever the head makes of a window, the saved model says the same of the text as the report."""
     monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
     files = [word for split, path in end_decides.items() for word in (f"--{split}_file", path)]
     words = ["--max_length", "16", "--bf16", "false", "--num_threads", "1", "--use_cpu", "true"]
     words += ["--model_name_or_path", tiny_checkpoint(family), "--control_arm", "false", "--pooling", "own"]
+    words += ["--classifier", classifier]
     windows = ["--long_texts", "sliding_window", "--window_overlap", "5"]
     run = finished("features", tmp_path / "windows", *files, *words, *windows)
     start = finished("features", tmp_path / "head", *files, *words)

@@ -224,7 +224,7 @@ def _fit_here_(
         )
     if method.classifier == "logistic":
         return _Fitted(steps=0, probe=probe, history=[], choice={"penalty": probe.penalty if probe else None})
-    fit = fit_mlp_head_(model, method, *arrays, plan=plan, quiet=quiet)
+    fit = fit_mlp_head_(model, method, *arrays, plan=plan, windows=windows, quiet=quiet)
     choice = {"weight_decay": fit.weight_decay, "epochs": fit.epochs, "validation_loss": fit.validation_loss}
     logger.info("mlp: validation loss %.4f after %d passes", fit.validation_loss, fit.epochs)
     if not fit.epochs:

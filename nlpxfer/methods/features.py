@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from nlpxfer.checkpoint.head import head_features, head_of, head_parameters, pooled_states
+from nlpxfer.data.tokenise import WINDOWS_PER_ROW
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses.classification import gold_loss, labelled
-from nlpxfer.methods.base import Batch, LossTerm, Method, model_inputs, smoothing_faults
+from nlpxfer.methods.base import Batch, LossTerm, Method, mean_by_row, model_inputs, smoothing_faults
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 
 if TYPE_CHECKING:
@@ -61,7 +62,11 @@ class FeatureBased(Method):
             raise ConfigError.from_faults(faults)
 
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
-        """Label loss of each row, from its pooled state if the batch has the column `POOLED`, else from its tokens."""
+        """Label loss of each row, from its pooled state if the batch has the column `POOLED`, else from its tokens.
+
+        Of rows in several windows the final layer reads the mean over these of what it reads of each: as it is linear,
+        its logits are the mean of theirs.
+        """
         classifier = cast("PreTrainedModel", model)
         pooled_BH = batch.get(POOLED)
         if pooled_BH is None:
@@ -70,6 +75,8 @@ class FeatureBased(Method):
         hidden_BH = head_features(classifier, pooled_BH)
         if self.classifier == "logistic":
             hidden_BH = hidden_BH.detach()
+        if (windows_B := batch.get(WINDOWS_PER_ROW)) is not None:
+            hidden_BH = mean_by_row(hidden_BH, windows_B)
         logits_BC = head_of(classifier).final(hidden_BH)
         return {"label": LossTerm(self.row_losses(logits_BC, batch["labels"], self.label_smoothing), 1.0)}
 

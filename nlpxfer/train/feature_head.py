@@ -8,7 +8,7 @@ is left. Weight decay and number of passes are those with the lowest validation 
 AdamW on minibatches was chosen over L-BFGS on all rows because stopping early is half of the regularisation, and one
 pass over ten thousand rows of 384 numbers takes a tenth of a second.
 
-Shapes: N training rows, M validation rows, H hidden, C classes, B batch rows.
+Shapes: N training rows, M validation rows, W windows of them, H hidden, C classes, B batch rows.
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from nlpxfer.checkpoint.head import PooledMoments, head_features, head_logits, head_of, make_transparent_
+from nlpxfer.data.tokenise import WINDOWS_PER_ROW
 from nlpxfer.errors import DataError, NotFiniteError
 from nlpxfer.losses.classification import labelled
+from nlpxfer.methods.base import mean_by_row
 from nlpxfer.methods.features import POOLED, FeatureBased, require_hidden_layer
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.train.linear_probe import HEAD_SIZE, Probe, fit_final_
@@ -118,13 +120,13 @@ def fit_logistic_head_(
     """
     start = time.perf_counter()
     if windows is None:
-        train_NH, train_labels = _labelled(train_NH, train_labels)
+        train_NH, train_labels, _ = _labelled(train_NH, train_labels)
     if head_of(model).transforms:
         make_transparent_(model, _moments(train_NH), size=HEAD_SIZE)
     read = [_in_chunks(model, states, head_features) for states in (train_NH, validation_MH)]
     if windows is not None:
         read = [mean_of_windows(states, rows) for states, rows in zip(read, windows, strict=True)]
-        read[0], train_labels = _labelled(read[0], train_labels)
+        read[0], train_labels, _ = _labelled(read[0], train_labels)
     fitted = fit_final_(model, read[0], train_labels, read[1], validation_labels, problem_type=problem_type)
     return Probe(fitted.loss, fitted.accuracy, fitted.penalty, time.perf_counter() - start)
 
@@ -138,9 +140,12 @@ def fit_mlp_head_(
     validation_labels_M: Array,
     *,
     plan: MlpPlan,
+    windows: Sequence[TokenisedRows] | None = None,
     quiet: bool = True,
 ) -> MlpFit:
     """Train the whole head in place on pooled states, from where it stands.
+
+    The logits of a row in several windows are the mean of theirs, in the loss as in the classifier's answers.
 
     Args:
         model: A sequence classifier whose head has a hidden layer.
@@ -150,6 +155,7 @@ def fit_mlp_head_(
         validation_MH: Pooled states of the validation rows.
         validation_labels_M: Their classes.
         plan: How.
+        windows: The training and the validation rows, if the states are those of their windows.
         quiet: No progress bar.
 
     Raises:
@@ -159,12 +165,13 @@ def fit_mlp_head_(
     """
     started = time.perf_counter()
     require_hidden_layer(model)
-    train_NH, train_labels_N = _labelled(train_NH, train_labels_N)
+    train_windows_N, validation_windows_M = (None, None) if windows is None else (w.windows_per_row for w in windows)
+    train_NH, train_labels_N, train_windows_N = _labelled(train_NH, train_labels_N, train_windows_N)
     moments = _moments(train_NH)
     with _reading_standardised(model, moments) as standardise:
-        train, gold = standardise(train_NH), torch.from_numpy(train_labels_N).to(next(model.parameters()).device)
-        held_out = standardise(validation_MH), torch.from_numpy(validation_labels_M).to(gold.device)
-        trainer = _Trials(model, method, plan, train, gold, *held_out)
+        train = _Rows.of(standardise(train_NH), train_labels_N, train_windows_N)
+        held_out = _Rows.of(standardise(validation_MH), validation_labels_M, validation_windows_M)
+        trainer = _Trials(model, method, plan, train, held_out)
         bar = tqdm(total=len(plan.weight_decays) * plan.epochs, desc="mlp", disable=quiet, leave=False)
         with bar:
             for weight_decay in plan.weight_decays:
@@ -181,6 +188,33 @@ def fit_mlp_head_(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """States of rows or of their windows, labels, and how many windows each row has; None: one, and W is N."""
+
+    states_WH: Tensor
+    labels_N: Tensor
+    windows_N: Tensor | None
+
+    @classmethod
+    def of(cls, states_WH: Tensor, labels_N: Array, windows_N: Array | None) -> _Rows:
+        device = states_WH.device
+        counts = None if windows_N is None else torch.from_numpy(windows_N).to(device)
+        return cls(states_WH, torch.from_numpy(labels_N).to(device), counts)
+
+    def batch(self, chosen_B: Tensor) -> dict[str, Tensor]:
+        """Some rows as a method reads them."""
+        labels = {"labels": self.labels_N[chosen_B]}
+        if self.windows_N is None:
+            return labels | {POOLED: self.states_WH[chosen_B]}
+        windows_B = self.windows_N[chosen_B]
+        first_B = (self.windows_N.cumsum(0) - self.windows_N)[chosen_B]
+        before_B = windows_B.cumsum(0) - windows_B
+        index_W = (first_B - before_B).repeat_interleave(windows_B)
+        index_W += torch.arange(len(index_W), device=index_W.device)
+        return labels | {POOLED: self.states_WH[index_W], WINDOWS_PER_ROW: windows_B}
+
+
 class _Trials:
     """Training runs of one head from one start, one per weight decay; remembers the best weights of all."""
 
@@ -189,14 +223,11 @@ class _Trials:
         model: PreTrainedModel,
         method: FeatureBased,
         plan: MlpPlan,
-        train_NH: Tensor,
-        labels_N: Tensor,
-        validation_MH: Tensor,
-        validation_labels_M: Tensor,
+        train: _Rows,
+        validation: _Rows,
     ) -> None:
         self.model, self.method, self.plan = model, method, plan
-        self.train_NH, self.labels_N = train_NH, labels_N
-        self.validation_MH, self.validation_labels_M = validation_MH, validation_labels_M
+        self.train, self.validation = train, validation
         self.parameters = method.trained_parameters(model)
         self.start = self._copy()
         self.best = self.start
@@ -234,10 +265,11 @@ class _Trials:
         self._set_(self.best)
 
     def _pass(self, optimizer: torch.optim.Optimizer, order: torch.Generator) -> float:
-        total = torch.zeros((), device=self.labels_N.device)
-        shuffled = torch.randperm(len(self.labels_N), generator=order).to(self.labels_N.device)
+        labels_N = self.train.labels_N
+        total = torch.zeros((), device=labels_N.device)
+        shuffled = torch.randperm(len(labels_N), generator=order).to(labels_N.device)
         for chosen in torch.split(shuffled, self.plan.batch_size):
-            batch = {POOLED: self.train_NH[chosen], "labels": self.labels_N[chosen]}
+            batch = self.train.batch(chosen)
             loss = sum(
                 (term.weight * term.rows_B.sum() for term in self.method.loss_terms(self.model, batch).values()),
                 start=torch.zeros((), device=total.device),
@@ -258,8 +290,10 @@ class _Trials:
 
     def _validation_loss(self) -> float:
         with torch.no_grad():
-            logits_MC = head_logits(self.model, self.validation_MH)
-            return float(self.method.row_losses(logits_MC, self.validation_labels_M).mean())
+            logits_MC = head_logits(self.model, self.validation.states_WH)
+            if self.validation.windows_N is not None:
+                logits_MC = mean_by_row(logits_MC, self.validation.windows_N)
+            return float(self.method.row_losses(logits_MC, self.validation.labels_N).mean())
 
     def _copy(self) -> dict[str, Tensor]:
         return {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
@@ -295,11 +329,14 @@ def _fold_(dense: nn.Linear, *, shift_H: Tensor, scale_H: Tensor) -> None:
         dense.weight.copy_(weight * scale_H.double())
 
 
-def _labelled(states_NH: Array, labels: Array) -> tuple[Array, Array]:
+def _labelled(states_WH: Array, labels: Array, windows_N: Array | None = None) -> tuple[Array, Array, Array | None]:
+    """The states of labelled rows or of their windows, the labels, and how many windows each has."""
     known_N = labelled(torch.from_numpy(labels)).numpy()
     if len(np.unique(labels[known_N], axis=0)) < 2:
         raise DataError("All labelled training rows have the same label.", fix="more labelled rows")
-    return states_NH[known_N], labels[known_N]
+    if windows_N is None:
+        return states_WH[known_N], labels[known_N], None
+    return states_WH[np.repeat(known_N, windows_N)], labels[known_N], windows_N[known_N]
 
 
 def _moments(states_NH: Array) -> PooledMoments:
