@@ -74,7 +74,8 @@ class Size:
     """How much is measured on a data set; rows are stratified samples of the training rows.
 
     The `more` students learn from texts without labels too, and the `mixed` ones from `mixed_texts` mixtures for each
-    row, both for `text_epochs`; `few` rows have labels in the cells that start so, None leaves these out.
+    row, both for `text_epochs` and `text_seeds`; `few` rows have labels in the cells that start so, None leaves
+    these out.
     """
 
     rows: int | None
@@ -85,19 +86,20 @@ class Size:
     mixed: tuple[str, ...] = ("3 layers", "2 layers", "static")
     mixed_texts: int = 5
     text_epochs: int = 3
+    text_seeds: int = 1
     students: tuple[str, ...] = ("3 layers", "2 layers", "static")
     speed_rows: int = 1000
 
 
-SMALL = Size(rows=1000, epochs=4, seeds=1)
+SMALL = Size(rows=1000, epochs=4, seeds=3)
 SIZES: dict[str, dict[str, Size]] = {
     "small": dict.fromkeys(DATA.split(","), SMALL)
     | {
-        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770),
-        "clinc150": Size(rows=1500, epochs=4, seeds=1),
+        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770, text_seeds=3),
+        "clinc150": Size(rows=1500, epochs=4, seeds=3),
     },
-    "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5))
-    | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770, students=tuple(STUDENTS))},
+    "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5, text_seeds=5))
+    | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770, text_seeds=5, students=tuple(STUDENTS))},
 }
 MOST = {"small": {"validation": 500, "test": 2000}}
 """Scale -> rows that are kept of a split of a set that is not bundled."""
@@ -161,7 +163,8 @@ class Bench:
         values = dict(self.few if few else self.rows)
         teacher = self._kept("few-teacher" if few else "teacher")
         words = ["--teacher_name_or_path", str(teacher), "--model_name_or_path", self.asked.model, *STUDENTS[student]]
-        words += ["--num_seeds", str(self.size.seeds), "--teacher_cache", str(self.folder / f"cache-{teacher.name}")]
+        seeds = self.size.text_seeds if prefix else self.size.seeds
+        words += ["--num_seeds", str(seeds), "--teacher_cache", str(self.folder / f"cache-{teacher.name}")]
         epochs = self.size.text_epochs if prefix else self.size.epochs
         if "static" not in STUDENTS[student]:  # it has epochs of its own
             words += ["--num_train_epochs", str(epochs)]

@@ -8,6 +8,7 @@ python benchmarks/table.py --page docs/measured.md    also puts them in the plac
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -178,6 +179,7 @@ def methods_tables(found: Mapping[str, Any]) -> str:
     """A table per data set: score, trained parameters, seconds and memory of each method; then the targets."""
     text, targets = "", []
     for name, item in found["summary"].items():
+        memory = f"memory {ELSEWHERE}" if "machine" in found["cells"].get(f"{name}/memory", {}) else "memory"
         metrics = ["accuracy", "macro_f1"] if item["metric"] != "micro_f1" else ["micro_f1", "macro_f1"]
         shown = [SCORES[metric] + (" *" if metric == item["metric"] else "") for metric in metrics]
         rows = [
@@ -192,7 +194,7 @@ def methods_tables(found: Mapping[str, Any]) -> str:
             for method, row in item["methods"].items()
         ]
         rows_of = item["rows"] or {}
-        heads = [f"{name} ({rows_of.get('train', DASH)} rows)", *shown, "trained", "saved", "seconds", "memory"]
+        heads = [f"{name} ({rows_of.get('train', DASH)} rows)", *shown, "trained", "saved", "seconds", memory]
         text += table(heads, rows) + "\n"
         for what, figure in item["targets"].items():
             targets.append([name, what, verdict(figure, points if "points" in what else percent)])
@@ -251,9 +253,35 @@ STUDENT_PEERS = {
 }
 
 
+def span(values: Sequence[float], form: str = ".1f") -> str:
+    """The lowest and the highest of some figures, or the only one."""
+    ends = list(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
+    return " to ".join(ends)
+
+
+def students_at_a_glance(found: Mapping[str, Any]) -> str:
+    """For each student and kind of texts the range over the data sets of what it keeps, and of its gain."""
+    items = list(found["summary"].values())
+    students = dict.fromkeys(student for item in items for student in item["students"])
+    rows = []
+    for student, (prefix, texts) in itertools.product(students, STUDENT_TEXTS.items()):
+        each = [known[student] for item in items if student in (known := item.get(f"{prefix}students", {}))]
+        if not each:
+            continue
+        kept = [item["kept"] for item in each]
+        shown = f"{span([100 * (one['value'] if isinstance(one, Mapping) else one) for one in kept])} %"
+        if isinstance(kept[0], Mapping):
+            shown += f" (≥ {percent(kept[0]['target'])}: {sum(one['met'] for one in kept)} of {len(kept)})"
+        gains = [item["gain"] for item in each]
+        clear = sum(gain["call"] == "positive" for gain in gains)
+        gained = f"{span([100 * gain['gain'] for gain in gains], '+.1f')} (clear: {clear} of {len(gains)})"
+        rows.append([student, texts, shown, gained])
+    return table(["student", "what the teacher labels", "kept of the teacher", "points above the control"], rows)
+
+
 def students_tables(found: Mapping[str, Any]) -> str:
     """What each student keeps of its teacher, its gain over the control arm, and speeds with tokenising."""
-    text = ""
+    text = students_at_a_glance(found) + "\n"
     for prefix, labels in STUDENT_TEXTS.items():
         rows = []
         for name, item in found["summary"].items():
@@ -290,13 +318,14 @@ def students_tables(found: Mapping[str, Any]) -> str:
     for name, item in found["summary"].items():
         for key, side in STUDENT_PEERS.items():
             if other := item.get(key):
-                rows.append([name, side, f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
+                teacher = share(found["cells"][f"{name}/teacher"]["test_accuracy"])
+                rows.append([name, side, teacher, f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
         for side, rate in (item["speed"] or {"rates": {}})["rates"].items():
             ratio = item["speed"]["ratios"].get(side)
             faster = DASH if ratio is None else times(ratio["median"])
             faster = verdict(item["static_speed"], times) if side == "static" else faster
-            rows.append([name, side, DASH, f"{rate['rows_per_second']:.0f}", faster])
-    return text + table(["data", "side", "test accuracy", "rows per second", "of the teacher's"], rows)
+            rows.append([name, side, DASH, DASH, f"{rate['rows_per_second']:.0f}", faster])
+    return text + table(["data", "side", "its teacher", "test accuracy", "rows per second", "of the teacher's"], rows)
 
 
 TABLES = {

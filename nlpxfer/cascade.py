@@ -26,12 +26,12 @@ from typing import Any, Final
 import numpy as np
 
 from nlpxfer.classify import (
-    SEPARATOR,
     AnswerColumns,
     Classifier,
     Predicted,
     label_rows,
     labelled_windows,
+    separator_of,
     text_columns,
     trained_column,
 )
@@ -171,7 +171,7 @@ def fit_cascade(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
-    label_separator: str = SEPARATOR,
+    label_separator: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Fit the threshold on a labelled file and write `cascade.json`; see `evaluate.cascade` for the rule.
@@ -186,7 +186,8 @@ def fit_cascade(
         text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
-        label_separator: Between the labels of a multi-label row that are one text.
+        label_separator: Between the labels of a multi-label row that are one text. Default: that of the training,
+            else "|".
         quiet: No progress bar.
 
     Returns:
@@ -257,6 +258,8 @@ def load_cascade(path: str | Path, student: Classifier, teacher: Classifier) -> 
         found: Any = json.loads(path.read_text(encoding="utf-8"))
         least, known = found["min_probability"], {name: found[name] for name in ("labels", STUDENT, TEACHER)}
         usable = found["version"] == FORMAT_VERSION and (least is None or 0 <= float(least) <= 1)
+        usable &= all(isinstance(known[who], dict) for who in (STUDENT, TEACHER))
+        usable &= isinstance(known["labels"], list) and all(isinstance(name, str) for name in known["labels"])
     except (ValueError, KeyError, TypeError):
         usable = False
     if not usable:
@@ -288,7 +291,7 @@ def predict_cascade(
     *,
     text_column: str | None = None,
     text_pair_column: str | None = None,
-    label_separator: str = SEPARATOR,
+    label_separator: str | None = None,
     quiet: bool = True,
 ) -> tuple[Predicted, int]:
     """Label the rows of a file, in new columns beside those that are there; memory does not grow with the file.
@@ -303,8 +306,9 @@ def predict_cascade(
         DataError, ConfigError: See `label_rows`.
     """
     sent = 0
+    separator = separator_of(label_separator, cascade.student, cascade.teacher)
     answering = {
-        who: AnswerColumns(cascade.student.schema, cascade.thresholds_C(who), label_separator=label_separator)
+        who: AnswerColumns(cascade.student.schema, cascade.thresholds_C(who), label_separator=separator)
         for who in (STUDENT, TEACHER)
     }
 
@@ -343,7 +347,7 @@ def _ask_both(
     text_column: str | None,
     text_pair_column: str | None,
     label_column: str | None,
-    label_separator: str,
+    label_separator: str | None,
     quiet: bool,
 ) -> _Asked:
     """Ask both models for every row of a labelled file, each row once."""
@@ -352,7 +356,8 @@ def _ask_both(
     models = cascade.student, cascade.teacher
     texts_in = text_columns(text_column, text_pair_column, source, *models)
     columns = (*texts_in, trained_column("label_column", label_column, source, *models))
-    for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, label_separator, quiet):
+    separator = separator_of(label_separator, *models)
+    for texts, pairs, gold in labelled_windows(cascade.student.schema, source, columns, separator, quiet):
         if not found:  # the first batches of a model are slow
             first = texts[:_WARMUP_ROWS], None if pairs is None else pairs[:_WARMUP_ROWS]
             cascade.student_shares(*first)
@@ -380,7 +385,7 @@ def evaluate_cascade(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
-    label_separator: str = SEPARATOR,
+    label_separator: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Score against cost of a cascade on a labelled file, with the student alone and the teacher alone beside it.
@@ -392,7 +397,8 @@ def evaluate_cascade(
         text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
         label_column: Column with the gold label. Default: that of the training where the file has it, else "label".
-        label_separator: Between the labels of a multi-label row that are one text.
+        label_separator: Between the labels of a multi-label row that are one text. Default: that of the training,
+            else "|".
         quiet: No progress bar.
 
     Returns:

@@ -138,11 +138,23 @@ class Classifier:
         """N texts as the model reads them.
 
         Raises:
-            DataError: A text alone stands in place of a list of texts; see also `tokenise`.
+            DataError: There is no list of texts, or something else than a text in it; or the model was trained on
+                pairs of texts and gets none, or the other way round; see also `tokenise`.
         """
-        for name, given in (("texts", texts), ("pairs", pairs)):
-            if isinstance(given, str):  # a sequence of texts, too: its characters
-                raise DataError(f"{name} is one text, a list of texts is needed.", fix=f"{name}=[text]")
+        for name, given in (("texts", texts), ("pairs", [] if pairs is None else pairs)):
+            if given is None or isinstance(given, str):  # a text is a sequence of texts, too: its characters
+                shown = "None" if given is None else "one text"
+                raise DataError(f"{name} is {shown}, a list of texts is needed.", fix=f"{name}=[text]")
+            for number, text in enumerate(given):
+                if not isinstance(text, str):
+                    raise DataError(f"{name}: number {number}, from 0, is a {type(text).__name__}, a text is needed.")
+        second = self.backend.trained.get("text_pair_column", "")
+        if second is None and pairs is not None and len(pairs):
+            raise DataError("The model was trained to read one text for each row, not pairs.", fix="leave pairs out")
+        if second and pairs is None:
+            raise DataError(
+                f"The model was trained to read a second text, {second}, beside each text.", fix="pairs=[second text]"
+            )
         return tokenise(self.backend.tokenizer, texts, pairs, max_length=self.max_length, long_texts=self.long_texts)
 
     def logits(self, texts: Sequence[str], pairs: Sequence[str] | None = None) -> Array:
@@ -289,6 +301,12 @@ def trained_column(option: str, asked: str | None, source: str | Path, *models: 
     return str(next((name for name in trained if name in names), usual))
 
 
+def separator_of(asked: str | None, *models: Classifier) -> str:
+    """What stands between the labels of a row: what is asked for, else that of the models' training, else "|"."""
+    trained = (model.backend.trained.get("label_separator") for model in models)
+    return asked or next((separator for separator in trained if separator), SEPARATOR)
+
+
 def text_columns(
     text: str | None, pair: str | None, source: str | Path, *models: Classifier
 ) -> tuple[str, str | None]:
@@ -320,7 +338,7 @@ def predict_file(
     text_pair_column: str | None = None,
     min_probability: float | None = None,
     all_probabilities: bool = False,
-    label_separator: str = SEPARATOR,
+    label_separator: str | None = None,
     quiet: bool = True,
 ) -> Predicted:
     """Label the rows of a file, in new columns beside those that are there.
@@ -338,7 +356,7 @@ def predict_file(
         min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
             Default: that of the classifier's own rule, if it has one.
         all_probabilities: Also a column `probability_<label>` per label.
-        label_separator: Between the labels of a multi-label row.
+        label_separator: Between the labels of a multi-label row. Default: that of the training, else "|".
         quiet: No progress bar.
 
     Raises:
@@ -354,7 +372,7 @@ def predict_file(
         classifier.thresholds_C,
         min_probability=least,
         all_probabilities=all_probabilities,
-        label_separator=label_separator,
+        label_separator=separator_of(label_separator, classifier),
     )
     abstained = 0
 
@@ -444,7 +462,7 @@ def evaluate_file(
     text_column: str | None = None,
     text_pair_column: str | None = None,
     label_column: str | None = None,
-    label_separator: str = SEPARATOR,
+    label_separator: str | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Scores of a classifier on a labelled file: `rows`, and the metrics of its kind of task (`problem.METRICS`).
@@ -452,7 +470,8 @@ def evaluate_file(
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
     With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
-    it answers. The columns are found as `predict_file` finds them, that of the labels likewise.
+    it answers. The columns are found as `predict_file` finds them, that of the labels and what is between several
+    likewise.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
@@ -461,7 +480,8 @@ def evaluate_file(
     schema, logits, labels = classifier.schema, [], []
     texts_in = text_columns(text_column, text_pair_column, source, classifier)
     columns = (*texts_in, trained_column("label_column", label_column, source, classifier))
-    for texts, pairs, gold in labelled_windows(schema, source, columns, label_separator, quiet):
+    separator = separator_of(label_separator, classifier)
+    for texts, pairs, gold in labelled_windows(schema, source, columns, separator, quiet):
         labels += gold
         logits.append(classifier.logits(texts, pairs))
     found_NC = np.concatenate(logits)

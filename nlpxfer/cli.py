@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--max_length", type=int, metavar="N", help="tokens read; default: as in training")
         command.add_argument("--batch_size", type=int, metavar="N", help="rows per batch of longest rows")
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
-        command.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
+        command.add_argument("--label_separator", metavar="S", help="between labels; default: as in training, else |")
         command.add_argument("--int8", action="store_true", help="take the int8 weights of an exported model")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
     abstain = "mark rows below it as abstained; default: the model's own, if it has one"
@@ -208,7 +208,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
         step.add_argument("--int8", action="store_true", help="take the int8 weights of an exported student")
         for who in ("student", "teacher"):
             step.add_argument(f"--{who}_base", metavar="FOLDER", help="base of an adapter that was a local folder")
-        step.add_argument("--label_separator", default="|", metavar="S", help="between labels; default: |")
+        step.add_argument("--label_separator", metavar="S", help="between labels; default: as in training, else |")
     gold = f"column with the gold label; {_AS_IN_TRAINING} label"
     for step in (fit, evaluate):
         step.add_argument("--label_column", metavar="NAME", help=gold)

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import numpy as np
 
 from nlpxfer.checkpoint.adapters import is_adapted
-from nlpxfer.checkpoint.fingerprint import weights_fingerprint
+from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint, weights_fingerprint
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.own_files import is_unfinished, mark_unfinished, unfinished_recipe
 from nlpxfer.checkpoint.save import check_free_space, ensure_output_folder, held, save_classifier
@@ -60,7 +60,7 @@ from nlpxfer.report.report import (
 )
 from nlpxfer.report.run import write_run
 from nlpxfer.train.checkpoints import RunIdentity
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import is_main_process, wait_for_everyone
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
 from nlpxfer.train.search import Search
@@ -114,7 +114,7 @@ class Run:
         folds: Of the training rows, if the run trains on folds too.
         out_of_fold: What the fold models say; from `train_on_folds`.
         lengths: Tokenizer -> split -> how much of the rows is read.
-        searching: Whether trials are being made: then there are no test rows.
+        tried: While trials are made: their rows by tokenizer and split (`trials`).
         found: The search, for the report; None if there was none.
         answers: Name of an arm -> its logits, one for each training seed.
         results: What `once` has computed.
@@ -133,7 +133,7 @@ class Run:
     folds: Folds | None = None
     out_of_fold: OutOfFold | None = None
     lengths: dict[PreTrainedTokenizerBase, dict[str, dict[str, float]]] = field(default_factory=dict)
-    searching: bool = False
+    tried: dict[tuple[str, str], TokenisedRows] | None = None
     found: dict[str, Any] | None = None
     answers: dict[str, list[Answers]] = field(default_factory=dict)
     results: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -153,9 +153,26 @@ class Run:
 
     def tokenise(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
         """One split, of those that `data` has, as a tokenizer sees it; no test row in trials."""
-        if self.searching and split == "test":
+        if self.tried is None:
+            return self._tokenised(tokenizer, split)
+        if split == "test":
             none = self.data.schema.unlabelled(0)
             return tokenise(tokenizer, [], max_length=self.data_options.max_length, labels=none)
+        key = tokenizer_fingerprint(tokenizer), split
+        if key not in self.tried:
+            self.tried[key] = self._tokenised(tokenizer, split)
+        return self.tried[key]
+
+    @contextmanager
+    def trials(self) -> Iterator[None]:
+        """While trials are made there are no test rows, and the others are tokenised once for each tokenizer."""
+        self.tried = {}
+        try:
+            yield
+        finally:
+            self.tried = None
+
+    def _tokenised(self, tokenizer: PreTrainedTokenizerBase, split: str) -> TokenisedRows:
         texts, pairs = self.texts(split)
         rows = getattr(self.data, split)
         labels = self.labels(split) if "label" in rows.column_names else self.data.schema.unlabelled(len(rows))
@@ -320,11 +337,11 @@ class Run:
             self.options, tried = with_values(options, plan, values)
             return self.trial_arm(arm_of(tried), {key: plain_value(value) for key, value in values.items()})
 
-        self.searching = True
         try:
-            make_trials(search, trial, quiet=bool(options.disable_tqdm))
+            with self.trials():
+                make_trials(search, trial, quiet=bool(options.disable_tqdm))
         finally:
-            self.searching, self.options = False, options
+            self.options = options
         best = search.best_values()
         self.options, plan = with_values(options, plan, best)
         self.options.ranges = {}
@@ -560,7 +577,12 @@ class Run:
         return lambda: self.check_length(build(seed))
 
     def begin(
-        self, *trained: Checkpoint, arms: int, asked: Sequence[Checkpoint] = (), checkpoints: bool = True
+        self,
+        *trained: Checkpoint,
+        arms: int,
+        asked: Sequence[Checkpoint] = (),
+        checkpoints: bool = True,
+        **changes: Any,  # noqa: ANN401 - values of RunOptions
     ) -> None:
         """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
 
@@ -570,6 +592,7 @@ class Run:
             asked: Models that will only be asked. The largest of all decides about the space needed: its weights that
                 learn, and twice as much for Adam's moments, in each checkpoint.
             checkpoints: Whether models are trained by steps, and checkpoints written meanwhile.
+            changes: Options that differ in their training.
 
         Raises:
             ConfigError: `max_length` is more than a model can read, or the training cannot be done as asked for.
@@ -579,14 +602,10 @@ class Run:
         models = [*trained, *asked]
         for model in models:
             self.check_length(model)
+        if rates := self.options.ranges.get("learning_rate"):
+            changes["learning_rate"] = max(rates.ends)  # what no rate allows is refused; a trial looks for itself
         for model in trained if checkpoints else ():
-            check_training(model.model, self.options)
-        rows, batch = len(self.data.train), self.options.per_device_train_batch_size * world()[1]
-        if self.options.dataloader_drop_last and rows < batch:
-            raise ConfigError(
-                f"dataloader_drop_last: {rows} labelled rows make no whole batch of {batch}.",
-                fix="a smaller --per_device_train_batch_size, or --dataloader_drop_last false",
-            )
+            check_training(model.model, changed(self.options, **changes), len(self.data.train))
         weights = max(stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0

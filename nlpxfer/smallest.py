@@ -35,7 +35,7 @@ from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import INT8, STATIC, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import CheckpointError, ConfigError, ExportError, NotFiniteError, ResumeError
-from nlpxfer.evaluate.arms import Splits, topology
+from nlpxfer.evaluate.arms import topology
 from nlpxfer.evaluate.cost import stored_bytes
 from nlpxfer.evaluate.latency import latency_facts
 from nlpxfer.evaluate.trials import short_run
@@ -264,7 +264,6 @@ def _search(
     measured = _measured(run, choices, {name: arm_of(plans[name]) for name in bases}, teacher, maker)
     students = {name: found for name, found in measured.items() if name != TEACHER and found is not None}
     choices = [choice for choice in choices if choice.name in students]
-    known: dict[str, Splits] = {}
     scored: dict[tuple[str, int], Scores | NotFiniteError] = {}
 
     def score(choice: Choice, steps: int) -> float:
@@ -272,7 +271,7 @@ def _search(
         if (base, steps) not in scored:
             twin = maker if any(other.is_int8 and other.trained_as == base for other in choices) else None
             try:
-                scored[base, steps] = _scores(run, base, arm_of(plans[base]), known, steps, twin)
+                scored[base, steps] = _scores(run, base, arm_of(plans[base]), steps, twin)
             except NotFiniteError as error:
                 scored[base, steps] = error
         found = scored[base, steps]
@@ -291,7 +290,8 @@ def _search(
         )
         for choice in choices
     ]
-    return climb(candidates, target, total_steps=_budget(run, plan), max_steps=_whole_training(run)), measured
+    with run.trials():
+        return climb(candidates, target, total_steps=_budget(run, plan), max_steps=_whole_training(run)), measured
 
 
 def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None], identity: RunIdentity) -> None:
@@ -367,7 +367,6 @@ def _scores(
     run: Run,
     name: str,
     arm: Mapping[str, Any],
-    known: dict[str, Splits],
     steps: int,
     maker: MakesInt8 | None,
 ) -> Scores:
@@ -379,8 +378,4 @@ def _scores(
         if maker is not None:
             small.append(_score_of(run, run.predict(maker.together(model, tokenizer), tokenizer, "validation")))
 
-    run.searching = True
-    try:
-        return short_run(trial, folder, known, steps=steps, look=look), small[0] if small else None
-    finally:
-        run.searching = False
+    return short_run(trial, folder, steps=steps, look=look), small[0] if small else None

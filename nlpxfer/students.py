@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 from nlpxfer.checkpoint.load import Checkpoint, layer_student, load_classifier, narrow_student, width_and_kind
 from nlpxfer.checkpoint.narrow import Kept, narrow_widths, widths_of
-from nlpxfer.checkpoint.pooling import has_mean_layer, wants_mean
+from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling, wants_mean
 from nlpxfer.checkpoint.static import is_static
 from nlpxfer.checkpoint.student import parse_layers, slice_layers
 from nlpxfer.config import RunOptions, default_learning_rate
@@ -35,7 +35,7 @@ Plan = TypeVar("Plan", bound=StudentOptions)
 
 
 def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> None:
-    """Refuse options that a static student makes meaningless.
+    """Refuse options that a static student makes meaningless, given or searched.
 
     Args:
         run: Its options.
@@ -45,17 +45,23 @@ def refuse_unused(run: Run, plan: StudentOptions, *, teacher_given: bool) -> Non
     Raises:
         ConfigError: Lists the options.
     """
-    if plan.student != STATIC:
+    named = plan.student_name_or_path
+    static = plan.student == STATIC or (named and run.once(("width", named), lambda: width_and_kind(named))[1])
+    if not static:
         return
     options, faults = run.options, []
-    if teacher_given and options.num_train_epochs != RunOptions.num_train_epochs:
+
+    def asked(name: str) -> bool:
+        return name in options.ranges or getattr(options, name) != getattr(RunOptions, name)
+
+    if plan.student == STATIC and teacher_given and asked("num_train_epochs"):
         faults.append("num_train_epochs: for a static student it is static_num_train_epochs")
     if run.data_options.text_pair_column is not None:
         faults.append("text_pair_column: a mean over tokens cannot tell two texts apart")
-    if options.pooling == "mean":
-        faults.append(f"pooling: {options.pooling} does nothing for a static student, which is a mean already")
+    if options.pooling == "mean" or "pooling" in options.ranges:
+        faults.append("pooling: does nothing for a static student, which is a mean already")
     for name in ("num_trained_layers", "layer_decay", "gradual_unfreezing"):
-        if getattr(options, name) != getattr(RunOptions, name):
+        if asked(name):
             faults.append(f"{name}: a static student has no layers")
     if faults:
         raise ConfigError.from_faults(faults)
@@ -105,9 +111,11 @@ def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Chec
     def build(seed: int) -> Checkpoint:
         if plan.student_name_or_path:
             return load_classifier(plan.student_name_or_path, schema=run.data.schema, seed=seed)
-        keep = kept_layers(run, plan, like or source)
-        student = layer_student(source, keep, seed=seed)
-        student = replace(student, is_mean_encoder=wants_mean(like or source, run.options.pooling))
+        keep, mean = kept_layers(run, plan, like or source), wants_mean(like or source, run.options.pooling)
+        whole = source
+        if like is not None and not mean and has_mean_layer(like.model) and not has_mean_layer(source.model):
+            whole = replace(source, model=use_mean_pooling(source.model))  # with `--pooling own` a layer like others
+        student = replace(layer_student(whole, keep, seed=seed), is_mean_encoder=mean)
         if plan.student_hidden_size is None and plan.student_intermediate_size is None:
             return student
         return narrow_student(student, kept_parts(run, plan, like or source, keep), seed=seed)
@@ -142,7 +150,7 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
             quiet=bool(run.options.disable_tqdm),
         )
 
-    choice = run.once(("layers", source.weights_sha256, str(number)), probe)
+    choice = run.once(("layers", source.weights_sha256, str(number), str(mean)), probe)
     run.checks["student_layers"] = choice.facts()
     return choice.layers
 

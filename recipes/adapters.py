@@ -111,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return made | start_of_training(run, plan, start)
 
         refuse_ends(run, plan, run.label_method)
-        run.begin(tried(start, arm(plan)["method"], options), arms=2 if plan.full_arm else 1)
+        sample = tried(start, arm(plan)["method"], options)
+        run.begin(sample, arms=2 if plan.full_arm else 1, **start_of_training(run, plan, start))
         plan = run.search("adapter", arm, plan)
         run.settle(**start_of_training(run, plan, start))
         trained = run.train("adapter", **arm(plan))

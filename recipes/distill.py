@@ -42,11 +42,12 @@ from nlpxfer.run import Run
 from nlpxfer.searched import refuse_ends
 from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
-from nlpxfer.students import kind_of, layer_count, outline, refuse_unused, student_of, training_of
+from nlpxfer.students import Build, kind_of, layer_count, outline, refuse_unused, student_of, training_of
 from nlpxfer.teachers import (
     ModelTeacher,
     Panel,
     TransferRows,
+    answers_all,
     check_assistants,
     check_contradiction_weight,
     check_curve,
@@ -94,8 +95,8 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
     kd_loss: Literal["kl", "mse"] = option("kl", "Compare logits by T^2 KL, or by their squared error.")
 
     def __post_init__(self) -> None:
-        if len(self.teacher_names) > 1:  # each by itself in what is recorded
-            object.__setattr__(self, "teacher_name_or_path", list(self.teacher_names))
+        if names := self.teacher_names:  # each by itself in what is recorded, without commas and blanks
+            object.__setattr__(self, "teacher_name_or_path", names[0] if len(names) == 1 else list(names))
         faults = self.teacher_faults() + self.student_faults() + self.target_faults()
         own = {"student": LAYERS, "student_name_or_path": None, "hidden_layers": "auto", **CUTS}
         own |= {"assistant_num_layers": None, "generations": 1, "student_int8": False}
@@ -209,7 +210,9 @@ def main(argv: Sequence[str] | None = None) -> Report:
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
         arms = run.with_speed([*panel.arms, *arms], models)
         judged = judge(run, plan, arms, models, student[0], {**panel.asked, **first.by_split()})
-        run.checks["teacher"] = rows.facts | {"retention": judged.retention}
+        run.checks["teacher"] = first.facts | {"retention": judged.retention}
+        if rows is not first:
+            run.checks["last_teacher"] = rows.facts
         run.checks["preflight"] = student[0].preflight
         run.config["learning_rate"] = training_of(run, plan, source)["learning_rate"]
         run.config["kd_weight"] = plan.share_of_teacher
@@ -259,7 +262,7 @@ def get_teachers(run: Run, plan: DistillOptions, method: FineTune) -> tuple[Pane
         base = source if needless and not named else start_of(source, named, run.data.schema)
     models = [teacher.model for teacher in given if teacher.model]
     files = None if models else measure_panel(run, plan, given)
-    check_scored(plan, scored=files is None or files.arm is not None)
+    check_scored(plan, scored=answers_all(run, [teacher for teacher in given if not teacher.model]))
     begin(run, plan, source, arms=2, asked=models)
     for model in models:
         model.model.to(run.options.device)
@@ -302,9 +305,17 @@ def begin(
     """The last that refuses what cannot work; then start to write."""
     check_search(run, plan, ladder_of(run, plan, source))
     student = student_of(run, outline(plan), source)(run.seeds[0])
-    check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts)
+    pairs = run.data_options.text_pair_column is not None
+    check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts, pairs=pairs)
     cut = plan.student == LAYERS and not plan.student_name_or_path
     layers = int(student.model.config.num_hidden_layers) if cut else None
+    shapes = [name for name in (*CUTS, "pooling") if name in run.options.ranges]
+    if plan.generations > 1 and shapes:
+        raise ConfigError.from_faults(
+            [f"{name}: cannot be searched beside generations, which all have one shape" for name in shapes]
+        )
+    if layers is not None and (searched := run.options.ranges.get("student_num_layers")):
+        layers = max(searched.ends)
     check_assistants(plan, layer_count(run, source), layers)
     if plan.student_int8:
         check_int8(student)
@@ -333,22 +344,24 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     """A student whose teacher is the moving average of its own weights, and the same student without that."""
     name = str(plan.student_name_or_path or plan.pretrained)
     source, shown = load_classifier(name, schema=run.data.schema), scrub_text(name)
-    whole = all(getattr(plan, name) == default for name, default in CUTS.items())
 
-    def build(seed: int) -> Checkpoint:
-        if whole:
-            return load_classifier(name, schema=run.data.schema, seed=seed)
-        return student_of(run, plan, source)(seed)
+    def is_whole(plan: DistillOptions) -> bool:
+        return all(getattr(plan, name) == default for name, default in CUTS.items())
+
+    def build_of(plan: DistillOptions) -> Build:
+        if is_whole(plan):
+            return lambda seed: load_classifier(name, schema=run.data.schema, seed=seed)
+        return student_of(run, plan, source)
 
     def training(plan: DistillOptions) -> dict[str, Any]:
-        return run.start_of_training(source) if whole else training_of(run, plan, source)
+        return run.start_of_training(source) if is_whole(plan) else training_of(run, plan, source)
 
     def arm(plan: DistillOptions) -> dict[str, Any]:
-        made = {"build": build, "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
+        made = {"build": build_of(plan), "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
         return made | training(plan)
 
     methods_for(run, plan)[0].check(run.options)
-    run.begin(build(run.seeds[0]), arms=2)
+    run.begin(build_of(plan)(run.seeds[0]), arms=2, **training(plan))
     plan = run.search("distilled", arm, plan)
     run.settle(**training(plan))
     student = run.train("distilled", **arm(plan))
@@ -356,7 +369,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     models = {"distilled": student[0]}
     verdict = Verdict.unmeasured("the control arm was switched off")
     if run.options.control_arm:
-        control = run.train("control", build, methods_for(run, plan)[1], max_steps=student[0].steps)
+        control = run.train("control", build_of(plan), methods_for(run, plan)[1], max_steps=student[0].steps)
         arms.insert(0, run.arm(control, "the same student and number of steps, from labels alone"))
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")

@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
 
         arm(model_options)  # refuses what this kind of task cannot have
         refuse_ends(run, model_options, run.label_method)
-        run.begin(start, arms=1)
+        run.begin(start, arms=1, **run.start_of_training(start))
         chosen = run.search("fine-tuned", arm, model_options)
         run.settle(**run.start_of_training(start))
         trained = run.train("fine-tuned", **arm(chosen))

@@ -487,6 +487,12 @@ def test_merge_refuses_and_leaves_nothing(lora, prompt, bert, tiny_checkpoint, t
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     with pytest.raises(OutputExistsError, match="is not an empty folder"):
         merge_bundle(bundle, tmp_path / "mine", base=str(bert))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(OutputExistsError, match="link exists and is not an empty folder"):
+        merge_bundle(bundle, tmp_path / "link", base=str(bert))
+    (tmp_path / "link").unlink()
+    (tmp_path / "empty").rmdir()
     with pytest.raises(CheckpointError, match=r"(?s)kind p_tuning cannot be merged.*lora"):
         merge_bundle(prompt.folder, tmp_path / "out", base=str(bert))
     for words, message in (

@@ -272,7 +272,8 @@ def test_other_models_than_it_was_fitted_for_are_refused(models, folders, source
     save_calibration(copy, 3.0)
     with pytest.raises(CheckpointError, match=r"student temperature: 2\.0 there, 3\.0 here"):
         load_cascade(tmp_path / "cascade.json", Classifier.load(str(copy), bf16=False), teacher)
-    for broken in ("", "{}", json.dumps({**found, "min_probability": 2.0}), json.dumps({**found, "version": 9})):
+    changes = {"min_probability": 2.0}, {"version": 9}, {"student": None}, {"labels": None}, {"labels": [1, "a"]}
+    for broken in ("", "{}", *(json.dumps(found | change) for change in changes)):
         (tmp_path / "broken.json").write_text(broken)
         with pytest.raises(CheckpointError, match="no usable cascade"):
             load_cascade(tmp_path / "broken.json", student, teacher)

@@ -85,6 +85,30 @@ def test_one_text_is_no_list_of_texts(classifier, name):
         getattr(classifier, name)(["a", "b"], "ab")
 
 
+def test_what_is_no_text_is_named(classifier):
+    for texts, kind in (
+        (["a", None], "NoneType"),
+        (["a", float("nan")], "float"),
+        (np.array(["a", 1], object), "int"),
+    ):
+        with pytest.raises(DataError, match=f"texts: number 1, from 0, is a {kind}, a text is needed"):
+            classifier.logits(texts)
+    with pytest.raises(DataError, match="pairs: number 0, from 0, is a bytes"):
+        classifier.logits(["a"], [b"a"])
+    with pytest.raises(DataError, match="texts is None, a list of texts is needed"):
+        classifier.logits(None)
+    assert (classifier.logits(np.array(["a", "b c"])) == classifier.logits(["a", "b c"])).all()
+
+
+def test_pairs_are_read_by_those_who_were_trained_on_pairs_alone(of_pairs, of_columns, classifier):
+    with pytest.raises(DataError, match=r"(?s)trained to read a second text, second, beside each.*pairs=\["):
+        of_pairs.probabilities(["a"])
+    assert of_pairs.probabilities(["a"], ["b"]).shape == (1, 4)
+    with pytest.raises(DataError, match=r"trained to read one text for each row, not pairs"):
+        of_columns.probabilities(["a"], ["b"])
+    assert classifier.probabilities(["a"], ["b"]).shape == (1, 4), "of which nothing is known"
+
+
 def test_no_texts_have_no_answers(classifier):
     assert len(classifier.rows([])) == 0
     assert classifier.logits([]).shape == classifier.probabilities([]).shape == (0, 4)
@@ -256,7 +280,7 @@ def test_a_model_of_pairs_reads_the_second_text_of_its_training(of_pairs, rows, 
     source = write_rows(tmp_path / f"in{kind}", paired)
     texts, seconds = [row["text"] for row in paired], [row["second"] for row in paired]
     expected = of_pairs.probabilities(texts, seconds).max(axis=1)
-    assert expected != pytest.approx(of_pairs.probabilities(texts).max(axis=1), abs=1e-3)
+    assert expected != pytest.approx(of_pairs.probabilities(texts, texts).max(axis=1), abs=1e-3)
 
     predict_file(of_pairs, source, tmp_path / "out.jsonl")
     found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
@@ -357,6 +381,23 @@ def test_each_label_that_is_given_has_its_probability_beside_it(of_labels, tmp_p
     predict_file(of_labels, source, tmp_path / "out.csv", label_separator=" + ")
     found = [(row["predicted_labels"], row["probabilities"]) for row in read(tmp_path / "out.csv")]
     assert found == [("a + c", "0.900000 + 0.625000"), ("", ""), ("a", "0.000020"), ("", "")]
+
+
+def test_labels_are_parted_as_in_the_training(tiny_checkpoint, tmp_path):
+    schema = LabelSchema(tuple(sorted(LABELS)), MULTI_LABEL)
+    checkpoint = load_classifier(str(tiny_checkpoint("bert", layers=1)), schema=schema)
+    folder = tmp_path / "model"
+    save_classifier(checkpoint.model, checkpoint.tokenizer, schema, folder)
+    rows = [{"text": "x", "label": f"{LABELS[0]};{LABELS[1]}"}, {"text": "y", "label": ""}]
+    source = write_csv(tmp_path / "in.csv", rows)
+    with pytest.raises(LabelError, match="is none of the classifier's"):
+        evaluate_file(Classifier.load(folder, bf16=False), source)
+    (folder / "run.json").write_text(json.dumps({"config": {"label_separator": ";"}}))
+    classifier = Classifier.load(folder, bf16=False)
+    found = evaluate_file(classifier, source)
+    assert found == evaluate_file(classifier, source, label_separator=";")
+    predict_file(replace(classifier, thresholds_C=np.zeros(4)), source, tmp_path / "out.csv")
+    assert read(tmp_path / "out.csv")[0]["predicted_labels"] == ";".join(schema.names)
 
 
 @pytest.mark.parametrize(

@@ -391,6 +391,23 @@ LATE = {
     "optimizer": (["--optim", "lion_8bit"], "optim: "),
     "schedule": (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "lr_scheduler_type, lr_scheduler_kwargs: "),
     "batches": (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "500"], "dataloader_drop_last: "),
+    "value of the optimizer": (["--adam_epsilon", "-1"], "optim: "),
+    "end of the schedule": (
+        ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 1.0}'],
+        "lr_scheduler_type, lr_scheduler_kwargs: ",
+    ),
+    "kernels": (["--use_liger_kernel", "true"], "use_liger_kernel: the package liger-kernel is not installed"),
+    "compiler": (["--torch_compile_backend", "nosuch"], "torch_compile_backend, torch_compile_mode: "),
+    "workers": (["--dataloader_num_workers", "-1"], "dataloader_num_workers: -1 is negative"),
+    "no workers": (
+        ["--dataloader_multiprocessing_context", "spawn"],
+        "dataloader_multiprocessing_context: has no effect without --dataloader_num_workers 2",
+    ),
+    "arguments": (["--optim_args", "foo=bar"], "optim_args: 'foo=bar' has no effect on adamw"),
+    "modules": (["--optim_target_modules", "foo"], "optim_target_modules: has no effect on adamw"),
+    "sharding": (["--fsdp_config", "nosuch.json"], "fsdp_config: has no effect without --fsdp full_shard"),
+    "a file": (["--accelerator_config", "nosuch.json"], "nosuch.json: "),
+    "no optimizer kept": (["--save_only_model", "true"], "save_only_model: not supported: an interrupted run"),
 }
 
 
@@ -407,6 +424,16 @@ def test_what_cannot_be_trained_costs_no_finished_run(key, fault, overwritable, 
     ended = call(key, overwritable.folder, *tiny_words(tiny_data, bert), *words, "--overwrite", "true")
     assert ended.code == 2, ended.err
     assert ended.err.startswith(message)
+    assert modified(overwritable.folder) == before
+
+
+@pytest.mark.parametrize("written", ["{},", " {}", "{} ,"])
+def test_a_teacher_in_the_folder_is_found_however_it_is_written(written, overwritable, tiny_data, bert):
+    before = modified(overwritable.folder)
+    words = [*tiny_words(tiny_data), "--teacher_name_or_path", written.format(overwritable.folder)]
+    ended = call("distill", overwritable.folder, *words, "--overwrite", "true")
+    assert ended.code == 2, ended.err
+    assert "holds what the run reads: --teacher_name_or_path." in ended.err
     assert modified(overwritable.folder) == before
 
 

@@ -8,6 +8,7 @@ import signal
 
 import pytest
 from recipe_runs import call, finished, tiny_words
+from transformers import TrainerCallback
 
 from nlpxfer import result
 from nlpxfer.checkpoint.own_files import foreign_paths
@@ -82,13 +83,11 @@ def assert_same(one, other):
     for mine, theirs in zip(one.report["arms"], other.report["arms"], strict=True):
         assert mine["metrics"] == theirs["metrics"], mine["name"]
         assert mine["details"].get("steps") == theirs["details"].get("steps")
-        scores = [
-            [line for line in arm["details"].get("history", ()) if "eval_accuracy" in line] for arm in (mine, theirs)
-        ]
-        for line in [*scores[0], *scores[1]]:
+        histories = [arm["details"].get("history", []) for arm in (mine, theirs)]
+        for line in [*histories[0], *histories[1]]:
             for timing in [name for name in line if "runtime" in name or "per_second" in name]:
                 del line[timing]
-        assert scores[0] == scores[1], mine["name"]
+        assert histories[0] == histories[1], mine["name"]
 
 
 @pytest.mark.parametrize("step", [0, 2, 7, 10, 23], ids=lambda step: f"step {step + 1}")
@@ -158,6 +157,33 @@ def test_early_stopping_does_not_forget_how_long_it_waited(words, tmp_path, monk
     interrupted("finetune", tmp_path / "out", own, monkeypatch, 19, "fine-tuned", of=40)
     again = finished("finetune", tmp_path / "out", *own, *RESUME)
     assert again.arm("fine-tuned")["details"]["steps"] == 24
+
+
+def test_what_is_restored_keeps_its_place_among_the_callbacks(words, tmp_path, monkeypatch):
+    """The judge of a trial looks whether early stopping, which comes before it, has stopped already."""
+    orders, plain = [], TransferTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        orders.append([type(callback).__name__ for callback in self.callback_handler.callbacks])
+        return plain(self, *arguments, **options)
+
+    class Last(TrainerCallback):
+        pass
+
+    made = TransferTrainer.__init__
+
+    def init(self, *arguments, **options):
+        made(self, *arguments, **options)
+        self.add_callback(Last())
+
+    monkeypatch.setattr(TransferTrainer, "training_step", training_step)
+    monkeypatch.setattr(TransferTrainer, "__init__", init)
+    own = [*words["finetune"], "--early_stopping_patience", "2", "--control_arm", "false"]
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 9, "fine-tuned")
+    before = orders[-1]
+    assert before[-2:] == ["EarlyStoppingCallback", "Last"]
+    finished("finetune", tmp_path / "out", *own, *RESUME)
+    assert orders[-1] == before
 
 
 def test_a_damaged_checkpoint_is_skipped(words, whole, tmp_path, monkeypatch, caplog):

@@ -172,6 +172,34 @@ def test_a_trial_that_diverges_counts_as_failed(words, tmp_path):
     assert run.run["config"]["learning_rate"] == 1e-4
 
 
+UNFIT = {
+    "schedule": ({"lr_scheduler_type": "{choices: [linear, warmup_stable_decay]}"}, "lr_scheduler_type, "),
+    "end of the schedule": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": '{"lr_end": 0.001}', "warmup_steps": "0"}
+        | {"learning_rate": "{choices: [0.01, 0.0001]}"},
+        "lr_scheduler_type, ",
+    ),
+    "optimizer": ({"optim": "{choices: [adamw_torch, schedule_free_adamw]}"}, "optim: "),
+    "batches": (
+        {"dataloader_drop_last": "true", "per_device_train_batch_size": "{choices: [8, 512]}"},
+        "dataloader_drop_last: 60 training rows make no whole batch of 512",
+    ),
+    "layers": ({"layer_decay": "{choices: [1.0, 0.5]}"}, "AlbertForSequenceClassification"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_trial_whose_options_do_not_fit_the_model_counts_as_failed(case, words, tiny_checkpoint, tmp_path):
+    changes, reason = UNFIT[case]
+    plan = words(**{**ONE_EPOCH, "learning_rate": "0.001", **changes})
+    if case == "layers":
+        plan[plan.index("--model_name_or_path") + 1] = str(tiny_checkpoint("albert"))
+    run = finished("finetune", tmp_path / "out", *plan)
+    states = [trial["state"] for trial in run.report["search"]["trials"]]
+    assert sorted(states) == ["complete", "failed"]
+    assert reason in next(trial["reason"] for trial in run.report["search"]["trials"] if trial["state"] == "failed")
+
+
 def test_if_all_trials_fail_the_error_says_why(words, tmp_path, monkeypatch):
     """More layers than the model has, and a GPU that is too small."""
 
@@ -252,6 +280,45 @@ def test_defaults_follow_from_the_options_of_each_trial(words, tmp_path, monkeyp
     assert seen == {(3, 3e-5, 0.0), (4, 3e-4, 0.02)}
     config = run.run["config"]
     assert (config["num_train_epochs"], config["learning_rate"], config["linear_probe_size"]) in seen
+
+
+def test_each_trial_has_its_own_weights_of_contradicted_rows(words, tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    seen, plain = {}, TransferTrainer.fit
+
+    def fit(self, **options):
+        if "teacher_weights" in self.rows.columns:
+            seen[self.identity.facts["arm"]] = float(self.rows.columns["teacher_weights"].min())
+        return plain(self, **options)
+
+    monkeypatch.setattr(TransferTrainer, "fit", fit)
+    taught = {"teacher_name_or_path": str(tiny_checkpoint("bert", "classifier")), "student_num_layers": "1"}
+    plan = words(**{**ONE_EPOCH, **taught}, learning_rate="0.001", contradiction_weight="{choices: [1.0, 0.25]}")
+    at = plan.index("--model_name_or_path")
+    run = finished("distill", tmp_path / "out", *plan[:at], *plan[at + 2 :])
+    trials = run.report["search"]["trials"]
+    assert [seen[f"trial {number}"] for number in (1, 2)] == [
+        trial["options"]["contradiction_weight"] for trial in trials
+    ]
+    assert sorted(seen.values())[0] == 0.25
+    assert seen["distilled"] == run.run["config"]["contradiction_weight"]
+
+
+def test_a_student_that_teaches_itself_has_the_shape_of_its_trial(words, tmp_path, monkeypatch):
+    seen, plain = {}, TransferTrainer.fit
+
+    def fit(self, **options):
+        seen[self.identity.facts["arm"]] = self.network.config.num_hidden_layers
+        return plain(self, **options)
+
+    monkeypatch.setattr(TransferTrainer, "fit", fit)
+    plan = words(**ONE_EPOCH, learning_rate="0.001", self_distillation="ema", student_num_layers="{choices: [1, 3]}")
+    plan[plan.index("--control_arm=false")] = "--control_arm=true"
+    run = finished("distill", tmp_path / "out", *plan)
+    trials = [trial["options"]["student_num_layers"] for trial in run.report["search"]["trials"]]
+    assert [seen["trial 1"], seen["trial 2"]] == trials
+    chosen = run.report["search"]["best"]["options"]["student_num_layers"]
+    assert seen["distilled"] == seen["control"] == run.run["config"]["student_num_layers"] == chosen
 
 
 @pytest.mark.processes

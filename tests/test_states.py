@@ -270,6 +270,13 @@ def test_unlike_tokens_are_refused_and_unlike_inputs_are_not(tiny_checkpoint):
             with pytest.raises(ConfigError, match="have different tokenizers"):
                 require_comparable(plan, student, teacher)
         require_comparable(StatesPlan(similarity_weight=1.0), student, teacher)
+    plain = replace(distilbert, tokenizer=copy.deepcopy(bert.tokenizer))
+    plain.tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    require_comparable(StatesPlan(hidden_weight=1.0), plain, bert)
+    with pytest.raises(ConfigError, match="has no segment ids, by which"):
+        require_comparable(StatesPlan(hidden_weight=1.0), plain, bert, pairs=True)
+    require_comparable(StatesPlan(hidden_weight=1.0), bert, plain, pairs=True)
+    require_comparable(StatesPlan(similarity_weight=1.0), plain, bert, pairs=True)
     before = torch.get_rng_state()
     require_comparable(ALL, bert, bert)
     assert torch.equal(before, torch.get_rng_state())

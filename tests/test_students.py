@@ -6,18 +6,22 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from recipe_runs import call, finished, refused, tiny_words
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from nlpxfer import students
+from nlpxfer.checkpoint import load_classifier, save_classifier
 from nlpxfer.classify import Classifier, evaluate_file
 from nlpxfer.cli import main
 from nlpxfer.config import RunOptions
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import StudentOptions
+from nlpxfer.data.schema import LabelSchema
 from nlpxfer.hub.folder import finished_files
+from nlpxfer.train.static_start import StaticPlan, static_student, token_states
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +118,27 @@ REFUSED = {
     "too wide": (["--student", "static", "--static_dim", "33"], "static_dim: 33 is more than the 32 numbers"),
     "no dim": (["--student", "static", "--static_dim", "0"], "static_dim: 0 is below 1"),
     "not static": (["--static_dim", "8"], "static_dim: has no effect without --student static"),
-    "mean": (["--student", "static", "--pooling", "mean"], "pooling: mean does nothing for a static student"),
+    "mean": (["--student", "static", "--pooling", "mean"], "pooling: does nothing for a static student"),
+    "range of epochs": (
+        ["--student", "static", "--num_train_epochs", "{choices: [1, 3]}", "--num_trials", "2"],
+        "num_train_epochs: for a static student it is static_num_train_epochs",
+    ),
+    "range of means": (
+        ["--student", "static", "--pooling", "{choices: [auto, mean]}", "--num_trials", "2"],
+        "pooling: does nothing for a static student",
+    ),
+    "range of decays": (
+        ["--student", "static", "--layer_decay", "{choices: [1.0, 0.5]}", "--num_trials", "2"],
+        "layer_decay: a static student has no layers",
+    ),
+    "generations of unlike shapes": (
+        ["--generations", "2", "--student_num_layers", "{choices: [1, 3]}", "--num_trials", "2"],
+        "student_num_layers: cannot be searched beside generations",
+    ),
+    "an assistant below a searched student": (
+        ["--assistant_num_layers", "2", "--student_num_layers", "{choices: [1, 3]}", "--num_trials", "2"],
+        "assistant_num_layers: 2 is not above the 3 layers of the student",
+    ),
     "top layers": (["--student", "static", "--num_trained_layers", "1"], "num_trained_layers: a static student has"),
     "epochs": (
         ["--student", "static", "--num_train_epochs", "3"],
@@ -163,6 +187,13 @@ def test_pairs_are_refused_for_a_static_student(tiny_checkpoint, tmp_path):
     words = [f for name in ("train", "test", "validation") for f in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
     words += ["--text_column", "a", "--text_pair_column", "b", "--student", "static"]
     words += ["--model_name_or_path", tiny_checkpoint("bert"), "--max_length", "32", "--bf16", "false"]
+    assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
+    static = tmp_path / "static"
+    source = load_classifier(str(tiny_checkpoint("bert", "classifier")), schema=LabelSchema(("x", "y")), head="new")
+    plan = {"dim": 8, "hidden_layer": False, "normalize": False, "max_length": 32}
+    made = static_student(source, token_states(source), np.ones(len(source.tokenizer)), StaticPlan(**plan), seed=1)
+    save_classifier(made.model, made.tokenizer, LabelSchema(("x", "y")), static)
+    words[words.index("--student") : words.index("--student") + 2] = ["--student_name_or_path", str(static)]
     assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
 
 
@@ -215,6 +246,30 @@ def test_the_control_is_cut_where_the_teacher_says(
     table = reference.bert.embeddings.word_embeddings.weight
     assert torch.equal(model.bert.embeddings.word_embeddings.weight, table)
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+
+
+def test_a_layer_that_computes_a_mean_is_one_of_the_layers_with_pooling_own(tiny_data, tiny_checkpoint, tmp_path):
+    """The control's checkpoint has no such layer until it gets one: the same layers are kept of both."""
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), "--control_arm", "false", "--pooling", "mean"]
+    teacher = finished("finetune", tmp_path / "teacher", *words).folder
+    words = taught(tiny_data, teacher, "--pooling", "own", "--student_num_layers", "2", "--max_steps", "2")
+    run = finished("distill", tmp_path / "out", *words)
+    assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
+    assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == 2
+
+
+def test_layers_are_probed_for_each_pooling(tiny_data, teacher, tmp_path, monkeypatch):
+    asked, original = [], students.probe_layers
+
+    def spy(source, *arguments, mean_pooling, **options):
+        asked.append(mean_pooling)
+        return original(source, *arguments, mean_pooling=mean_pooling, **options)
+
+    monkeypatch.setattr(students, "probe_layers", spy)
+    words = taught(tiny_data, teacher, "--student_layers", "probe", "--student_num_layers", "1", "--max_steps", "2")
+    words += ["--pooling", "{choices: [own, mean]}", "--num_trials", "2", "--control_arm", "false"]
+    finished("distill", tmp_path / "out", *words)
+    assert sorted(asked) == [False, True]
 
 
 def run_of(options):

@@ -142,7 +142,8 @@ def test_one_cache_folder_serves_any_number_of_teachers(tiny_data, tiny_checkpoi
     cache = ["--teacher_cache", tmp_path / "cache"]
 
     def computed(folder, *own):
-        told = finished("distill", tmp_path / folder, *words(tiny_data, *cache, *own)).report["checks"]["teacher"]
+        checks = finished("distill", tmp_path / folder, *words(tiny_data, *cache, *own)).report["checks"]
+        told = checks.get("last_teacher", checks["teacher"])
         return [told["computed"]] if "teachers" not in told else [each["computed"] for each in told["teachers"]]
 
     both = ["--teacher_name_or_path", f"{bert},{gpt}", "--zero_shot_teacher", nli]
@@ -231,6 +232,18 @@ def test_a_target_that_needs_a_score_is_refused_before_the_student_trains(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_mixture_whose_file_lacks_the_test_texts_is_not_scored(tiny_data, tiny_checkpoint, tmp_path):
+    """On the test rows the mixture would be the other teacher alone."""
+    texts = [row["text"] for path in (tiny_data.train, tiny_data.validation) for row in rows_of(path)]
+    own = ["--teacher_file", write_answers(tmp_path / "llm.csv", texts)]
+    own += ["--teacher_name_or_path", tiny_checkpoint("bert", "classifier"), "--student_num_layers", "1"]
+    run = finished("distill", tmp_path / "out", *words(tiny_data, *own))
+    assert [arm["name"] for arm in run.report["arms"]] == ["teacher 1", "distilled", "majority class"]
+    own += ["--min_retention", "0.3"]
+    message = refused("distill", tmp_path / "gated", *words(tiny_data, *own))
+    assert "min_retention: needs a teacher that answers all validation and test rows" in message
+
+
 def test_weights_that_the_file_cannot_find_are_refused(tiny_data, tiny_checkpoint, tmp_path):
     file = write_answers(tmp_path / "llm.csv", every_text(tiny_data)[:240])
     own = ["--teacher_file", file, "--teacher_name_or_path", tiny_checkpoint("bert", "classifier")]
@@ -298,7 +311,9 @@ def test_assistants_and_generations_teach_each_other(tiny_data, tiny_checkpoint,
     assert split.train.columns["teacher_weights"].tolist() == [
         0.5 if wrong else 1.0 for wrong in logits.argmax(axis=1) != labels
     ]
-    assert run.report["checks"]["teacher"]["contradicted"] == (logits.argmax(axis=1) != labels).sum() > 0
+    assert run.report["checks"]["last_teacher"]["contradicted"] == (logits.argmax(axis=1) != labels).sum() > 0
+    first = taught[0][1].argmax(axis=1) != labels
+    assert run.report["checks"]["teacher"]["contradicted"] == first.sum()
 
 
 @pytest.mark.parametrize(

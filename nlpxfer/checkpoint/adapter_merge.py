@@ -52,7 +52,7 @@ def merge_bundle(folder: str | Path, out: str | Path, *, base: str | None = None
         CheckpointError: The bundle or its base cannot be used, its kind cannot be merged, or the logits differ.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):
         raise OutputExistsError(f"{out} exists and is not an empty folder.", fix="name a new folder")
     adapter = load_adapter(folder, base)
     before_NC = _logits(adapter.model, adapter.tokenizer)

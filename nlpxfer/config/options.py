@@ -54,6 +54,8 @@ REFUSED_OPTIONS = {
     "restore_callback_states_from_checkpoint": "resuming always restores the state of the run",
     "ignore_data_skip": "a resumed run must see the rows that the interrupted one had not seen",
     "save_on_each_node": "only the first process writes",
+    "save_only_model": "an interrupted run could not go on; a finished one keeps no checkpoints",
+    "debug": "nlpxfer stops at the first loss or gradient that is not finite",
 }
 """Fields of `TrainingArguments` that nlpxfer would have to ignore, each with the reason and what to do instead."""
 
@@ -65,6 +67,9 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "linear_probe_size": ("linear_probe", True),
     "hub_private_repo": ("push_to_hub", True),
+    "fsdp_config": ("fsdp", None),
+    "dataloader_multiprocessing_context": ("dataloader_num_workers", None),
+    "dataloader_persistent_workers": ("dataloader_num_workers", None),
     "run_name": ("report_to", None),
     "project": ("report_to", None),
     "trackio_space_id": ("report_to", None),
@@ -84,6 +89,8 @@ DATA_SWITCHES: dict[str, tuple[str, object]] = {
 
 ANY_VALUE = {
     "report_to": "a tracker",
+    "fsdp": "full_shard",
+    "dataloader_num_workers": "2",
     "augmentation": "swap",
     "teacher_file": "FILE",
     "zero_shot_teacher": "MODEL",
@@ -317,7 +324,12 @@ class RunOptions(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if not _has_accelerator() and not self.use_cpu:
             self.use_cpu = True
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except OSError as error:  # a file that an option names
+            raise ConfigError(
+                f"{error.filename or 'a file that an option names'}: {error.strerror or error}"
+            ) from error
 
     def learning_rate_or(self, default: float) -> float:
         """The learning rate, or this one if none was given."""
@@ -379,6 +391,8 @@ class RunOptions(TrainingArguments):
         require(faults, sure is None or 0 < sure < 1, f"abstain_precision: {sure} is not between 0 and 1")
         scored = self.eval_strategy != "no" or not self.load_best_model_at_end
         require(faults, scored, "eval_strategy: no keeps no best weights; also give --load_best_model_at_end false")
+        workers = self.dataloader_num_workers
+        require(faults, workers >= 0, f"dataloader_num_workers: {workers} is negative")
         limit = self.save_total_limit
         require(faults, limit is None or limit >= 1, f"save_total_limit: {limit} is below 1")
         require(faults, self.max_grad_norm >= 0, f"max_grad_norm: {self.max_grad_norm} is negative")

@@ -22,26 +22,25 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm.auto import tqdm
 from transformers.trainer_utils import SaveStrategy
 
-from nlpxfer.checkpoint.fingerprint import tokenizer_fingerprint
 from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.config import RunOptions
 from nlpxfer.config.options import plain_value
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.errors import ConfigError, NlpxferError, NotFiniteError, SearchError
+from nlpxfer.errors import CheckpointError, ConfigError, NlpxferError, NotFiniteError, SearchError
 from nlpxfer.evaluate.arms import PreparedArm, Splits, prepare_arm, topology, unwrapped
 from nlpxfer.methods.base import Method
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.search import Judge, Search
 from nlpxfer.train.study import Outcome
-from nlpxfer.train.trainer import Sampling
+from nlpxfer.train.trainer import Sampling, check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
-FAILURES = (NotFiniteError, ConfigError, torch.OutOfMemoryError)
+FAILURES = (NotFiniteError, ConfigError, CheckpointError, torch.OutOfMemoryError)
 """What the values of a trial can be at fault for."""
 
 Look = Callable[["PreTrainedModel", "PreTrainedTokenizerBase"], None]
@@ -66,21 +65,21 @@ def make_trials(search: Search, arm_of: Callable[[Mapping[str, Any]], TrialArm],
 
     Args:
         search: Gives the values and remembers the scores.
-        arm_of: From values to what is trained; its rows are tokenised once for each tokenizer.
+        arm_of: From values to what is trained.
         quiet: No progress bar.
 
     Raises:
         Interrupted: A signal asked to stop; finished trials are kept, and a checkpoint of this one.
         SearchError: A trial failed, and there are several processes.
     """
-    total, started, known = search.plan.num_trials, time.perf_counter(), dict[str, Splits]()
+    total, started = search.plan.num_trials, time.perf_counter()
     hidden = quiet or not is_main_process()
     with tqdm(total=total, initial=search.done, desc="search", unit="trial", disable=hidden) as bar:
         while search.wants_more():
             number, values = search.ask()
             shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
             logger.info("trial %d of %d: %s", number, total, shown)
-            outcome = _tried(number, partial(arm_of, values), known, search)
+            outcome = _tried(number, partial(arm_of, values), search)
             best = search.tell(outcome)
             leader = "none complete yet" if best is None else f"best {best[1]:.4f} (trial {best[0]})"
             left = (time.perf_counter() - started) / (number - search.done) * (total - number)
@@ -100,19 +99,11 @@ def _ended(outcome: Outcome, metric: str) -> str:
     return f"{outcome.state}{reason}{score}, {outcome.seconds:.0f} s"
 
 
-def _once_each(split: Split, known: dict[str, Splits], tokenizer: PreTrainedTokenizerBase) -> Splits:
-    """The rows as a tokenizer sees them, as an earlier trial left them if its tokenizer was the same."""
-    key = tokenizer_fingerprint(tokenizer)
-    if key not in known:
-        known[key] = split(tokenizer)
-    return known[key]
-
-
-def _tried(number: int, arm: Callable[[], TrialArm], known: dict[str, Splits], search: Search) -> Outcome:
+def _tried(number: int, arm: Callable[[], TrialArm], search: Search) -> Outcome:
     """A trial from the first build to its score; what its values are at fault for makes it a failed one."""
     start, folder = time.perf_counter(), search.folder / f"trial-{number}"
     try:
-        outcome = _train(number, arm(), known, search, folder)
+        outcome = _train(number, arm(), search, folder)
     except FAILURES as error:
         reason = error.what if isinstance(error, NlpxferError) else str(error).partition("\n")[0]
         seconds = time.perf_counter() - start
@@ -131,7 +122,7 @@ def _tried(number: int, arm: Callable[[], TrialArm], known: dict[str, Splits], s
     return outcome
 
 
-def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: int, look: Look | None = None) -> float:
+def short_run(arm: TrialArm, folder: Path, *, steps: int, look: Look | None = None) -> float:
     """Train an arm for so many optimizer steps; gives its validation score and leaves nothing.
 
     The score is that of `metric_for_best_model`: the best evaluation where `load_best_model_at_end` is on, or else the
@@ -140,7 +131,6 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
     Args:
         arm: What is trained.
         folder: For the time of the training.
-        known: Rows by tokenizer, as earlier runs left them; filled.
         steps: Optimizer steps.
         look: Called with the trained model, as it is after the last step, and its tokenizer.
 
@@ -150,7 +140,7 @@ def short_run(arm: TrialArm, folder: Path, known: dict[str, Splits], *, steps: i
     """
     options = _options_in(folder, arm)
     options.max_steps = steps
-    prepared = _prepared(arm, options, folder.name, known)
+    prepared = _prepared(arm, options, folder.name)
     trainer = prepared.trainer
     trainer.fit(resume=False)
     name = f"eval_{options.metric_for_best_model}"
@@ -181,24 +171,26 @@ def _options_in(folder: Path, arm: TrialArm) -> RunOptions:
     return options
 
 
-def _prepared(arm: TrialArm, options: RunOptions, name: str, known: dict[str, Splits]) -> PreparedArm:
-    """The arm, ready to be trained; rows are tokenised once for each tokenizer."""
-    return prepare_arm(
+def _prepared(arm: TrialArm, options: RunOptions, name: str) -> PreparedArm:
+    """The arm, ready to be trained."""
+    prepared = prepare_arm(
         build=arm.build,
         method=arm.method,
-        split=partial(_once_each, arm.split, known),
+        split=arm.split,
         schema=arm.schema,
         options=options,
         identity=RunIdentity({**arm.facts, "arm": name, "seed": options.seed}, topology(options)),
         sampling=arm.sampling,
     )
+    check_training(prepared.trainer.network, options, len(prepared.trainer.rows))
+    return prepared
 
 
-def _train(number: int, arm: TrialArm, known: dict[str, Splits], search: Search, folder: Path) -> Outcome:
+def _train(number: int, arm: TrialArm, search: Search, folder: Path) -> Outcome:
     """Train a trial, and read its score from its evaluations."""
     options, start = _options_in(folder, arm), time.perf_counter()
     resume = options.resume and folder.is_dir()
-    trainer, judge = _prepared(arm, options, f"trial {number}", known).trainer, Judge(search)
+    trainer, judge = _prepared(arm, options, f"trial {number}").trainer, Judge(search)
     trainer.add_callback(judge)
     trainer.fit(resume=resume)
     trainer.remove_callback(judge)

@@ -164,12 +164,18 @@ class StudentStates(nn.Module):
         return facts | {"student_hooks": self.student_names, "teacher_hooks": self.teacher_names}
 
 
-def require_comparable(plan: StatesPlan, student: Checkpoint, teacher: Checkpoint) -> None:
+def require_comparable(plan: StatesPlan, student: Checkpoint, teacher: Checkpoint, *, pairs: bool = False) -> None:
     """Refuse early what training would fail at, or would get wrong.
 
+    Args:
+        plan: What is compared.
+        student: Reads the texts; its tokens go to both.
+        teacher: Reads them too.
+        pairs: Whether they are pairs of texts, which some families tell apart by segment ids.
+
     Raises:
-        ConfigError: States of tokens are compared, and the two read texts as different tokens; or see
-            `StatesGuide.attach_`.
+        ConfigError: States of tokens are compared, and the two read texts as different tokens, or only the teacher
+            reads segment ids of pairs; or see `StatesGuide.attach_`.
         CheckpointError: See there.
     """
     if plan.reads_tokens and not _same_tokens(student.tokenizer, teacher.tokenizer):
@@ -177,6 +183,13 @@ def require_comparable(plan: StatesPlan, student: Checkpoint, teacher: Checkpoin
             f"hidden_weight and relation_weight compare states token by token, but {student.name} and {teacher.name} "
             "have different tokenizers.",
             fix="leave them out: logits (kd_weight) and sentence states (similarity_weight) go between any two models",
+        )
+    segments = ["token_type_ids" in model.tokenizer.model_input_names for model in (student, teacher)]
+    if plan.reads_tokens and pairs and segments == [False, True]:
+        raise ConfigError(
+            f"hidden_weight and relation_weight show the teacher the student's tokens, and {student.name} has no "
+            f"segment ids, by which {teacher.name} tells the two texts of a pair apart.",
+            fix="leave them out, or take a student of the teacher's family",
         )
     with torch.random.fork_rng(devices=[]):
         StudentStates(plan, student.model, teacher.model)

@@ -7,7 +7,7 @@ rows = TransferRows(run, panel)                      # training rows with what t
 
 from nlpxfer.teachers.chain import check_assistants, folds_of_teacher, taught_by_each_other, train_on_folds
 from nlpxfer.teachers.curve import check_curve, transfer_curve
-from nlpxfer.teachers.panel import Panel, measure_panel
+from nlpxfer.teachers.panel import Panel, answers_all, measure_panel
 from nlpxfer.teachers.rows import TransferRows, check_contradiction_weight, with_unlabelled
 from nlpxfer.teachers.start import start_of
 from nlpxfer.teachers.teacher import FileTeacher, ModelTeacher, Teacher, ZeroShotTeacher, open_teachers
@@ -19,6 +19,7 @@ __all__ = [
     "Teacher",
     "TransferRows",
     "ZeroShotTeacher",
+    "answers_all",
     "check_assistants",
     "check_contradiction_weight",
     "check_curve",

@@ -115,6 +115,11 @@ class Panel:
         }
 
 
+def answers_all(run: Run, teachers: Sequence[Teacher]) -> bool:
+    """Whether these teachers say something about each validation and test row."""
+    return all(answered(teacher.logits(run, [split])[0]).all() for teacher in teachers for split in SCORED)
+
+
 def measure_panel(run: Run, options: TeacherOptions, teachers: Sequence[Teacher]) -> Panel:
     """Score the teachers that were given, and fit how several are mixed, on validation rows.
 
@@ -156,6 +161,7 @@ def _arms(
     mixed: dict[str, Array],
 ) -> list[Arm]:
     arms: list[Arm] = []
+    counting = [found for found, weight in zip(asked, mixture.weights, strict=True) if weight > 0]
     told = zip(teachers, asked, seconds, mixture.weights, mixture.temperatures, strict=True)
     for number, (teacher, found, took, weight, temperature) in enumerate(told, start=1):
         about = f"{teacher.name}, as given; weight {weight:.3f}, temperature {temperature:.2f}"
@@ -163,6 +169,9 @@ def _arms(
         arms += _arm(run, f"teacher {number}", found, took, teacher, about, details)
         logger.info("teacher %d: %s", number, about)
     about = f"the mixture of {len(teachers)} teachers, weights: {mixture.how.replace('_', ' ')}"
+    if not all(answered(found[split]).all() for found in counting for split in SCORED):
+        logger.warning("the mixture is not scored: not all of its teachers say something about each row")
+        return arms
     return arms + _arm(run, "teacher", mixed, sum(seconds), None, about)
 
 

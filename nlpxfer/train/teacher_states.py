@@ -100,9 +100,15 @@ def sentence_states(teacher: Checkpoint, rows: TokenisedRows, options: RunOption
 
 
 def check_states(
-    asked: StatesPlan, student: Checkpoint, teacher: Checkpoint, options: RunOptions, long_texts: LongTexts
+    asked: StatesPlan,
+    student: Checkpoint,
+    teacher: Checkpoint,
+    options: RunOptions,
+    long_texts: LongTexts,
+    *,
+    pairs: bool,
 ) -> None:
-    """Refuse early losses on states that two models, or the options of the run, do not allow.
+    """Refuse early losses on states that two models, the rows (`pairs`) or the options of the run do not allow.
 
     Raises:
         ConfigError, CheckpointError: See `require_comparable` and `Distill.check`.
@@ -111,5 +117,5 @@ def check_states(
         return
     if asked.similarity_weight and long_texts.policy == "sliding_window":
         raise ConfigError("similarity_weight: sentence states are those of whole texts.", fix="--long_texts head_tail")
-    require_comparable(asked, student, teacher)
+    require_comparable(asked, student, teacher, pairs=pairs)
     Distill(states=StatesGuide(plan=asked, teacher=teacher.model)).check(options)

@@ -17,6 +17,7 @@ What differs from the stock Trainer, and why:
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -43,6 +45,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.quiet import quiet_transformers
@@ -97,27 +100,65 @@ Sampling = Literal["natural", "balanced"]
 Metrics = Callable[[np.ndarray[Any, Any], np.ndarray[Any, Any]], dict[str, float]]
 
 
-def check_training(model: PreTrainedModel, options: RunOptions) -> None:
+def check_training(model: PreTrainedModel, options: RunOptions, rows: int) -> None:
     """Refuse what a model cannot be trained with, before anything is written.
 
+    Args:
+        model: That is to be trained.
+        options: How.
+        rows: Training rows.
+
     Raises:
-        ConfigError: The optimizer cannot be had, the learning rate's schedule cannot be made, or there are fewer
-            layers than are to be trained.
+        ConfigError: The optimizer cannot be had, the learning rate's schedule cannot be made, a package is missing,
+            there is no whole batch, or there are fewer layers than are to be trained.
         CheckpointError: Depths are to be trained differently in a model that has none.
     """
     if is_layerwise(options) or options.num_trained_layers is not None:
         check_depth(model, options.num_trained_layers or 0)
+    weight = torch.zeros(1, requires_grad=True)
     try:
-        Trainer.get_optimizer_cls_and_kwargs(options, model)
+        kind, values = Trainer.get_optimizer_cls_and_kwargs(options, model)
+        if kind.__module__.startswith("torch."):
+            kind([weight], **values)
     except (ImportError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"optim: {options.optim} cannot be made: {str(error).splitlines()[0]}") from error
-    unused = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    unused = torch.optim.SGD([weight], lr=float(options.learning_rate or 1.0))
     name, own = options.lr_scheduler_type, options.lr_scheduler_kwargs
     own = own if isinstance(own, dict) else {}
     try:
         get_scheduler(name, unused, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=own)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"lr_scheduler_type, lr_scheduler_kwargs: {str(error).splitlines()[0]}") from error
+    faults = _idle_optimizer_options(options, model, values)
+    if faults:
+        raise ConfigError.from_faults(faults)
+    if options.torch_compile:
+        try:
+            TorchDynamoPlugin(backend=options.torch_compile_backend, mode=options.torch_compile_mode)
+        except ValueError as error:
+            raise ConfigError(f"torch_compile_backend, torch_compile_mode: {error}") from error
+    if options.use_liger_kernel and not is_liger_kernel_available():
+        raise ConfigError("use_liger_kernel: the package liger-kernel is not installed.")
+    batch = options.per_device_train_batch_size * world()[1]
+    if options.dataloader_drop_last and rows < batch:
+        raise ConfigError(
+            f"dataloader_drop_last: {rows} training rows make no whole batch of {batch}.",
+            fix="a smaller --per_device_train_batch_size, or --dataloader_drop_last false",
+        )
+
+
+def _idle_optimizer_options(options: RunOptions, model: PreTrainedModel, values: Mapping[str, Any]) -> list[str]:
+    """Options that the optimizer does not read, a sentence each."""
+    faults, name = [], str(getattr(options.optim, "value", options.optim))
+    if options.optim_args:
+        without = copy.copy(options)
+        without.optim_args = None
+        plain = Trainer.get_optimizer_cls_and_kwargs(without, model)[1]
+        if {key: str(value) for key, value in plain.items()} == {key: str(value) for key, value in values.items()}:
+            faults.append(f"optim_args: {options.optim_args!r} has no effect on {name}")
+    if options.optim_target_modules and not any(kind in name for kind in ("galore", "apollo", "lomo")):
+        faults.append(f"optim_target_modules: has no effect on {name}")
+    return faults
 
 
 class TransferTrainer(Trainer):
@@ -160,6 +201,7 @@ class TransferTrainer(Trainer):
         self.score = metrics
         self.tokens_seen = 0
         self.seconds_before = 0.0
+        self.losses_before: dict[str, Any] = {}
         self.preflight: dict[str, Any] | None = None
         self.order_seed = options.seed if options.data_seed is None else options.data_seed
         balanced = sampling == "balanced"
@@ -186,6 +228,7 @@ class TransferTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(ProgressBar)
         self.add_callback(EpochOrder(self))
+        self.add_callback(LossesBefore(self))
         if self.average is not None:
             self.add_callback(AverageWeights(self, self.average))
         if self.ranks is not None:
@@ -246,6 +289,7 @@ class TransferTrainer(Trainer):
     def _restore_cost(self, checkpoint: Path) -> None:
         cost = json.loads((checkpoint / COST_FILE).read_text(encoding="utf-8"))
         self.tokens_seen, self.seconds_before = int(cost["tokens"]), float(cost["seconds"])
+        self.losses_before = cost.get("losses", {})
         if (checkpoint / PREFLIGHT_FILE).is_file():
             self.preflight = json.loads((checkpoint / PREFLIGHT_FILE).read_text(encoding="utf-8"))
 
@@ -415,10 +459,16 @@ class TransferTrainer(Trainer):
         refuse_not_finite(self.network)
         with quiet_transformers():
             super()._save_checkpoint(model, trial)
+        losses = {
+            "total": self._total_loss_scalar,
+            "not_logged": float(self.accelerator.gather(self._tr_loss).mean()),
+            "logged_at": self._globalstep_last_logged,
+        }
         wait_for_everyone()
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         if is_main_process() and folder.is_dir():
-            write_json_whole(folder / COST_FILE, {"tokens": self.tokens_seen, "seconds": self.seconds})
+            cost = {"tokens": self.tokens_seen, "seconds": self.seconds, "losses": losses}
+            write_json_whole(folder / COST_FILE, cost)
             if self.preflight is not None:
                 write_json_whole(folder / PREFLIGHT_FILE, self.preflight)
             if self.average is not None:
@@ -426,6 +476,19 @@ class TransferTrainer(Trainer):
             if self.ranks is not None:
                 self.ranks.save(folder)
             seal(folder, self.identity, self.state.global_step)
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """As in transformers, but the mean loss of a resumed run is that of all its steps."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _load_callback_state(self) -> None:
+        """As in transformers, but what is restored keeps its place: others ask what it has decided."""
+        callbacks = self.callback_handler.callbacks
+        order = [type(callback) for callback in callbacks]
+        super()._load_callback_state()
+        callbacks.sort(key=lambda callback: order.index(type(callback)))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -480,6 +543,22 @@ class EpochOrder(TrainerCallback):
     ) -> None:
         """Set the sampler's epoch."""
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+
+class LossesBefore(TrainerCallback):
+    """Gives a resumed run the sum of the losses before the interruption, which transformers starts anew."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        """Restore them."""
+        if losses := self.trainer.losses_before:
+            self.trainer._total_loss_scalar = losses["total"]
+            self.trainer._tr_loss += losses["not_logged"]
+            self.trainer._globalstep_last_logged = losses["logged_at"]
 
 
 class AverageWeights(TrainerCallback):
