@@ -395,7 +395,7 @@ EXAMPLES = {
     "report_to": ["none"],
     "ddp_backend": ["gloo"],
     "logging_strategy": ["epoch"],
-    "dataloader_multiprocessing_context": ["spawn"],
+    "dataloader_multiprocessing_context": ["spawn", "--dataloader_num_workers=2"],
     "dataloader_pin_memory": ["false"],
     "lr_scheduler_type": ["cosine"],
     "optim": ["sgd"],

@@ -405,7 +405,6 @@ LATE = {
     ),
     "arguments": (["--optim_args", "foo=bar"], "optim_args: 'foo=bar' has no effect on adamw"),
     "modules": (["--optim_target_modules", "foo"], "optim_target_modules: has no effect on adamw"),
-    "sharding": (["--fsdp_config", "nosuch.json"], "fsdp_config: has no effect without --fsdp full_shard"),
     "a file": (["--accelerator_config", "nosuch.json"], "nosuch.json: "),
     "no optimizer kept": (["--save_only_model", "true"], "save_only_model: not supported: an interrupted run"),
 }
@@ -513,7 +512,6 @@ TRAINING_OPTIONS = {
     "never score": ["--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false"],
     "save the best": ["--save_strategy", "best"],
     "save one": ["--save_total_limit", "1"],
-    "weights only": ["--save_only_model", "true"],
     "best by loss": ["--metric_for_best_model", "loss"],
     "best by macro-F1": ["--metric_for_best_model", "macro_f1"],
     "random batches": ["--train_sampling_strategy", "random"],

@@ -67,7 +67,6 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "liger_kernel_config": ("use_liger_kernel", True),
     "linear_probe_size": ("linear_probe", True),
     "hub_private_repo": ("push_to_hub", True),
-    "fsdp_config": ("fsdp", None),
     "dataloader_multiprocessing_context": ("dataloader_num_workers", None),
     "dataloader_persistent_workers": ("dataloader_num_workers", None),
     "run_name": ("report_to", None),
@@ -89,7 +88,6 @@ DATA_SWITCHES: dict[str, tuple[str, object]] = {
 
 ANY_VALUE = {
     "report_to": "a tracker",
-    "fsdp": "full_shard",
     "dataloader_num_workers": "2",
     "augmentation": "swap",
     "teacher_file": "FILE",
@@ -368,8 +366,8 @@ class RunOptions(TrainingArguments):
         for f in dataclasses.fields(self):
             default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
             if f.name in REFUSED_OPTIONS and f.name != "do_eval":  # which transformers itself sets
-                fault = f"{f.name}: not supported: {REFUSED_OPTIONS[f.name]}"
-                require(faults, getattr(self, f.name) == default, fault)
+                fault, value = f"{f.name}: not supported: {REFUSED_OPTIONS[f.name]}", getattr(self, f.name)
+                require(faults, value == default or not (value or default), fault)  # "" becomes [] in a copy
             elif f.name in self.without_effect:
                 fault = f"{f.name}: has no effect here: {self.without_effect[f.name]}"
                 require(faults, getattr(self, f.name) == default, fault)
