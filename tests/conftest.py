@@ -26,6 +26,8 @@ import pytest
 import torch
 from tiny import LABELS, build_checkpoint, make_rows, write_csv
 
+THREADS = torch.get_num_threads()
+
 
 @dataclass(frozen=True)
 class TinyData:
@@ -51,6 +53,13 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - transformers and datasets read the global state
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> None:
+    """A recipe sets the threads of its process: rounding must not depend on which tests ran before."""
+    if torch.get_num_threads() != THREADS:
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")

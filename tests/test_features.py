@@ -137,18 +137,24 @@ def test_the_network_is_the_checkpoints_own_head(task, family):
     assert changed <= head_parameters(checkpoint.model).keys()
 
 
-def test_one_pass_is_that_of_a_plain_network(task):
-    """torch's own modules on standardised states, the same batches, and AdamW with weight decay on matrices alone."""
-    checkpoint, _, arrays = task("bert")
-    states, labels = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
-    mean, scale = states.mean(0), states.std(0)
-    model = checkpoint.model
+def plain_network(model, mean, scale):
+    """torch's own modules that make of (x - mean) / scale what the head of a BERT makes of x."""
     dense, final = model.bert.pooler.dense, model.classifier
     plain = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
     with torch.no_grad():
         plain[0].weight.copy_(dense.weight * scale)
         plain[0].bias.copy_(dense.bias + dense.weight @ mean)
         plain[2].load_state_dict(final.state_dict())
+    return plain
+
+
+def test_one_pass_is_that_of_a_plain_network(task):
+    """torch's own modules on standardised states, the same batches, and AdamW with weight decay on matrices alone."""
+    checkpoint, _, arrays = task("bert")
+    states, labels = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
+    mean, scale = states.mean(0), states.std(0)
+    model = checkpoint.model
+    plain = plain_network(model, mean, scale)
     groups = [{"params": [plain[i].weight for i in (0, 2)], "weight_decay": 0.5},
               {"params": [plain[i].bias for i in (0, 2)], "weight_decay": 0.0}]  # fmt: skip
     optimizer = torch.optim.AdamW(groups, lr=0.01)
@@ -181,12 +187,7 @@ def test_the_logits_of_windows_are_averaged_before_the_loss(task):
     states_kept = states[kept.repeat_interleave(counts)]
     mean, scale = states_kept.mean(0), states_kept.std(0)
     model = checkpoint.model
-    dense, final = model.bert.pooler.dense, model.classifier
-    plain = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 4))
-    with torch.no_grad():
-        plain[0].weight.copy_(dense.weight * scale)
-        plain[0].bias.copy_(dense.bias + dense.weight @ mean)
-        plain[2].load_state_dict(final.state_dict())
+    plain = plain_network(model, mean, scale)
 
     def row_logits(states, counts):
         return torch.stack([part.mean(0) for part in plain((states - mean) / scale).split(counts.tolist())])
