@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -207,12 +208,13 @@ class _Rows:
         labels = {"labels": self.labels_N[chosen_B]}
         if self.windows_N is None:
             return labels | {POOLED: self.states_WH[chosen_B]}
-        windows_B = self.windows_N[chosen_B]
-        first_B = (self.windows_N.cumsum(0) - self.windows_N)[chosen_B]
-        before_B = windows_B.cumsum(0) - windows_B
-        index_W = (first_B - before_B).repeat_interleave(windows_B)
-        index_W += torch.arange(len(index_W), device=index_W.device)
-        return labels | {POOLED: self.states_WH[index_W], WINDOWS_PER_ROW: windows_B}
+        states_WH = torch.cat([self._by_row[row] for row in chosen_B.tolist()])
+        return labels | {POOLED: states_WH, WINDOWS_PER_ROW: self.windows_N[chosen_B]}
+
+    @cached_property
+    def _by_row(self) -> tuple[Tensor, ...]:
+        """Views of each row's windows."""
+        return torch.split(self.states_WH, 1 if self.windows_N is None else self.windows_N.tolist())
 
 
 class _Trials:
