@@ -168,8 +168,8 @@ def open_backend(model: str, *, base: str | None = None, int8: bool = False, bf1
         ConfigError: `bf16` or `base` is given for an ONNX file, or `base` for a whole model; or onnxruntime is not
             installed.
     """
-    if int8 and (Path(model).expanduser() / INT8_FOLDER / "config.json").is_file():
-        return open_torch(str(Path(model).expanduser() / INT8_FOLDER), base=base, bf16=bf16)
+    if int8 and is_static_folder(beside := str(Path(model).expanduser() / INT8_FOLDER)):
+        return open_torch(beside, base=base, bf16=bf16)
     file = onnx_file(model, int8=int8)
     if file is None:
         return open_torch(model, base=base, bf16=bf16)
@@ -187,10 +187,11 @@ def has_precision(model: str, *, int8: bool = False) -> bool:
     Raises:
         CheckpointError: int8 is asked for, and there is no such file.
     """
-    return not _is_static_folder(model) and onnx_file(model, int8=int8) is None
+    return not is_static_folder(model) and onnx_file(model, int8=int8) is None
 
 
-def _is_static_folder(model: str) -> bool:
+def is_static_folder(model: str) -> bool:
+    """Whether a name is the folder of a static model."""
     try:
         config = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # a model of the Hub, or damaged, which loading tells
@@ -207,9 +208,13 @@ def onnx_file(model: str, *, int8: bool = False) -> Path | None:
     folder = Path(model).expanduser()
     there = [name for name in (ONNX_FILE, INT8_FILE) if (folder / name).is_file()]
     if int8 and INT8_FILE not in there:
+        below = [str(path.parent) for path in sorted(folder.glob(f"*/{INT8_FILE}"))]
+        if is_static_folder(model) and folder.name == INT8_FOLDER:
+            raise CheckpointError(f"{model} is the int8 form of a static model.", fix="leave --int8 out")
         raise CheckpointError(
             f"{model} holds no {INT8_FILE}.",
             why="int8 weights are made by exporting a trained model",
+            available=below,
             fix="nlpxfer export MODEL OUT --int8; a static student has them in its own folder",
         )
     if int8:

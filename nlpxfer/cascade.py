@@ -43,7 +43,7 @@ from nlpxfer.evaluate.task import label_set_f1
 from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION
 from nlpxfer.report.plots import CascadePicture, cascade_plot
 from nlpxfer.report.report import METRIC_WORDS
-from nlpxfer.strict_json import write_json_whole
+from nlpxfer.strict_json import require_new, write_json_whole
 
 logger = logging.getLogger(__name__)
 
@@ -200,8 +200,7 @@ def fit_cascade(
     """
     if tolerance is not None and not 0 <= tolerance < 1:
         raise ConfigError(f"tolerance: {tolerance} is not a share of at least 0 and below 1")
-    if Path(output).exists():
-        raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
+    require_new(output)
     cascade = Cascade.of(student, teacher, None)
     asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, label_separator, quiet)
     curve, metric = cascade_curve(asked.sure_N, asked.small_N, asked.large_N), cascade.metric
@@ -216,7 +215,7 @@ def fit_cascade(
         **_facts(cascade),
         "curve": [_point(point, metric) for point in thinned(curve)],
     }
-    write_json_whole(output, content)
+    write_json_whole(output, content, new=True)
     return content
 
 
@@ -412,8 +411,10 @@ def evaluate_cascade(
         DataError: A row has no text or label, or cannot be read.
         LabelError: A label is none of the models'.
     """
-    if plot is not None and (Path(plot).suffix.lower() != ".png" or Path(plot).exists()):
-        raise ConfigError(f"plot: {plot} is no .png, or exists.", fix="--plot cascade.png, and no file of that name")
+    if plot is not None:
+        if Path(plot).suffix.lower() != ".png":
+            raise ConfigError(f"plot: {plot} is no .png.", fix="--plot cascade.png")
+        require_new(plot, "plot")
     asked = _ask_both(cascade, source, text_column, text_pair_column, label_column, label_separator, quiet)
     curve, metric = cascade_curve(asked.sure_N, asked.small_N, asked.large_N), cascade.metric
     both_N = np.where(asked.sent_N, asked.large_N, asked.small_N)
@@ -429,6 +430,7 @@ def evaluate_cascade(
     }
     gain = paired_gain([both_N], [asked.large_N], metric=metric)
     if plot is not None:
+        require_new(plot, "plot")  # it may have appeared while the models were asked
         point = CascadePoint(min_probability=cascade.min_probability, sent=sent, score=scores["cascade"][metric])
         speeds = {name: each["rows_per_second"] for name, each in scores.items()}
         words = METRIC_WORDS[metric]

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from nlpxfer.backends import Backend, open_backend
+from nlpxfer.backends import Backend, is_static_folder, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.config.options import DataOptions
 from nlpxfer.data.files import Table
@@ -39,6 +39,7 @@ from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, lo
 from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
 from nlpxfer.evaluate.task import label_f1s, task_metrics
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
+from nlpxfer.strict_json import require_new
 
 logger = logging.getLogger(__name__)
 
@@ -98,7 +99,8 @@ class Classifier:
             max_length: Default: that of the training, from run.json, else 128; never more than the model can read.
             bf16: Compute in bfloat16; not for an exported model. Default: measured.
             int8: Take the int8 weights of an exported model.
-            batch_size: Rows of the longest length per batch. Default: 64, for an exported model 16.
+            batch_size: Rows of the longest length per batch. Default: 64, for an exported model 16; a static model
+                has no batches.
 
         Raises:
             CheckpointError: It is no classifier, or damaged; an adapter without its base; or has no int8 weights.
@@ -107,6 +109,8 @@ class Classifier:
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
+        if batch_size is not None and is_static_folder(str(model)):
+            raise ConfigError(f"batch_size: {model} is static, which has no batches.", fix="leave --batch_size out")
         backend = open_backend(str(model), base=None if base is None else str(base), int8=int8, bf16=bf16)
         limit = backend.max_positions
         if max_length is not None and not 4 <= max_length <= limit:
@@ -142,8 +146,9 @@ class Classifier:
                 pairs of texts and gets none, or the other way round; see also `tokenise`.
         """
         for name, given in (("texts", texts), ("pairs", [] if pairs is None else pairs)):
-            if given is None or isinstance(given, str):  # a text is a sequence of texts, too: its characters
-                shown = "None" if given is None else "one text"
+            if not isinstance(given, Sized) or isinstance(given, str):  # a text is a sequence of its characters
+                shown = "one text" if isinstance(given, str) else f"a {type(given).__name__}"
+                shown = "None" if given is None else shown
                 raise DataError(f"{name} is {shown}, a list of texts is needed.", fix=f"{name}=[text]")
             for number, text in enumerate(given):
                 if not isinstance(text, str):
@@ -302,7 +307,15 @@ def trained_column(option: str, asked: str | None, source: str | Path, *models: 
 
 
 def separator_of(asked: str | None, *models: Classifier) -> str:
-    """What stands between the labels of a row: what is asked for, else that of the models' training, else "|"."""
+    """What stands between the labels of a row: what is asked for, else that of the models' training, else "|".
+
+    Raises:
+        ConfigError: What is asked for is empty, or the models give one answer to each row.
+    """
+    if asked is not None and models[0].schema.problem_type != MULTI_LABEL:
+        raise ConfigError("label_separator: the model gives one answer to each row", fix="leave it out")
+    if asked == "":
+        raise ConfigError("label_separator: it is empty, so labels would run into each other")
     trained = (model.backend.trained.get("label_separator") for model in models)
     return asked or next((separator for separator in trained if separator), SEPARATOR)
 
@@ -421,8 +434,7 @@ def label_rows(
         DataError: There is no row, or one cannot be read, named with its line; or a column is missing.
         ConfigError: `output` exists or cannot hold the rows, or a row already has one of the new columns.
     """
-    if Path(output).exists():
-        raise ConfigError(f"output_file: {output} exists.", fix="choose another --output_file, or remove it")
+    require_new(output)
     reader = RowReader(source)
     rows = blank = 0
     with row_writer(output, reader, types) as writer:

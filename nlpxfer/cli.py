@@ -68,7 +68,7 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
         if isinstance(stream, io.TextIOWrapper):  # a label that the terminal cannot show must not end a run
             stream.reconfigure(errors="replace")
     try:
-        with _stopping_on_sigterm():
+        with _stopping_on_signals():
             main(argv)
     except NlpxferError as error:
         sys.stderr.write(f"{error}\n")
@@ -85,8 +85,11 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
 
 
 @contextlib.contextmanager
-def _stopping_on_sigterm() -> Iterator[None]:
-    """SIGTERM ends the program as Ctrl-C does: files that are being written are removed. Training has its own way."""
+def _stopping_on_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP (a closed terminal) end the program as Ctrl-C does: unfinished files are removed.
+
+    Training has its own way. A signal that is ignored, as SIGHUP under nohup, stays so.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -94,11 +97,16 @@ def _stopping_on_sigterm() -> Iterator[None]:
     def stop(number: int, frame: object) -> NoReturn:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {number: signal.getsignal(number) for number in known}
+    heard = [number for number in known if before[number] != signal.SIG_IGN]
+    for number in heard:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -226,7 +234,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
 def _cascade(asked: argparse.Namespace) -> None:
     import json
 
-    from nlpxfer.backends import has_precision
+    from nlpxfer.backends import has_precision, is_static_folder
     from nlpxfer.cascade import evaluate_cascade, fit_cascade, load_cascade, predict_cascade
     from nlpxfer.classify import Classifier, is_quiet
 
@@ -239,13 +247,16 @@ def _cascade(asked: argparse.Namespace) -> None:
             why="exported models and static ones are computed in the precision that they were written in",
             fix="leave --bf16 out",
         )
+    batched = [who for who in int8 if not is_static_folder(getattr(asked, who))]
+    if asked.batch_size is not None and not batched:
+        raise ConfigError("batch_size: both models are static, which have no batches.", fix="leave --batch_size out")
     student, teacher = (
         Classifier.load(
             getattr(asked, who),
             base=getattr(asked, f"{who}_base"),
             bf16=bf16 if who in choosing else None,
             int8=int8[who],
-            batch_size=asked.batch_size,
+            batch_size=asked.batch_size if who in batched else None,
         )
         for who in int8
     )

@@ -128,7 +128,7 @@ class PushError(NlpxferError, RuntimeError):
 
 
 class Interrupted(NlpxferError):  # noqa: N818 - not an error of the user: a request to stop
-    """The run was asked to stop (SIGINT or SIGTERM) and saved a checkpoint first."""
+    """The run was asked to stop (SIGINT, SIGTERM or SIGHUP) and saved a checkpoint first."""
 
     exit_code = INTERRUPTED_EXIT_CODE
 

@@ -47,16 +47,20 @@ def plain(value: object, where: str = "report") -> Any:  # noqa: ANN401 - any JS
     raise ConfigError(f"{where} is a {type(value).__name__}, which JSON cannot hold")
 
 
-def write_text_whole(path: str | Path, text: str) -> Path:
+def write_text_whole(path: str | Path, text: str, *, new: bool = False) -> Path:
     """Write UTF-8 text so that a reader finds the old file or the whole new one, never a part.
 
     Args:
         path: The file; its folder is made if missing.
         text: Its content, with plain newlines.
+        new: Never replace a file.
+
+    Raises:
+        ConfigError: `new`, and there is one.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
+    with replacing(path, new=new) as temporary, temporary.open("x", encoding="utf-8", newline="\n") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -64,23 +68,60 @@ def write_text_whole(path: str | Path, text: str) -> Path:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, new: bool = False) -> Iterator[Path]:
     """A temporary name beside `path`, with the same suffix, that takes its place when the block ends well.
 
     If the block raises, the temporary file is removed and `path` stays as it was.
+
+    Args:
+        path: The file.
+        new: Never replace a file, also none that appears during the block.
+
+    Raises:
+        ConfigError: `new`, and there is one.
     """
+    if new:
+        require_new(path)
     temporary = path.with_name(f".{secrets.token_hex(6)}.{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if new:
+            _rename_to_free(temporary, path)
+        else:
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def write_json_whole(path: str | Path, value: object) -> Path:
-    """Write plain values as strict, indented JSON in UTF-8, whole or not at all."""
-    return write_text_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+def require_new(path: str | Path, option: str = "output_file") -> None:
+    """Refuse a file that exists, or a link of its name that leads nowhere.
+
+    Args:
+        path: The file.
+        option: What names it.
+
+    Raises:
+        ConfigError: It exists.
+    """
+    if os.path.lexists(path):
+        raise ConfigError(f"{option}: {path} exists.", fix=f"choose another --{option}, or remove it")
+
+
+def _rename_to_free(temporary: Path, path: Path) -> None:
+    """`os.rename` that replaces nothing: a link to a name that is taken fails, wherever there are hard links."""
+    try:
+        os.link(temporary, path)
+    except OSError:
+        require_new(path)
+        os.rename(temporary, path)
+    else:
+        temporary.unlink()
+
+
+def write_json_whole(path: str | Path, value: object, *, new: bool = False) -> Path:
+    """Write plain values as strict, indented JSON in UTF-8, whole or not at all; `new`: as in `write_text_whole`."""
+    return write_text_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", new=new)
 
 
 def write_json_lines_whole(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> Path:

@@ -41,6 +41,7 @@ class AdapterOptions(LabelLossOptions):
     """What to adapt, and how."""
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
+        "adapter": "each kind has options of its own",
         "load_in_8bit": "it does not change what is learnt",
         "load_in_4bit": "it does not change what is learnt",
         "full_arm": "it is no part of the adapter",

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import shutil
+import signal
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -406,6 +408,7 @@ def test_labels_are_parted_as_in_the_training(tiny_checkpoint, tmp_path):
         ({"min_probability": 0.5}, r"min_probability: .*one label.*threshold of its own.*column probabilities"),
         ({"label_separator": "."}, r"label_separator: '\.' may stand in a probability"),
         ({"label_separator": "0"}, r"label_separator: '0' may stand in a probability"),
+        ({"label_separator": ""}, r"label_separator: it is empty"),
     ],
 )
 def test_options_that_multi_label_answers_have_no_room_for(of_labels, options, message, tmp_path):
@@ -435,6 +438,55 @@ def test_half_a_character_is_named_with_its_row(classifier, line, message, tmp_p
     assert json.loads((tmp_path / "out.jsonl").read_text().splitlines()[1])["note"] == "\U0001f600"
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_appears_meanwhile_is_not_replaced(classifier, rows, tmp_path, monkeypatch, links):
+    if not links:  # as on file systems without hard links
+        monkeypatch.setattr(os, "link", lambda *names: os.mkdir(tmp_path))
+    source, out = write_csv(tmp_path / "in.csv", rows), tmp_path / "out.csv"
+    plain = Classifier.logits
+    monkeypatch.setattr(Classifier, "logits", lambda *each: out.write_text("precious") and plain(*each))
+    with pytest.raises(ConfigError, match=r"out\.csv exists"):
+        predict_file(classifier, source, out)
+    assert out.read_text() == "precious"
+    monkeypatch.setattr(Classifier, "logits", plain)
+    out.unlink()
+    out.symlink_to(tmp_path / "nowhere.csv")
+    with pytest.raises(ConfigError, match=r"output_file: .*out\.csv exists"):
+        predict_file(classifier, source, out)
+    out.unlink()
+    assert predict_file(classifier, source, out).rows == 50
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.csv", "out.csv"]
+
+
+def test_a_number_beyond_all_doubles_is_not_made_null(classifier, tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"text": "a", "much": 1.5e308, "none": NaN}\n{"text": "b", "much": 1e400}\n')
+    with pytest.raises(DataError, match=r"row 2 \(line 2\): .*the number 1e400 is beyond 1\.8e308"):
+        predict_file(classifier, source, tmp_path / "out.jsonl")
+    source.write_text(source.read_text().splitlines(keepends=True)[0])
+    predict_file(classifier, source, tmp_path / "out.jsonl")
+    found = json.loads((tmp_path / "out.jsonl").read_text())
+    assert (found["much"], found["none"]) == (1.5e308, None)
+
+
+def test_a_half_written_file_is_removed_when_the_terminal_is_closed(folder, rows, tmp_path, monkeypatch, capsys):
+    source = write_csv(tmp_path / "in.csv", rows)
+    monkeypatch.setattr(Classifier, "logits", lambda *each: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # pytest may run under nohup
+    try:
+        with pytest.raises(SystemExit) as left:
+            main(["predict", str(folder), str(source), "--output_file", str(tmp_path / "out.csv"), "--bf16", "false"])
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (left.value.code, capsys.readouterr().err) == (75, "Interrupted.\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.csv"]
+
+
+def test_an_iterator_of_texts_is_refused(classifier):
+    with pytest.raises(DataError, match="texts is a list_iterator, a list of texts is needed"):
+        classifier.probabilities(iter(["a"]))
+
+
 def test_half_a_character_in_a_column_that_is_not_needed_is_no_fault_of_scoring(classifier, rows, tmp_path):
     source = tmp_path / "in.jsonl"
     source.write_text(json.dumps({**rows[0], "note": "\ud83d"}) + "\n")
@@ -442,6 +494,14 @@ def test_half_a_character_in_a_column_that_is_not_needed_is_no_fault_of_scoring(
     source.write_text(json.dumps({**rows[0], "text": "\ud83d"}) + "\n")
     with pytest.raises(DataError, match=f"row 1: 'text' {HALF}"):
         evaluate_file(classifier, source)
+
+
+def test_a_separator_of_labels_means_nothing_where_there_is_one(classifier, rows, tmp_path):
+    source = write_csv(tmp_path / "in.csv", rows)
+    for call in (lambda: predict_file(classifier, source, tmp_path / "out.csv", label_separator=";"),
+                 lambda: evaluate_file(classifier, source, label_separator=";")):  # fmt: skip
+        with pytest.raises(ConfigError, match="label_separator: the model gives one answer to each row"):
+            call()
 
 
 def test_scores(classifier, rows, tmp_path):

@@ -298,7 +298,7 @@ def test_404_a_repository_that_vanishes(hub, api, output) -> None:
 
 def test_a_private_push_never_goes_to_a_public_repository(hub, api, output) -> None:
     push_folder(output, "alice/model", private=False, api=api, backoff=QUICK)
-    with pytest.raises(PushError, match="is public, and a private push was asked for"):
+    with pytest.raises(PushError, match="is public, and a private push was asked for(.|\n)*nlpxfer push --public"):
         check_push_request("alice/model", api=api)
 
 

@@ -390,6 +390,16 @@ def test_probe_of_numbers():
 # -- recipes
 
 
+def test_labels_are_smoothed_and_nothing_else_is_said(files, tiny_checkpoint, tmp_path, recwarn):
+    words = [*words_for(files, tiny_checkpoint("bert"), *MULTI), "--control_arm", "false"]
+    losses = [
+        finished("finetune", tmp_path / size, *words, "--label_smoothing_factor", size).report["metrics"]
+        for size in ("0.0", "0.4")
+    ]
+    assert losses[0] != losses[1]
+    assert not [each for each in recwarn if "smoothing" in str(each.message)]
+
+
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_multi_label_from_file_to_answer(family, files, tiny_checkpoint, tmp_path):
     words = words_for(files, tiny_checkpoint(family), *MULTI, *LEARN)

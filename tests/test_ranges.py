@@ -144,6 +144,11 @@ def test_a_bad_range_is_refused(option, fault):
     assert len(found) == 1 + ("low: a" in option)
 
 
+def test_kinds_of_adapters_are_not_searched(config):
+    with pytest.raises(ConfigError, match="adapter: it cannot be a range: each kind has options of its own"):
+        parse(option_classes("adapters"), [config("adapter: {choices: [lora, dora]}\nnum_trials: 2")])
+
+
 def test_all_faults_are_told_at_once_and_where_they_stand(config):
     path = config("learning_rate: {low: 1, high: 0.1}\nseed: {choices: [1, 2]}\nnum_trials: x")
     assert faults_of(path, "--dropout", "{low: 0.1, high: 2}", "--num_seeds", "0", "--focal_gamma={lo: 1, hi: 2}") == [

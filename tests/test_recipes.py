@@ -406,6 +406,7 @@ LATE = {
     "arguments": (["--optim_args", "foo=bar"], "optim_args: 'foo=bar' has no effect on adamw"),
     "modules": (["--optim_target_modules", "foo"], "optim_target_modules: has no effect on adamw"),
     "a file": (["--accelerator_config", "nosuch.json"], "nosuch.json: "),
+    "evaluations": (["--eval_delay", "9"], "eval_delay: 9 is beyond the end of the training, after "),
     "no optimizer kept": (["--save_only_model", "true"], "save_only_model: not supported: an interrupted run"),
 }
 

@@ -110,9 +110,14 @@ def test_windows_balanced_draws_copies_and_two_passes_go_on_bit_for_bit(words, t
     assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_that_come_together_are_one_request(number, words, tmp_path, monkeypatch):
-    interrupted("finetune", tmp_path / "out", words["finetune"], monkeypatch, 2, "fine-tuned", number=number, times=3)
+    own = "finetune", tmp_path / "out", words["finetune"], monkeypatch, 2, "fine-tuned"
+    before = signal.signal(number, signal.default_int_handler)  # under nohup it would be ignored
+    try:
+        interrupted(*own, number=number, times=3)
+    finally:
+        signal.signal(number, before)
 
 
 def test_distill_goes_on_in_the_arm_that_was_interrupted(words, whole, tmp_path, monkeypatch, caplog):

@@ -367,3 +367,25 @@ def test_pipeline_is_imported_with_the_checkpoints(student, tmp_path):
     made = student()
     folder = save_classifier(made.model, made.tokenizer, SCHEMA, tmp_path / "static")
     assert pipeline("text-classification", str(folder))("the guitar")[0]["label"] in SCHEMA.names
+
+
+def test_options_that_a_static_model_has_no_use_for(student, tmp_path):
+    made = student()
+    folder = save_classifier(made.model, made.tokenizer, SCHEMA, tmp_path / "out")
+    small = save_classifier(static_int8(made.model), made.tokenizer, SCHEMA, folder / "int8")
+    assert Classifier.load(str(folder), int8=True).backend.folder == small
+    with pytest.raises(ConfigError, match="batch_size: .* is static, which has no batches"):
+        Classifier.load(str(folder), batch_size=7)
+    with pytest.raises(CheckpointError, match="is the int8 form of a static model") as caught:
+        Classifier.load(str(small), int8=True)
+    assert "leave --int8 out" in str(caught.value)
+
+
+def test_a_folder_named_int8_need_not_be_that_of_a_static_model(tiny_copy):
+    folder = tiny_copy("bert", "classifier", SCHEMA.names)
+    (folder / "int8").mkdir()
+    for name in ("config.json", "model_int8.onnx"):
+        (folder / "int8" / name).write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match=r"holds no model_int8\.onnx") as caught:
+        Classifier.load(str(folder), int8=True)
+    assert f"Available: {folder / 'int8'}" in str(caught.value)

@@ -348,6 +348,10 @@ def test_what_does_not_fit_the_data_is_refused(own, told, tiny_data, tiny_checkp
         (["--generations", "0"], "generations: 0 is below 1"),
         (["--mixed_texts", "-1"], "mixed_texts: -1 is below 0"),
         (["--mixed_texts", "2", "--teacher_file", "x.csv"], "mixed_texts: teacher_file cannot hold answers to texts"),
+        (
+            ["--mixed_texts", "2", "--teacher_file", "x.csv", "--teacher_name_or_path", "a"],
+            "that the run makes; with teacher_file_partial the other teachers answer them",
+        ),
         (["--contradiction_weight", "1.5"], "contradiction_weight: 1.5 is not between 0 and 1"),
         (["--transfer_curve", "0,all"], "transfer_curve: has no effect without --unlabelled_file"),
         (["--teacher_file_partial", "true"], "teacher_file_partial: has no effect without --teacher_file"),

@@ -112,5 +112,5 @@ class LongTexts:
             raise ConfigError(
                 f"window_overlap: {self.overlap(max_length)} is not below the {least} tokens of a text that a window "
                 f"of {max_length} tokens is sure to hold.",
-                fix=f"--window_overlap {least // 2}",
+                fix=f"a larger max_length, or of a training --window_overlap {least // 2}",
             )

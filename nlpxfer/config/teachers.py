@@ -195,8 +195,10 @@ class TeacherOptions:
             faults.append(f"unlabelled_rows: {self.unlabelled_rows} is below 1")
         if self.mixed_texts < 0:
             faults.append(f"mixed_texts: {self.mixed_texts} is below 0")
-        if self.mixed_texts and self.teacher_file and not (self.teacher_names or self.zero_shot_teacher):
-            faults.append("mixed_texts: teacher_file cannot hold answers to texts that the run makes")
+        others = self.teacher_names or self.zero_shot_teacher
+        if self.mixed_texts and self.teacher_file and not (others and self.teacher_file_partial):
+            partly = "; with teacher_file_partial the other teachers answer them" if others else ""
+            faults.append(f"mixed_texts: teacher_file cannot hold answers to texts that the run makes{partly}")
         try:
             sizes = self.curve
         except ValueError:

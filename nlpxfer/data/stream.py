@@ -176,7 +176,7 @@ class RowReader:
                 continue
             number += 1
             try:
-                row = json.loads(line, object_pairs_hook=unique_keys)
+                row = json.loads(line, object_pairs_hook=unique_keys, parse_float=_number)
             except (ValueError, RecursionError) as error:
                 message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
                 raise DataError(
@@ -251,6 +251,18 @@ def _value(name: str, scalar: pa.Scalar) -> Any:  # noqa: ANN401 - any value of 
             f"The column {name} holds a time that only parquet can hold: {scalar.type}, far from our years.",
             fix="--output_file out.parquet",
         ) from None
+
+
+def _number(text: str) -> float:
+    """A JSON number as a double, which is what most programs read it as.
+
+    Raises:
+        ValueError: It is beyond all doubles.
+    """
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"the number {text} is beyond 1.8e308")
+    return number
 
 
 class RowWriter(Protocol):
@@ -351,7 +363,8 @@ def row_writer(path: str | Path, reader: RowReader, new: Mapping[str, type]) -> 
         new: Further columns and their types: str, float or bool.
 
     Raises:
-        ConfigError: The format cannot hold the rows, or a new column has the name of an old one.
+        ConfigError: The format cannot hold the rows, or a new column has the name of an old one; or the file exists,
+            perhaps only since the writing began.
     """
     path = Path(path)
     kind = path.suffix.lower()
@@ -364,7 +377,7 @@ def row_writer(path: str | Path, reader: RowReader, new: Mapping[str, type]) -> 
             fix=f"--output_file {path.with_suffix('.jsonl').name}",
         )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, new=True) as temporary:
         writer = _writer(temporary, kind, reader, new)
         try:
             yield writer

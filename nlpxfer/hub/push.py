@@ -167,7 +167,8 @@ def _check_visibility(api: HfApi, full_id: str, private: bool) -> None:
     if private and is_private is False:
         raise PushError(
             f"{full_id} is public, and a private push was asked for.",
-            fix="--hub_private_repo false if everybody may see this model, or another --hub_model_id",
+            fix="if everybody may see this model, nlpxfer push --public, or of a recipe --hub_private_repo false; "
+            "else another --hub_model_id",
         )
 
 

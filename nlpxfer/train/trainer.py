@@ -9,7 +9,7 @@ What differs from the stock Trainer, and why:
   epoch than it was drawn: once, or with balanced sampling as its class needs.
 - Validation goes through `predict`, and its loss is the mean over rows.
 - A loss or gradient that is not finite stops the run before the step is taken, and before anything is saved.
-- Checkpoints are sealed with a manifest; SIGTERM and SIGINT save one and end the run with `Interrupted`.
+- Checkpoints are sealed with a manifest; SIGTERM, SIGINT and SIGHUP save one and end the run with `Interrupted`.
 - No `training_args.bin` is written: it would hold the Hub token.
 - A method may be taught by the moving average of the weights, which is then what is scored and what the run ends with.
 """
@@ -25,6 +25,7 @@ import signal
 import threading
 import time
 import types
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -139,11 +140,34 @@ def check_training(model: PreTrainedModel, options: RunOptions, rows: int) -> No
             raise ConfigError(f"torch_compile_backend, torch_compile_mode: {error}") from error
     if options.use_liger_kernel and not is_liger_kernel_available():
         raise ConfigError("use_liger_kernel: the package liger-kernel is not installed.")
+    _check_delay(options, rows)
     batch = options.per_device_train_batch_size * world()[1]
     if options.dataloader_drop_last and rows < batch:
         raise ConfigError(
             f"dataloader_drop_last: {rows} training rows make no whole batch of {batch}.",
             fix="a smaller --per_device_train_batch_size, or --dataloader_drop_last false",
+        )
+
+
+def _check_delay(options: RunOptions, rows: int) -> None:
+    """Refuse a first evaluation that comes after the last step: no weights would be the best, and none stop early.
+
+    Raises:
+        ConfigError: Says when the training ends.
+    """
+    keeps = options.load_best_model_at_end or options.early_stopping_patience
+    if not options.eval_delay or not keeps or options.eval_strategy == "no":
+        return
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
+    each = math.ceil(rows / batch)
+    epochs = options.max_steps / each if options.max_steps > 0 else options.num_train_epochs
+    end = epochs * each if options.eval_strategy == "steps" else epochs
+    if options.eval_delay > end:
+        raise ConfigError(
+            f"eval_delay: {options.eval_delay:g} is beyond the end of the training, after {end:g} "
+            f"{'steps' if options.eval_strategy == 'steps' else 'epochs'}.",
+            why="the best weights are chosen by evaluations, and there would be none",
+            fix="a shorter --eval_delay, or --load_best_model_at_end false",
         )
 
 
@@ -209,14 +233,17 @@ class TransferTrainer(Trainer):
         multiple = padding_multiple(options.device, bf16=bool(options.bf16))
         longest = int(train_rows.each_window().lengths.max())
         collator = Collator.for_tokenizer(tokenizer, multiple_of=multiple, rounded_to=longest)
-        super().__init__(
-            model=model,
-            args=options,
-            train_dataset=RowsWithGaps(train_rows),
-            eval_dataset=validation_rows,
-            data_collator=GapCollator(collator, train_rows[0]),
-            processing_class=tokenizer,
-        )
+        with warnings.catch_warnings():
+            # the loss is the method's, which smooths several labels per row as well
+            warnings.filterwarnings("ignore", "Label smoothing is not compatible")
+            super().__init__(
+                model=model,
+                args=options,
+                train_dataset=RowsWithGaps(train_rows),
+                eval_dataset=validation_rows,
+                data_collator=GapCollator(collator, train_rows[0]),
+                processing_class=tokenizer,
+            )
         self.pad = collator
         self.average = self._moving_average(model)
         self.step_flops = 6 * sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -575,7 +602,10 @@ class AverageWeights(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGTERM or SIGINT: finish the step, save a checkpoint, stop. A second request stops at once."""
+    """On SIGTERM, SIGINT or SIGHUP: finish the step, save a checkpoint, stop. A second request stops at once.
+
+    SIGHUP is left alone where it is ignored, as under nohup, or does not exist.
+    """
 
     def __init__(self) -> None:
         self.asked = self.stopping = False
@@ -618,7 +648,10 @@ class _Listening:
 
     def __enter__(self) -> None:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            numbers = [signal.SIGTERM, signal.SIGINT]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
                 self.previous[number] = signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
