@@ -42,10 +42,10 @@ from nlpxfer.evaluate.trials import short_run
 from nlpxfer.report.ladder import LADDER_FILE, Measured, ladder_facts, ladder_table, write_ladder
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.students import refuse_unused
+from nlpxfer.students import refuse_unused, whole_training
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb, least_steps, rung_count
-from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone
 from nlpxfer.verdict import stages_of
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ def check_search(run: Run, plan: TargetOptions, choices: Sequence[Choice]) -> No
         return
     if not choices:
         raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
-    whole, budget = _whole_training(run), _budget(run, plan)
+    whole, budget = whole_training(run), _budget(run, plan)
     least = least_steps(len(choices), len({choice.trained_as for choice in choices}))
     if budget < least:
         raise ConfigError(
@@ -210,7 +210,7 @@ def _planned(run: Run, plan: Plan, values: Mapping[str, Any]) -> Plan:
 
 def _budget(run: Run, plan: TargetOptions) -> int:
     """Optimizer steps of all tries together."""
-    return math.ceil((plan.search_budget or BUDGET) * _whole_training(run))
+    return math.ceil((plan.search_budget or BUDGET) * whole_training(run))
 
 
 def _identity(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan]) -> RunIdentity:
@@ -291,7 +291,7 @@ def _search(
         for choice in choices
     ]
     with run.trials():
-        return climb(candidates, target, total_steps=_budget(run, plan), max_steps=_whole_training(run)), measured
+        return climb(candidates, target, total_steps=_budget(run, plan), max_steps=whole_training(run)), measured
 
 
 def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None], identity: RunIdentity) -> None:
@@ -346,16 +346,6 @@ def _measured(
 def _as_trained(run: Run, student: Checkpoint) -> Checkpoint:
     """An untrained student with the layer that computes the mean, if its head will read that."""
     return replace(student, model=with_pooling(student, run.options.pooling))
-
-
-def _whole_training(run: Run) -> int:
-    """Optimizer steps of a training of the student."""
-    options = run.options
-    if options.max_steps > 0:
-        return options.max_steps
-    rows = sum(len(getattr(run.data, split)) for split in run.data.taught)
-    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
-    return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
 
 
 def _score_of(run: Run, logits: Array) -> float:

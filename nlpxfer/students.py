@@ -7,6 +7,7 @@ was chosen by looking at the teacher (`like`) is the same for both, so that they
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -17,10 +18,11 @@ from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling, wants_m
 from nlpxfer.checkpoint.static import is_static
 from nlpxfer.checkpoint.student import parse_layers, slice_layers
 from nlpxfer.config import RunOptions, default_learning_rate
-from nlpxfer.config.student import STATIC, StudentOptions
+from nlpxfer.config.student import BOTTOM, EVEN, PROBE, STATIC, TRIAL, StudentOptions
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.errors import ConfigError
 from nlpxfer.run import Run
+from nlpxfer.train.launch import world
 from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
@@ -83,9 +85,19 @@ def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str,
     return found | {"num_train_epochs": plan.static_num_train_epochs} if plan.student == STATIC else found
 
 
+def whole_training(run: Run) -> int:
+    """Optimizer steps of a training of a student of layers."""
+    options = run.options
+    if options.max_steps > 0:
+        return options.max_steps
+    rows = sum(len(getattr(run.data, split)) for split in run.data.taught)
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
+    return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
+
+
 def outline(plan: Plan) -> Plan:
-    """Options that lead to a student of the same size, without probes of a teacher that is not there yet."""
-    return replace(plan, student_layers="even") if plan.student_layers == "probe" else plan
+    """Options that lead to a student of the same size, without looking at a teacher that is not there yet."""
+    return replace(plan, student_layers=EVEN) if plan.student_layers in (PROBE, TRIAL) else plan
 
 
 def kind_of(student: Checkpoint | Any) -> str:  # noqa: ANN401 - whatever holds a model
@@ -133,9 +145,9 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
     """The layers of `source` that the student keeps; probes are made once, and told in the report."""
     total, mean = layer_count(run, source), wants_mean(source, run.options.pooling)
     count = plan.student_num_layers
-    if count is None and plan.student_layers in ("bottom", "even", "probe"):
+    if count is None and plan.student_layers in (BOTTOM, EVEN, PROBE):
         count = max(1, total // 2)
-    if plan.student_layers != "probe" or count is None:
+    if plan.student_layers != PROBE or count is None:
         return parse_layers(plan.student_layers, total, count)
     number = count
 

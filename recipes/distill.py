@@ -26,11 +26,12 @@ from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions, option, parse
 from nlpxfer.config.self_distillation import SelfDistillation
 from nlpxfer.config.states import WEIGHTS, StatesPlan
-from nlpxfer.config.student import CUTS, LAYERS, STATIC, StudentOptions
+from nlpxfer.config.student import CUTS, LAYERS, STATIC, TRIAL, StudentOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.config.teachers import TeacherOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.int8 import Int8Maker, check_int8, has_onnx, int8_student
+from nlpxfer.layer_trial import check_trial, try_layers
 from nlpxfer.methods.base import is_sharded
 from nlpxfer.methods.distill import Distill
 from nlpxfer.methods.finetune import FineTune
@@ -105,6 +106,9 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
         if self.student == STATIC:
             no_layers = [name for name in ("hidden_weight", "relation_weight") if getattr(self, name)]
             faults += [f"{name}: a static student has no layers" for name in no_layers]
+        if self.student_layers == TRIAL and (self.generations > 1 or self.teaches_itself):
+            why = "self_distillation" if self.teaches_itself else "generations, which all have one shape"
+            faults.append(f"student_layers: trial cannot be combined with {why}")
         if self.model_name_or_path and not self.trains_teacher and self.student_name_or_path:
             shown = "teacher_name_or_path" if self.teacher_names else "the teacher that was given"
             faults.append(f"model_name_or_path: does nothing beside {shown} and student_name_or_path")
@@ -183,7 +187,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
             method = replace(made["method"], teacher_labels=run.data.schema.names, states=states.guide(plan))
             return made | {"method": method}
 
-        plan = run.search("distilled", arm, plan)
+        plan = run.search("distilled", arm, try_layers(run, plan, source, arm))
         alone_there = panel.models.get("teacher")  # of several teachers none is the teacher alone
         plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run))
         student = run.train("distilled", **arm(plan))
@@ -304,6 +308,7 @@ def begin(
 ) -> None:
     """The last that refuses what cannot work; then start to write."""
     check_search(run, plan, ladder_of(run, plan, source))
+    check_trial(run, plan)
     student = student_of(run, outline(plan), source)(run.seeds[0])
     pairs = run.data_options.text_pair_column is not None
     check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts, pairs=pairs)

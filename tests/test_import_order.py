@@ -1,6 +1,6 @@
 """Imports go one way: data -> checkpoint -> methods -> train -> evaluate -> report -> hub -> run -> searched ->
-result -> teachers -> students -> verdict -> smallest -> start -> backends -> classify -> cascade -> export -> int8 ->
-recipes -> cli -> __main__.
+result -> teachers -> students -> layer_trial -> verdict -> smallest -> start -> backends -> classify -> cascade ->
+export -> int8 -> recipes -> cli -> __main__.
 
 A later stage may import an earlier one, never the reverse. `errors`, `problem`, `strict_json`, `losses` and `config`
 belong to no stage: all may import them, and they import only each other.
@@ -25,6 +25,7 @@ STAGES = (
     "result",
     "teachers",
     "students",
+    "layer_trial",
     "verdict",
     "smallest",
     "start",

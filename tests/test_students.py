@@ -12,7 +12,7 @@ import torch
 from recipe_runs import call, finished, refused, tiny_words
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from nlpxfer import students
+from nlpxfer import layer_trial, students
 from nlpxfer.checkpoint import load_classifier, save_classifier
 from nlpxfer.classify import Classifier, evaluate_file
 from nlpxfer.cli import main
@@ -208,6 +208,63 @@ def test_layers_picked_by_probes(tiny_data, teacher, tmp_path):
     assert AutoConfig.from_pretrained(run.folder).num_hidden_layers == 2
     again = finished("distill", tmp_path / "again", *words, "--control_arm", "false")
     assert again.report["checks"]["student_layers"] == found
+
+
+def test_even_or_bottom_layers_by_a_trial_of_both(tiny_data, teacher, tmp_path, monkeypatch, caplog):
+    """30 steps in all: 8 of each trial. The better one is trained whole, and so is its control."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    asked, real = [], layer_trial.short_run
+
+    def short_run(arm, folder, *, steps):
+        asked.append((folder.name, steps, real(arm, folder, steps=steps)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(layer_trial, "short_run", short_run)
+    words = taught(tiny_data, teacher, "--student_layers", "trial", "--student_num_layers", "2", "--max_steps", "30")
+    run = finished("distill", tmp_path / "out", *words)
+    found, scores = run.report["checks"]["student_layers"], {name: score for name, _, score in asked}
+    assert [(name, steps) for name, steps, _ in asked] == [("even", 8), ("bottom", 8)]
+    chosen = max(scores, key=scores.get)
+    layers = {"even": [0, 3], "bottom": [0, 1]}[chosen]
+    assert found == {"chosen": chosen, "layers": layers, "steps": 8, "scores": scores}
+    assert caplog.text.count(f"Kept layers {layers} of 4") >= 3
+    assert run.run["config"]["student_layers"] == chosen
+    assert not (run.folder / "checkpoints").exists()
+    words[words.index("trial")] = chosen
+    plain = finished("distill", tmp_path / "plain", *words)
+    assert plain.arm("distilled")["metrics"] == run.arm("distilled")["metrics"]
+    assert plain.arm("control")["metrics"] == run.arm("control")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "scores", "chosen"),
+    [("accuracy", (0.5, 0.5), "even"), ("accuracy", (0.5, 0.6), "bottom"), ("loss", (0.5, 0.6), "even")],
+)
+def test_the_better_score_of_a_trial_wins(metric, scores, chosen, tiny_data, teacher, tmp_path, monkeypatch):
+    left = list(scores)
+    monkeypatch.setattr(layer_trial, "short_run", lambda *arm, **steps: left.pop(0))
+    words = taught(tiny_data, teacher, "--student_layers", "trial", "--student_num_layers", "2", "--max_steps", "1")
+    words += ["--metric_for_best_model", metric, "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *words)
+    assert run.report["checks"]["student_layers"]["chosen"] == chosen
+    left[:] = []  # one layer is the first one either way: there is nothing to try
+    words[words.index("--student_num_layers") + 1] = "1"
+    run = finished("distill", tmp_path / "one", *words)
+    assert run.report["checks"]["student_layers"] == {"chosen": "even", "layers": [0]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--search", "true"], "student_layers: search tries students of several kinds; leave it out"),
+        (["--generations", "2"], "student_layers: trial cannot be combined with generations"),
+        (["--student_num_layers", "{low: 1, high: 2}", "--num_trials", "2"],
+         "student_num_layers: cannot be searched beside student_layers trial"),
+    ],
+)  # fmt: skip
+def test_trials_of_layers_that_are_refused(words, message, tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_layers", "trial", *words)
+    assert message in refused("distill", tmp_path / "out", *words)
 
 
 def test_a_narrow_student_of_some_layers(tiny_data, teacher, tmp_path):

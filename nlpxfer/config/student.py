@@ -9,11 +9,13 @@ from typing import ClassVar, Final
 from nlpxfer.config.options import option
 
 LAYERS, STATIC = "layers", "static"
+EVEN, BOTTOM, PROBE, TRIAL = "even", "bottom", "probe", "trial"
+"""Ways to choose the layers of a student."""
 INT8: Final = ", int8"
 """What the name of a student's int8 form ends with."""
 CUTS: Final[Mapping[str, object]] = {
     "student_num_layers": None,
-    "student_layers": "even",
+    "student_layers": EVEN,
     "student_hidden_size": None,
     "student_intermediate_size": None,
 }
@@ -33,7 +35,10 @@ class StudentOptions:
     student: str = option(LAYERS, "What it is made of: layers, or static: token vectors, no attention.")
     student_name_or_path: str | None = option(None, "Checkpoint to train as the student, instead of a slice.")
     student_num_layers: int | None = option(None, "Layers of the teacher that the student keeps. Default: half.")
-    student_layers: str = option("even", "Which: even, bottom, numbers such as 0,2,5, or probe: those missed most.")
+    student_layers: str = option(
+        EVEN,
+        "Which: even, bottom, numbers such as 0,2,5, probe: those missed most, or trial: even or bottom, by a try.",
+    )
     student_hidden_size: int | None = option(None, "Hidden size of the student: whole heads of the teacher's.")
     student_intermediate_size: int | None = option(
         None, "Neurons of its feed-forward layers. Default: in proportion to the hidden size."
