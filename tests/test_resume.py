@@ -131,6 +131,19 @@ def test_distill_goes_on_in_the_arm_that_was_interrupted(words, whole, tmp_path,
     assert sha256(again.folder / "teacher") == sha256(whole["distill"].folder / "teacher")
 
 
+def test_a_trial_of_layers_is_made_again(words, tmp_path, monkeypatch):
+    own = [*words["distill"], "--student_layers", "trial", "--student_num_layers", "2", "--control_arm", "false"]
+    with monkeypatch.context() as patch:
+        signal_at(patch, 2, "bottom")
+        ended = call("distill", tmp_path / "out", *own)
+    assert ended.code == 75, ended.err
+    interrupted("distill", tmp_path / "out", [*own, *RESUME], monkeypatch, 10, "distilled")
+    again = finished("distill", tmp_path / "out", *own, *RESUME)
+    without = finished("distill", tmp_path / "whole", *own)
+    assert again.report["checks"]["student_layers"] == without.report["checks"]["student_layers"]
+    assert_same(again, without)
+
+
 def test_folds_go_on_in_the_one_that_was_interrupted(words, tmp_path, monkeypatch, caplog):
     """60 rows, 30 for each of two folds: 4 optimizer steps an epoch, 12 in all."""
     own = [*words["finetune"], "--control_arm", "false", "--num_folds", "2"]

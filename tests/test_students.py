@@ -257,6 +257,7 @@ def test_the_better_score_of_a_trial_wins(metric, scores, chosen, tiny_data, tea
     ("words", "message"),
     [
         (["--search", "true"], "student_layers: search tries students of several kinds; leave it out"),
+        (["--self_distillation", "ema"], "student_layers: trial cannot be combined with self_distillation"),
         (["--generations", "2"], "student_layers: trial cannot be combined with generations"),
         (["--student_num_layers", "{low: 1, high: 2}", "--num_trials", "2"],
          "student_num_layers: cannot be searched beside student_layers trial"),
