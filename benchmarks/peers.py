@@ -102,15 +102,16 @@ def stock_trainer(
     return trainer
 
 
-def stock_rows(rows: TokenisedRows) -> Dataset:
+def stock_rows(rows: TokenisedRows, *, labels: bool = True) -> Dataset:
     """The same rows as a `datasets.Dataset`, as a tokenising `map` leaves them."""
-    columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    columns: dict[str, list[Any]] = {"input_ids": [], "attention_mask": []} | ({"labels": []} if labels else {})
     if rows.token_types is not None:
         columns["token_type_ids"] = []
     for row in (rows[i] for i in range(len(rows))):
         columns["input_ids"].append(row["input_ids"].tolist())
         columns["attention_mask"].append([1] * len(row["input_ids"]))
-        columns["labels"].append(int(row["labels"]))
+        if labels:
+            columns["labels"].append(int(row["labels"]))
         if rows.token_types is not None:
             columns["token_type_ids"].append(row["token_type_ids"].tolist())
     return Dataset.from_dict(columns)
@@ -239,7 +240,7 @@ def textbrewer_seconds(
     cached: bool,
     seed: int,
 ) -> float:
-    """Train `student` with TextBrewer's loop; returns seconds.
+    """Train `student` with TextBrewer's loop; returns seconds. With a `kd_weight` of 1 the rows need no labels.
 
     Its distillation loss is the cross-entropy of the softened distributions without T^2, so the weight carries it: the
     gradient is then that of nlpxfer and of the Trainer above. `cached` turns on its own cache of teacher logits, which
@@ -256,7 +257,7 @@ def textbrewer_seconds(
     device = next(student.parameters()).device
     pad = DataCollatorWithPadding(tokenizer)
     loader = torch.utils.data.DataLoader(
-        stock_rows(rows),  # type: ignore[arg-type]
+        stock_rows(rows, labels=kd_weight < 1),  # type: ignore[arg-type]
         batch_size=32,
         shuffle=True,
         collate_fn=lambda batch: dict(pad(batch)),
@@ -273,7 +274,9 @@ def textbrewer_seconds(
         model_T=teacher,
         model_S=student,
         adaptor_T=lambda batch, outputs: {"logits": outputs.logits},
-        adaptor_S=lambda batch, outputs: {"logits": outputs.logits, "losses": outputs.loss},
+        adaptor_S=lambda batch, outputs: (
+            {"logits": outputs.logits} | ({} if outputs.loss is None else {"losses": outputs.loss})
+        ),
     )
     optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = {"num_warmup_steps": int(np.ceil(WARM_UP * steps)), "num_training_steps": steps}

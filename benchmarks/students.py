@@ -15,10 +15,13 @@ Cells of each data set:
   its regression, in turns, tokenising included
 - `mixed-<student>`: the teacher also labels mixtures of the training texts, and nothing else
 - `more-<student>`: the teacher labels more texts: the other training texts, or the unlabelled ones of bundled data
+- `more-textbrewer`, `more-sentence-transformers`: the same texts for these, at the rate that was best without them;
+  TextBrewer then has no label loss, as either all of its rows have labels or none has
 - `few-teacher`, `few-<student>`: the same with few labels per class, for the teacher too
 
 What a student keeps is its test accuracy over the teacher's. Defaults of the recipes, save for epochs and seeds. The
-others have as many epochs, one seed, and the learning rate of `LEARNING_RATES` that is best on validation rows.
+others have as many epochs, one seed, and the learning rate of `LEARNING_RATES` that is best on validation rows. The
+bottom layers are measured where they were better than evenly chosen ones on validation rows.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ from nlpxfer.checkpoint.pooling import with_pooling
 from nlpxfer.classify import Classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
-from nlpxfer.data.tokenise import Collator
+from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.evaluate.cost import alternate_rates
 from nlpxfer.recipes import load_recipe
 from nlpxfer.report.report import Arm, Report
@@ -56,14 +59,16 @@ DISTIL = load_recipe("distill").DistillOptions
 DATA = "banking77,debian-sections,clinc150,scicite"
 STUDENTS: dict[str, list[str]] = {
     "3 layers": ["--student_num_layers", "3"],
+    "3 layers, bottom": ["--student_num_layers", "3", "--student_layers", "bottom"],
     "3 layers, narrower": ["--student_num_layers", "3", "--student_intermediate_size", "1280"],
     "2 layers": ["--student_num_layers", "2"],
     "static": ["--student", "static"],
 }
 """Student -> options of the recipe. The teacher is read by the mean, and so are students of its layers: each has one
 more that computes it. The narrower one keeps 1,280 of 1,536 inner values of each layer."""
-KEPT_TARGETS = {"3 layers": 0.99, "3 layers, narrower": 0.99, "2 layers": 0.975, "static": 0.93}
-SPEED_TARGETS = {"3 layers": 1.8, "3 layers, narrower": 1.8, "static": 50.0}
+KEPT_TARGETS = {"2 layers": 0.975, "static": 0.93} | dict.fromkeys(list(STUDENTS)[:3], 0.99)
+SPEED_TARGETS = {"static": 50.0} | dict.fromkeys(list(STUDENTS)[:3], 1.8)
+PEERS = ("textbrewer", "sentence-transformers", "model2vec")
 KEPT = ("teacher", "distilled", "control", "gain", "machine")
 STRENGTHS = (0.1, 1.0, 10.0, 100.0)
 """Inverse strengths of the regression on model2vec's vectors, chosen on validation rows."""
@@ -91,12 +96,13 @@ class Size:
     speed_rows: int = 1000
 
 
+BOTTOM = ("3 layers", "3 layers, bottom", "2 layers", "static")
 SMALL = Size(rows=1000, epochs=4, seeds=3)
 SIZES: dict[str, dict[str, Size]] = {
     "small": dict.fromkeys(DATA.split(","), SMALL)
     | {
-        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770, text_seeds=3),
-        "clinc150": Size(rows=1500, epochs=4, seeds=3),
+        "banking77": Size(rows=2000, epochs=5, seeds=3, few=770, text_seeds=3, students=BOTTOM, mixed=BOTTOM),
+        "clinc150": Size(rows=1500, epochs=4, seeds=3, students=BOTTOM, mixed=BOTTOM),
     },
     "full": dict.fromkeys(DATA.split(","), Size(rows=None, epochs=5, seeds=5, text_seeds=5))
     | {"banking77": Size(rows=None, epochs=5, seeds=5, few=770, text_seeds=5, students=tuple(STUDENTS))},
@@ -140,6 +146,9 @@ class Bench:
         found |= {student: lambda s=student: self.student(s) for student in self.size.students}
         found |= {"textbrewer": self.textbrewer, "sentence-transformers": self.sentence_transformers}
         found |= {"model2vec": self.model2vec, "speed": self.speed}
+        if self.size.more:
+            found["more-textbrewer"] = lambda: self.textbrewer("more-")
+            found["more-sentence-transformers"] = lambda: self.sentence_transformers("more-")
         for student in self.size.mixed:
             found[f"mixed-{student}"] = lambda s=student: self.student(s, "mixed-")
         for student in self.size.more:
@@ -185,14 +194,18 @@ class Bench:
             "train_seconds": arms["distilled"].seconds,
         }
 
-    def textbrewer(self) -> dict[str, Any]:
+    def textbrewer(self, prefix: str = "") -> dict[str, Any]:
         """Layers of the teacher with a new head, trained by TextBrewer."""
 
         def trained(run: Run, rate: float) -> tuple[float, dict[str, Any]]:
             teacher, made = self._layers(run)
             rows, scratch = run.tokenise(teacher.tokenizer, "train"), run.folder / "checkpoints"
-            weights = {"temperature": DISTIL.temperature, "kd_weight": DISTIL().share_of_teacher}
-            shared = {"learning_rate": rate, "epochs": self.size.epochs, "cached": True, "seed": 42, **weights}
+            share = DISTIL().share_of_teacher
+            if prefix:
+                share = 1.0
+                rows = TokenisedRows.join(rows, run.tokenise(teacher.tokenizer, "unlabelled"))
+            shared = {"learning_rate": rate, "epochs": self._epochs(prefix), "cached": True, "seed": 42}
+            shared |= {"temperature": DISTIL.temperature, "kd_weight": share}
             seconds = textbrewer_seconds(made.model, teacher.model, rows, teacher.tokenizer, scratch, **shared)
             collator = Collator.for_tokenizer(teacher.tokenizer)
             logits = [
@@ -201,41 +214,58 @@ class Bench:
             ]
             return seconds, measuring.scores(run, *logits)
 
-        return self._at_best_rate(trained)
+        return self._at_best_rate("textbrewer", trained, prefix)
 
-    def sentence_transformers(self) -> dict[str, Any]:
+    def sentence_transformers(self, prefix: str = "") -> dict[str, Any]:
         """The regression on vectors of fewer layers that sentence-transformers trained to be the teacher's vectors."""
 
         def trained(run: Run, rate: float) -> tuple[float, dict[str, Any]]:
             teacher, made = self._layers(run)
             texts = {split: run.texts(split)[0] for split in ("train", "validation", "test")}
             shutil.rmtree(self.folder / "peer", ignore_errors=True)
-            encode, seconds = embedding_student(
-                teacher, made, texts["train"], self.folder / "peer", learning_rate=rate, epochs=self.size.epochs
-            )
+            shared = {"learning_rate": rate, "epochs": self._epochs(prefix)}
+            read = [*texts["train"], *(run.texts("unlabelled")[0] if prefix else [])]
+            encode, seconds = embedding_student(teacher, made, read, self.folder / "peer", **shared)
             return seconds, self._regression(run, {split: encode(texts[split]) for split in texts})
 
-        return self._at_best_rate(trained)
+        return self._at_best_rate("sentence-transformers", trained, prefix)
 
-    def _at_best_rate(self, trained: Callable[[Run, float], tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    def _epochs(self, prefix: str) -> int:
+        return self.size.text_epochs if prefix else self.size.epochs
+
+    def _at_best_rate(
+        self, name: str, trained: Callable[[Run, float], tuple[float, dict[str, Any]]], prefix: str
+    ) -> dict[str, Any]:
         """What a student of another tool scores at the learning rate that is best for it on validation rows.
 
         Args:
+            name: Of the tool's cell.
             trained: From the data and a learning rate to seconds of training and scores.
+            prefix: "more-" with further texts, at the rate that was best without.
         """
-        found = []
-        for rate in LEARNING_RATES:
-            with self._data() as run:
+        rates, found = LEARNING_RATES, []
+        if prefix:
+            plain = self.results.get(f"{self.name}/{name}")
+            if plain is None:
+                raise Skipped(f"its learning rate is not known yet: measure the cell {self.name}/{name} first")
+            rates = (plain["learning_rate"],)
+        for rate in rates:
+            with self._data(prefix) as run:
                 seconds, scores = trained(run, rate)
             found.append({"learning_rate": rate, "train_seconds": seconds, **scores})
-        return max(found, key=lambda each: each["validation_accuracy"])
+        return max(found, key=lambda each: each["validation_accuracy"]) | {"teacher": self._taught_by()}
+
+    def _taught_by(self) -> float:
+        """Test accuracy of the teacher whose folder is there."""
+        report = json.loads((self._kept("teacher") / "report.json").read_text(encoding="utf-8"))
+        return float(report["metrics"]["test"]["accuracy"])
 
     def model2vec(self) -> dict[str, Any]:
         """The regression on vectors of the teacher's body, which model2vec made static with its defaults."""
         static = self._model2vec()
         with self._data() as run:
             vectors = {split: static.encode(run.texts(split)[0]) for split in ("train", "validation", "test")}
-            return self._regression(run, vectors)
+            return self._regression(run, vectors) | {"teacher": self._taught_by()}
 
     @staticmethod
     def _regression(run: Run, vectors: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,11 +339,14 @@ class Bench:
             raise Skipped(f"there is no {key} yet: measure the cell {self.name}/{key} first")
         return folder
 
-    def _data(self) -> Any:  # noqa: ANN401 - a context that gives a Run
+    def _data(self, prefix: str = "") -> Any:  # noqa: ANN401 - a context that gives a Run
         folder = self.folder / "scratch"
         shutil.rmtree(folder, ignore_errors=True)  # what TextBrewer wrote is not nlpxfer's to overwrite
         options = RunOptions(output_dir=str(folder))
-        return start_run("finetune", DataOptions(**self.rows), options)
+        data = DataOptions(**self.rows)
+        if prefix:
+            return start_run("distill", data, options, DISTIL(unlabelled_file=self._texts()))
+        return start_run("finetune", data, options)
 
     def _texts(self) -> str:
         """The training texts without their labels, one a line; of bundled data its own unlabelled ones."""
@@ -345,8 +378,9 @@ class Bench:
                     else ratio,
                 }
             found[prefix + "students"] = students
-        for key in ("textbrewer", "sentence-transformers", "model2vec", "speed"):
-            found[key] = self.results.get(f"{self.name}/{key}")
+        known = {key: self.results.get(f"{self.name}/{key}") for key in (*PEERS, *(f"more-{key}" for key in PEERS))}
+        found["peers"] = {key: cell for key, cell in known.items() if cell is not None}
+        found["speed"] = self.results.get(f"{self.name}/speed")
         if found["speed"]:
             found["static_speed"] = judged(found["speed"]["ratios"]["static"]["median"], SPEED_TARGETS["static"])
         return found

@@ -247,10 +247,11 @@ STUDENT_TEXTS = {
     "few-": "few labels, and other texts without",
 }
 STUDENT_PEERS = {
-    "textbrewer": "TextBrewer, as many layers as the first student",
-    "sentence-transformers": "sentence-transformers, as many layers, and logistic regression",
-    "model2vec": "model2vec and logistic regression",
+    "textbrewer": ("TextBrewer, as many layers as the first student", None),
+    "sentence-transformers": ("sentence-transformers, as many layers, and logistic regression", None),
+    "model2vec": ("model2vec and logistic regression", "static"),
 }
+"""Tool -> what it is, and which student of nlpxfer it stands beside; None: the first one."""
 
 
 def span(values: Sequence[float], form: str = ".1f") -> str:
@@ -314,18 +315,35 @@ def students_tables(found: Mapping[str, Any]) -> str:
             "one row",
         ]
         text += table(heads, rows) + "\n" if rows else ""
+    text += students_beside_others(found) + "\n"
     rows = []
     for name, item in found["summary"].items():
-        for key, side in STUDENT_PEERS.items():
-            if other := item.get(key):
-                teacher = share(found["cells"][f"{name}/teacher"]["test_accuracy"])
-                rows.append([name, side, teacher, f"{100 * other['test_accuracy']:.1f}", DASH, DASH])
         for side, rate in (item["speed"] or {"rates": {}})["rates"].items():
             ratio = item["speed"]["ratios"].get(side)
             faster = DASH if ratio is None else times(ratio["median"])
             faster = verdict(item["static_speed"], times) if side == "static" else faster
-            rows.append([name, side, DASH, DASH, f"{rate['rows_per_second']:.0f}", faster])
-    return text + table(["data", "side", "its teacher", "test accuracy", "rows per second", "of the teacher's"], rows)
+            rows.append([name, side, f"{rate['rows_per_second']:.0f}", faster])
+    return text + table(["data", "side", "rows per second", "of the teacher's"], rows)
+
+
+def students_beside_others(found: Mapping[str, Any]) -> str:
+    """What students of other tools keep of their teachers, beside nlpxfer's of as many layers, or its static one."""
+    rows = []
+    for name, item in found["summary"].items():
+        for (prefix, texts), (key, (side, like)) in itertools.product(STUDENT_TEXTS.items(), STUDENT_PEERS.items()):
+            other = item["peers"].get(prefix + key)
+            if other is None:
+                continue
+            teacher = other.get("teacher", found["cells"][f"{name}/teacher"]["test_accuracy"]["mean"])
+            students = item.get(f"{prefix}students", {})
+            own = students.get(like or next(iter(item["students"]), None))
+            kept = [one and one["kept"] for one in (own, other | {"kept": other["test_accuracy"] / teacher})]
+            shown = [percent(one["value"] if isinstance(one, Mapping) else one) if one else DASH for one in kept]
+            scores = [f"{100 * score:.1f}" for score in (teacher, other["test_accuracy"])]
+            side += f" {ELSEWHERE}" if "machine" in other else ""
+            rows.append([name, side, texts, *scores, shown[1], shown[0]])
+    heads = ["data", "side", "what it learns from", "its teacher", "test accuracy", "kept", "nlpxfer keeps"]
+    return table(heads, rows) if rows else ""
 
 
 TABLES = {

@@ -140,6 +140,7 @@ def test_students_side_by_side(load, sets, words):
     keys = {key.removeprefix("tiny/") for key in found["cells"]}
     own = {"teacher", "2 layers", "static", "speed"}
     others = {"model2vec", "textbrewer", "sentence-transformers"}  # as far as they are installed
+    others |= {"more-textbrewer", "more-sentence-transformers"}
     assert own | {f"few-{key}" for key in own - {"speed"}} | {"more-static", "mixed-static"} == keys - others
     assert keys & others == others - {key.removeprefix("tiny/").partition(":")[0] for key in found["skipped"]}
     summary = found["summary"]["tiny"]
