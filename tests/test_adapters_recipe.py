@@ -316,7 +316,8 @@ def test_other_kinds_of_task(kind, problem_type, bert, tmp_path):
     run = finished("adapters", tmp_path / "out", *words, "--control_arm", "false", "--use_cpu", "true")
     bundle = Classifier.load(str(run.folder / "adapter"), base=str(bert), bf16=False)
     assert bundle.schema.problem_type == problem_type
-    scores = evaluate_file(bundle, files["--test_file"], label_column=column[0], label_separator="|")
+    given = {"label_separator": "|"} if problem_type == MULTI_LABEL else {}
+    scores = evaluate_file(bundle, files["--test_file"], label_column=column[0], **given)
     for name, value in run.report["metrics"]["test"].items():
         assert scores[name] == pytest.approx(value, abs=1e-4), name
     if problem_type == MULTI_LABEL:
