@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from nlpxfer.backends import Backend, is_static_folder, open_backend
+from nlpxfer.backends import Backend, StaticBackend, open_backend
 from nlpxfer.config.long_texts import LongTexts
 from nlpxfer.config.options import DataOptions
 from nlpxfer.data.files import Table
@@ -109,9 +109,9 @@ class Classifier:
         """
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size: {batch_size} is below 1")
-        if batch_size is not None and is_static_folder(str(model)):
-            raise ConfigError(f"batch_size: {model} is static, which has no batches.", fix="leave --batch_size out")
         backend = open_backend(str(model), base=None if base is None else str(base), int8=int8, bf16=bf16)
+        if batch_size is not None and isinstance(backend, StaticBackend):
+            raise ConfigError(f"batch_size: {model} is static, which has no batches.", fix="leave --batch_size out")
         limit = backend.max_positions
         if max_length is not None and not 4 <= max_length <= limit:
             raise ConfigError(

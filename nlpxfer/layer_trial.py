@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any, Final, TypeVar
 
 from nlpxfer.checkpoint.load import Checkpoint
-from nlpxfer.config.student import BOTTOM, CUTS, EVEN, TRIAL, StudentOptions
+from nlpxfer.config.student import BOTTOM, EVEN, TRIAL, StudentOptions
 from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.trials import short_run
 from nlpxfer.run import Run
-from nlpxfer.students import kept_layers, whole_training
+from nlpxfer.students import kept_layers, searched_shapes, whole_training
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def check_trial(run: Run, plan: StudentOptions) -> None:
     Raises:
         ConfigError: Names the options.
     """
-    shapes = [name for name in (*CUTS, "pooling") if name in run.options.ranges]
+    shapes = searched_shapes(run)
     if plan.student_layers == TRIAL and shapes:
         raise ConfigError.from_faults([f"{name}: cannot be searched beside student_layers trial" for name in shapes])
 

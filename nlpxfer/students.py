@@ -18,7 +18,7 @@ from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling, wants_m
 from nlpxfer.checkpoint.static import is_static
 from nlpxfer.checkpoint.student import parse_layers, slice_layers
 from nlpxfer.config import RunOptions, default_learning_rate
-from nlpxfer.config.student import BOTTOM, EVEN, PROBE, STATIC, TRIAL, StudentOptions
+from nlpxfer.config.student import BOTTOM, CUTS, EVEN, PROBE, STATIC, TRIAL, StudentOptions
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.errors import ConfigError
 from nlpxfer.run import Run
@@ -83,6 +83,11 @@ def training_of(run: Run, plan: StudentOptions, source: Checkpoint) -> dict[str,
         width, static = plan.student_hidden_size or source.hidden_size, plan.student == STATIC
     found = {"learning_rate": run.options.learning_rate_or(default_learning_rate(width, static=static))}
     return found | {"num_train_epochs": plan.static_num_train_epochs} if plan.student == STATIC else found
+
+
+def searched_shapes(run: Run) -> list[str]:
+    """The options that are searched and change the shape of a student of layers."""
+    return [name for name in (*CUTS, "pooling") if name in run.options.ranges]
 
 
 def whole_training(run: Run) -> int:

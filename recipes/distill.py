@@ -43,7 +43,16 @@ from nlpxfer.run import Run
 from nlpxfer.searched import refuse_ends
 from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
-from nlpxfer.students import Build, kind_of, layer_count, outline, refuse_unused, student_of, training_of
+from nlpxfer.students import (
+    Build,
+    kind_of,
+    layer_count,
+    outline,
+    refuse_unused,
+    searched_shapes,
+    student_of,
+    training_of,
+)
 from nlpxfer.teachers import (
     ModelTeacher,
     Panel,
@@ -314,7 +323,7 @@ def begin(
     check_states(plan.asked(run.options.ranges), student, source, run.options, run.long_texts, pairs=pairs)
     cut = plan.student == LAYERS and not plan.student_name_or_path
     layers = int(student.model.config.num_hidden_layers) if cut else None
-    shapes = [name for name in (*CUTS, "pooling") if name in run.options.ranges]
+    shapes = searched_shapes(run)
     if plan.generations > 1 and shapes:
         raise ConfigError.from_faults(
             [f"{name}: cannot be searched beside generations, which all have one shape" for name in shapes]
