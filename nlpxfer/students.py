@@ -22,10 +22,10 @@ from nlpxfer.config.student import BOTTOM, CUTS, EVEN, PROBE, STATIC, TRIAL, Stu
 from nlpxfer.data.tokenise import Collator
 from nlpxfer.errors import ConfigError
 from nlpxfer.run import Run
-from nlpxfer.train.launch import world
 from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
+from nlpxfer.train.trainer import steps_per_epoch
 from nlpxfer.train.width_scores import parts_by_activation
 
 STATIC_DIM: Final = 256
@@ -96,8 +96,7 @@ def whole_training(run: Run) -> int:
     if options.max_steps > 0:
         return options.max_steps
     rows = sum(len(getattr(run.data, split)) for split in run.data.taught)
-    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps * world()[1]
-    return math.ceil(math.ceil(rows / batch) * options.num_train_epochs)
+    return math.ceil(steps_per_epoch(options, rows) * options.num_train_epochs)
 
 
 def outline(plan: Plan) -> Plan:

@@ -253,6 +253,17 @@ def test_the_better_score_of_a_trial_wins(metric, scores, chosen, tiny_data, tea
     assert run.report["checks"]["student_layers"] == {"chosen": "even", "layers": [0]}
 
 
+def test_a_trial_counts_steps_as_the_training_has_them(tiny_data, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_trial, "short_run", lambda *arm, **steps: 0.5)
+    words = taught(tiny_data, teacher, "--student_layers", "trial", "--student_num_layers", "2")
+    words += ["--dataloader_drop_last", "true", "--gradient_accumulation_steps", "2", "--control_arm", "false"]
+    words += ["--per_device_train_batch_size", "50"]
+    words[words.index("--num_train_epochs") + 1] = "4"
+    run = finished("distill", tmp_path / "out", *words)
+    assert run.arm("distilled")["details"]["steps"] == 4 * 2  # 4 whole batches of 50 in 240 rows
+    assert run.report["checks"]["student_layers"]["steps"] == 2
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
