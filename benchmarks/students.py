@@ -13,6 +13,8 @@ Cells of each data set:
 - `model2vec`: the same teacher's body made static by model2vec, and logistic regression on the labels
 - `speed`: rows per second of `Classifier.logits` for teacher, static student and its int8 form, and of model2vec with
   its regression, in turns, tokenising included
+- `int8`: the same of the teacher, the first student of layers that is there, and what `nlpxfer export --int8` makes of
+  that student; needs the extra `onnx`
 - `mixed-<student>`: the teacher also labels mixtures of the training texts, and nothing else
 - `more-<student>`: the teacher labels more texts: the other training texts, or the unlabelled ones of bundled data
 - `more-textbrewer`, `more-sentence-transformers`: the same texts for these, at the rate that was best without them;
@@ -47,7 +49,9 @@ from nlpxfer.classify import Classifier
 from nlpxfer.cli import run_main
 from nlpxfer.config import DataOptions, RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
+from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.cost import alternate_rates
+from nlpxfer.export import ExportRequest, export_classifier
 from nlpxfer.recipes import load_recipe
 from nlpxfer.report.report import Arm, Report
 from nlpxfer.run import Run
@@ -149,7 +153,7 @@ class Bench:
         found: dict[str, Callable[[], dict[str, Any]]] = {"teacher": lambda: self.teacher("teacher", self.rows)}
         found |= {student: lambda s=student: self.student(s) for student in self.size.students}
         found |= {"textbrewer": self.textbrewer, "sentence-transformers": self.sentence_transformers}
-        found |= {"model2vec": self.model2vec, "speed": self.speed}
+        found |= {"model2vec": self.model2vec, "speed": self.speed, "int8": self.int8}
         if self.size.more:
             found["more-textbrewer"] = lambda: self.textbrewer("more-")
             found["more-sentence-transformers"] = lambda: self.sentence_transformers("more-")
@@ -307,9 +311,35 @@ class Bench:
             runs["model2vec"] = lambda: vectors.encode(texts)
         except Skipped as reason:
             self.results.skipped[f"{self.name}/speed: model2vec"] = str(reason)
-        measured = alternate_rates(runs, len(texts), repeats=5)
-        ratios = {name: vars(ratio) for name, ratio in measured.ratios.items()}
-        return {"rates": {name: vars(rate) for name, rate in measured.rates.items()}, "ratios": ratios}
+        return _in_turns(runs, len(texts))
+
+    def int8(self) -> dict[str, Any]:
+        """A student of layers in float32 and exported with int8 weights: rows per second in turns, and scores."""
+        layers = [name for name in self.size.students if "static" not in STUDENTS[name]]
+        made = [name for name in layers if (self.folder / name.replace(" ", "-") / "report.json").is_file()]
+        if not made:
+            raise Skipped(f"there is none of the students {', '.join(layers)} yet: measure one of them first")
+        folder, exported = self._kept(made[0].replace(" ", "-")), self.folder / "int8"
+        shutil.rmtree(exported, ignore_errors=True)
+        try:
+            export_classifier(ExportRequest(model=str(folder), out=exported, int8=True), quiet=True)
+        except ConfigError as reason:
+            raise Skipped(str(reason)) from reason
+        with self._data() as run:
+            texts, labels = run.texts("test")[0], run.labels("test")
+        sides = {"teacher": Classifier.load(str(self._kept("teacher")), bf16=False)}
+        sides |= {
+            "float32": Classifier.load(str(folder), bf16=False),
+            "int8": Classifier.load(str(exported), int8=True),
+        }
+        answers = {name: side.logits(texts).argmax(axis=1) for name, side in sides.items()}
+        timed = texts[: self.size.speed_rows]
+        runs = {name: lambda c=side: c.logits(timed) for name, side in sides.items()}
+        return _in_turns(runs, len(timed)) | {
+            "student": made[0],
+            "accuracy": {name: float((found == labels).mean()) for name, found in answers.items()},
+            "same_label": float((answers["int8"] == answers["float32"]).mean()),
+        }
 
     def _model2vec(self) -> Any:  # noqa: ANN401 - optional package
         try:
@@ -384,10 +414,17 @@ class Bench:
             found[prefix + "students"] = students
         known = {key: self.results.get(f"{self.name}/{key}") for key in (*PEERS, *(f"more-{key}" for key in PEERS))}
         found["peers"] = {key: cell for key, cell in known.items() if cell is not None}
-        found["speed"] = self.results.get(f"{self.name}/speed")
+        found |= {key: self.results.get(f"{self.name}/{key}") for key in ("speed", "int8")}
         if found["speed"]:
             found["static_speed"] = judged(found["speed"]["ratios"]["static"]["median"], SPEED_TARGETS["static"])
         return found
+
+
+def _in_turns(runs: Mapping[str, Callable[[], object]], rows: int) -> dict[str, Any]:
+    """Rows per second of several runs, and their ratios to the first."""
+    measured = alternate_rates(runs, rows, repeats=5)
+    ratios = {name: vars(ratio) for name, ratio in measured.ratios.items()}
+    return {"rates": {name: vars(rate) for name, rate in measured.rates.items()}, "ratios": ratios}
 
 
 def _arm(arm: Arm) -> dict[str, Any]:

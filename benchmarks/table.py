@@ -323,7 +323,30 @@ def students_tables(found: Mapping[str, Any]) -> str:
             faster = DASH if ratio is None else times(ratio["median"])
             faster = verdict(item["static_speed"], times) if side == "static" else faster
             rows.append([name, side, f"{rate['rows_per_second']:.0f}", faster])
-    return text + table(["data", "side", "rows per second", "of the teacher's"], rows)
+    text += table(["data", "side", "rows per second", "of the teacher's"], rows)
+    return text + (f"\n{int8}" if (int8 := students_in_int8(found)) else "")
+
+
+def students_in_int8(found: Mapping[str, Any]) -> str:
+    """What int8 weights cost a student of layers, and what they bring."""
+    rows = []
+    for name, item in found["summary"].items():
+        if cell := item.get("int8"):
+            student = cell["student"] + (f" {ELSEWHERE}" if "machine" in cell else "")
+            faster = [cell["ratios"][side]["median"] for side in ("float32", "int8")]
+            scores = [f"{100 * cell['accuracy'][side]:.1f}" for side in ("teacher", "float32", "int8")]
+            rows.append([name, student, *scores, percent(cell["same_label"]), *map(times, faster)])
+    heads = [
+        "data",
+        "student",
+        "teacher",
+        "float32",
+        "int8",
+        "same label",
+        "rows per second, of the teacher's",
+        "int8",
+    ]
+    return table(heads, rows) if rows else ""
 
 
 def students_beside_others(found: Mapping[str, Any]) -> str:

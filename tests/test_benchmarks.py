@@ -139,7 +139,7 @@ def test_students_side_by_side(load, sets, words):
     found = read(path)
     keys = {key.removeprefix("tiny/") for key in found["cells"]}
     own = {"teacher", "2 layers", "static", "speed"}
-    others = {"model2vec", "textbrewer", "sentence-transformers"}  # as far as they are installed
+    others = {"model2vec", "textbrewer", "sentence-transformers", "int8"}  # as far as they are installed
     others |= {"more-textbrewer", "more-sentence-transformers"}
     assert own | {f"few-{key}" for key in own - {"speed"}} | {"more-static", "mixed-static"} == keys - others
     assert keys & others == others - {key.removeprefix("tiny/").partition(":")[0] for key in found["skipped"]}
@@ -152,7 +152,16 @@ def test_students_side_by_side(load, sets, words):
         assert summary[f"{prefix}students"]["static"]["rows"]["unlabelled"] > 0
     assert 80 < summary["mixed-students"]["static"]["rows"]["mixed"] <= 96
     assert summary["static_speed"]["value"] > 0
-    assert "| tiny | 96 | static |" in load("table").main([str(path)])
+    tables = load("table").main([str(path)])
+    assert "| tiny | 96 | static |" in tables
+    if "tiny/int8" not in found["skipped"]:
+        cell = summary["int8"]
+        assert (cell["student"], set(cell["ratios"])) == ("2 layers", {"float32", "int8"})
+        assert cell["accuracy"]["float32"] == pytest.approx(
+            summary["students"]["2 layers"]["distilled"]["test_accuracy"]["mean"], abs=1e-5
+        )
+        assert 0.5 < cell["same_label"] <= 1
+        assert "| tiny | 2 layers | " in tables
 
 
 def test_students_of_another_machine_say_so(load, sets, words, tmp_path, monkeypatch):
