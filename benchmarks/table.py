@@ -50,8 +50,11 @@ def verdict(figure: Mapping[str, Any] | None, form: Callable[[float], str]) -> s
     """A figure and whether its target is met."""
     if figure is None:
         return DASH
-    sign = "≤" if figure["at_most"] else "≥"
-    return f"{form(figure['value'])} ({'met' if figure['met'] else 'missed'}: {sign} {form(figure['target'])})"
+    sign, beyond = ("≤", "just above") if figure["at_most"] else ("≥", "just below")
+    value, target = form(figure["value"]), form(figure["target"])
+    if not figure["met"] and value == target:
+        value = f"{beyond} {value}"
+    return f"{value} ({'met' if figure['met'] else 'missed'}: {sign} {target})"
 
 
 def times(value: float) -> str:
@@ -390,7 +393,8 @@ def caption(found: Mapping[str, Any]) -> str:
 
 
 def _place(machine: Mapping[str, Any]) -> str:
-    return machine["gpu"] or f"{machine['cores']} cores, {machine['processor']}, {machine['instructions']}"
+    cores = f"{machine['cores']} core{'s' if machine['cores'] > 1 else ''}"
+    return machine["gpu"] or f"{cores}, {machine['processor']}, {machine['instructions']}"
 
 
 def main(argv: Sequence[str] | None = None) -> str:

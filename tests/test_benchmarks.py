@@ -385,6 +385,15 @@ def test_no_data_is_said(load, monkeypatch, tmp_path):
         load("data_sets").data_sets(["banking77"], tmp_path)
 
 
+def test_a_target_missed_by_less_than_is_shown_says_so(load):
+    table = load("table")
+    judged = load("measuring").judged
+    assert table.verdict(judged(0.9299, 0.93), table.percent) == "just below 93.0 % (missed: ≥ 93.0 %)"
+    assert table.verdict(judged(0.93, 0.93), table.percent) == "93.0 % (met: ≥ 93.0 %)"
+    assert table.verdict(judged(0.928, 0.93), table.percent) == "92.8 % (missed: ≥ 93.0 %)"
+    assert table.verdict(judged(0.0504, 0.05, at_most=True), table.percent) == "just above 5.0 % (missed: ≤ 5.0 %)"
+
+
 def test_tables_take_the_place_of_those_of_a_page(load, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("# Title\n\nText.\n\n### old, small\n\nfigures\n", encoding="utf-8")

@@ -19,7 +19,7 @@ class LabelLossOptions:
     )
     focal_gamma: float = option(0.0, "gamma: rows that are right already count (1 - p)^gamma.")
     logit_adjustment: float = option(0.0, "tau: add tau log(class share) to the logits while training.")
-    r_drop_weight: float = option(0.0, "alpha: draw the answers of two passes with dropout together (R-Drop).")
+    r_drop_weight: float = option(0.0, "alpha: weight of the loss by which two passes with dropout agree (R-Drop).")
 
     def label_loss_faults(self) -> list[str]:
         """What is wrong with the values, one sentence each."""
