@@ -39,7 +39,7 @@ class NlpxferError(Exception):
         if fix:
             lines.append(f"  Try: {fix}")
         super().__init__("\n".join(lines))
-        self.what = what
+        self.what, self.fix = what, fix
 
 
 class ConfigError(NlpxferError, ValueError):

@@ -6,7 +6,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from datasets import ClassLabel, Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, List, Value
 
 from nlpxfer.data.files import read_table
 from nlpxfer.errors import DataError, DataNotFoundError
@@ -94,6 +94,30 @@ def test_class_names_in_parquet_are_found(tmp_path):
     features = Features({"text": Value("string"), "label": ClassLabel(names=["z", "a"])})
     Dataset.from_dict({"text": ["x", "y"], "label": [0, 1]}, features=features).to_parquet(tmp_path / "a.parquet")
     assert read_table(tmp_path / "a.parquet", COLUMNS).class_names == {"label": ("z", "a")}
+
+
+def test_class_names_of_lists_in_parquet_are_found(tmp_path):
+    features = Features({"text": Value("string"), "label": List(ClassLabel(names=["z", "a"]))})
+    Dataset.from_dict({"text": ["x", "y"], "label": [[0], [1, 0]]}, features=features).to_parquet(
+        tmp_path / "a.parquet"
+    )
+    assert read_table(tmp_path / "a.parquet", COLUMNS).class_names == {"label": ("z", "a")}
+
+
+def test_parquet_whose_columns_datasets_does_not_know(tmp_path, caplog):
+    columns = pa.table(
+        {"text": ["x"], "label": ["a"], "more": pa.array([[("k", 1)]], pa.map_(pa.string(), pa.int64()))}
+    )
+    pq.write_table(columns, tmp_path / "map.parquet")
+    assert read_table(tmp_path / "map.parquet", COLUMNS).columns["label"] == ["a"]
+    assert not caplog.text
+    for number, damaged in enumerate(("{", '{"info": {"features": {"label": {"_type": "Unknown"}}}}')):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(
+            pa.table({"text": ["x"], "label": ["a"]}).replace_schema_metadata({"huggingface": damaged}), path
+        )
+        assert read_table(path, COLUMNS).columns["label"] == ["a"]
+        assert caplog.text.count("names of class numbers, if there are any, cannot be read") == number + 1
 
 
 def test_missing_file_names_the_nearest(tmp_path):
@@ -189,6 +213,7 @@ def test_malformed_json(tmp_path):
     assert "row 2: holds one string" in fault(write(tmp_path, "b.json", '[{"text": "x"}, "y"]'))
     assert "holds one object" in fault(write(tmp_path, "c.json", '{"data": []}'))
     assert "rename it to d.jsonl" in fault(write(tmp_path, "d.json", '{"text": "x"}\n{"text": "y"}\n'))
+    assert "f.json: Exceeds the limit" in fault(write(tmp_path, "f.json", f'[{{"text": "x", "n": {"1" * 5000}}}]'))
     assert "rename it to e.json " in fault(write(tmp_path, "e.jsonl", "[\n1,\n2]\n"))
 
 

@@ -3,8 +3,12 @@
 import csv
 import json
 import random
+from dataclasses import replace
+from decimal import Decimal
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics
 import torch
@@ -33,6 +37,7 @@ from nlpxfer.losses import (
 )
 from nlpxfer.methods.finetune import FineTune
 from nlpxfer.problem import BEST, METRICS, MULTI_LABEL, PROBLEM_TYPES, REGRESSION
+from nlpxfer.report.out_of_fold import prediction
 from nlpxfer.train.linear_probe import fit_probe
 
 NAN = float("nan")
@@ -278,6 +283,46 @@ def test_each_label_keeps_its_share():
     assert len(iterative_sample(rows, keys, count=300, seed=1)) == 300
 
 
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.99])
+@pytest.mark.parametrize("count", [2, 4, 12, 40])
+def test_both_sides_of_a_split_have_rows(count, share):
+    for seed in range(10):
+        generator = random.Random(seed)
+        rows = [frozenset(generator.sample("abcd", generator.choice([1, 1, 2]))) for _ in range(count)]
+        kept, taken = iterative_split(rows, [f"text {i}" for i in range(count)], share=share, seed=seed)
+        assert kept
+        assert taken
+        assert sorted(kept + taken) == list(range(count))
+
+
+def test_a_row_held_out_so_that_there_is_one_takes_no_label_along():
+    rows = [frozenset("a"), frozenset("b"), frozenset("ab"), frozenset("bc"), frozenset("c")]
+    for seed in range(10):
+        kept, taken = iterative_split(rows, list("vwxyz"), share=0.01, seed=seed)
+        assert len(taken) == 1
+        assert {name for i in kept for name in rows[i]} == set("abc")
+
+
+def test_small_numbers_keep_their_digits():
+    assert prediction(REGRESSION, ["score"], 2e-8, np.array([-3.4567e-7])) == {"label": 2e-8, "predicted": -3.4567e-7}
+
+
+def test_one_text_cannot_be_split():
+    with pytest.raises(DataError, match="2 rows have one text"):
+        iterative_split([frozenset("a")] * 2, ["text"] * 2, share=0.5, seed=1)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[1] * 50 + [2] * 30 + [3] * 19 + [4], [0] * 20 + [5] * 78 + [6] * 2, [1] * 95 + [2, 3, 4, 5, 6], list(range(37))],
+)
+def test_bins_of_a_scale_have_as_many_rows_as_promised(values):
+    bins = quantile_bins([float(value) for value in values])
+    assert np.bincount(bins).min() >= 10
+    assert [*bins] == sorted(bins)  # as the values are
+    assert len({(value, found) for value, found in zip(values, bins, strict=True)}) == len(set(values))
+
+
 def test_bins_hold_about_equally_many_numbers():
     bins = quantile_bins(np.random.default_rng(0).normal(size=500).tolist())
     counts = np.bincount(bins)
@@ -287,6 +332,49 @@ def test_bins_hold_about_equally_many_numbers():
 
 
 # -- data
+
+
+def test_a_scale_with_a_rare_end_is_carved_and_sampled(tmp_path):
+    path = tmp_path / "train.jsonl"
+    stars = [1] * 50 + [2] * 30 + [3] * 19 + [4]
+    path.write_text("".join(json.dumps({"text": f"text {i}", "label": star}) + "\n" for i, star in enumerate(stars)))
+    request = DataRequest(train_file=str(path), problem_type=REGRESSION)
+    data = load_data(request)
+    assert (len(data.train), len(data.validation), len(data.test)) == (80, 10, 10)
+    assert len(load_data(replace(request, max_train_samples=2)).train) == 2
+
+
+def test_a_label_without_a_training_row_is_told(tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [{"text": f"text {i}", "label": ["a", "b"][: i % 3] or ["c"]} for i in range(60)]
+    rows += [{"text": "the only one", "label": ["a", "rare"]}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = [load_data(DataRequest(train_file=str(path), max_train_samples=n, seed=n)).warnings for n in range(6, 14)]
+    assert any("train has no row of 1 classes: rare" in line for lines in found for line in lines)
+
+
+def test_shares_of_splits_that_are_there_are_refused(tmp_path):
+    for name, count in (("train", 40), ("test", 10)):
+        rows = [{"text": f"{name} {i}", "label": "ab"[i % 2]} for i in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = DataRequest(dataset_name=str(tmp_path), validation_share=0.2)
+    assert len(load_data(asked).validation) == 8
+    with pytest.raises(ConfigError, match="test_share: does nothing: .* has a test split"):
+        load_data(replace(asked, test_share=0.3))
+
+
+def test_decimals_of_parquet_are_numbers(tmp_path):
+    values = [Decimal(f"{i}.25") for i in range(40)]
+    pq.write_table(pa.table({"text": [f"text {i}" for i in range(40)], "label": values}), tmp_path / "train.parquet")
+    data = load_data(DataRequest(train_file=str(tmp_path / "train.parquet"), problem_type=REGRESSION))
+    assert sorted([*data.train["label"][:], *data.validation["label"][:], *data.test["label"][:]])[:2] == [0.25, 1.25]
+
+
+def test_numbers_beyond_all_doubles_are_named(tmp_path):
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(f'{{"text": "text {i}", "label": {10**i}}}\n' for i in (0, 1, 400)))
+    with pytest.raises(DataError, match="row 3 .*is NaN or infinite"):
+        load_data(DataRequest(train_file=str(path), problem_type=REGRESSION))
 
 
 def test_lists_mean_multi_label(tmp_path):
@@ -466,6 +554,10 @@ def test_numbers_from_file_to_answer(files, tiny_checkpoint, tmp_path):
     assert not (run.folder / "calibration.json").exists()
     classifier = Classifier.load(str(run.folder), bf16=False)
     assert classifier.schema == LabelSchema(("score",), REGRESSION)
+    texts = [row["text"] for row in csv.DictReader(files["test"].read_text(encoding="utf-8").splitlines())]
+    logits = classifier.logits(texts)[:, 0]
+    lines = [json.loads(line) for line in (run.folder / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert np.allclose([line["predicted"] for line in lines], logits, rtol=1e-5, atol=0)
     predict_file(classifier, files["test"], tmp_path / "labelled.csv")
     with open(tmp_path / "labelled.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

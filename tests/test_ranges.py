@@ -98,6 +98,12 @@ def test_the_command_line_wins_over_the_file(config):
     assert fault.startswith("num_trials: no option has a range to try")
 
 
+@pytest.mark.parametrize("word", ["true", "True", "yes"])
+def test_words_for_true_are_those_of_other_switches(word, config):
+    text = f"learning_rate: {RATE.replace('true', word)}\nnum_trials: 2"
+    assert ranges_of(config(text))["learning_rate"] == Range(1e-5, 5e-4, log=True)
+
+
 @pytest.mark.parametrize(
     ("option", "fault"),
     [

@@ -18,6 +18,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from transformers.hf_argparser import string_to_bool
+
 from nlpxfer.config.options import DataOptions, RunOptions, plain_value
 from nlpxfer.config.yaml_file import Parts
 from nlpxfer.errors import ConfigError, nearest
@@ -116,7 +118,7 @@ def read_range(cls: type, key: str, hint: Any, parts: Parts, typed: Typed) -> Ra
         raise ConfigError.from_faults(faults)
     if "choices" in values:
         return Range(choices=tuple(values["choices"]))
-    return Range(values["low"], values["high"], parts.get("log") == "true")
+    return Range(values["low"], values["high"], _switch(parts.get("log", "false")) is True)
 
 
 def _why_fixed(cls: type, key: str, kinds: set[Any]) -> str:
@@ -145,12 +147,21 @@ def _shape_faults(parts: Parts, values: Mapping[str, Any], kinds: set[Any]) -> l
         return ["it is no number: write {choices: [...]}"]
     if not {"low", "high"} <= values.keys() or None in (values["low"], values["high"]):
         return ["a range has low and high, or choices"]
-    faults = [] if parts.get("log", "false") in ("true", "false") else [f"log: {parts['log']!r} is not true or false"]
+    log = _switch(parts.get("log", "false"))
+    faults = [f"log: {parts['log']!r} is not true or false"] if log is None else []
     if values["low"] >= values["high"]:
         faults.append(f"low {values['low']} is not below high {values['high']}")
-    if parts.get("log") == "true" and values["low"] <= 0:
+    if log and values["low"] <= 0:
         faults.append(f"log needs a low above 0, not {values['low']}")
     return faults
+
+
+def _switch(word: object) -> bool | None:
+    """What a word says that stands for true or false, as for any switch."""
+    try:
+        return bool(string_to_bool(word))  # type: ignore[no-untyped-call]
+    except (argparse.ArgumentTypeError, AttributeError):
+        return None
 
 
 def end_faults(

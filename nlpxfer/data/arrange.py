@@ -203,8 +203,7 @@ def carve(
                 kept, taken = stratified_split(_strata(train, problem_type), train.keys(), share=share, seed=seed)
         except DataError as error:
             raise DataError(
-                f"{train.source}: no {split} split can be carved out. {error.what}",
-                fix="add rows of this class, or give the validation and test files",
+                f"{train.source}: no {split} split can be carved out. {error.what}", fix=error.fix
             ) from error
         left -= shares[split]
         splits["train"], splits[split] = train.take(kept), train.take(taken)
@@ -213,10 +212,10 @@ def carve(
     return sources
 
 
-def _strata(rows: Rows, problem_type: str) -> Sequence[Any]:
-    """The class of each row, or the tenth that its number lies in."""
+def _strata(rows: Rows, problem_type: str, *, most: int = 10) -> Sequence[Any]:
+    """The class of each row, or the tenth that its number lies in; of numbers `most` such parts."""
     labels = rows.labels or ()
-    return quantile_bins(labels) if problem_type == REGRESSION else labels
+    return quantile_bins(labels, bins=min(10, most)) if problem_type == REGRESSION else labels
 
 
 def keep_apart(unlabelled: Rows, splits: Mapping[str, Rows]) -> Rows:
@@ -274,7 +273,8 @@ def sample(train: Rows, count: int, seed: int, *, problem_type: str = SINGLE_LAB
     """
     if problem_type == MULTI_LABEL:
         return train.take(iterative_sample(list(train.names_by_row()), train.keys(), count=count, seed=seed))
-    return train.take(stratified_sample(_strata(train, problem_type), train.keys(), count=count, seed=seed))
+    strata = _strata(train, problem_type, most=count)
+    return train.take(stratified_sample(strata, train.keys(), count=count, seed=seed))
 
 
 def draw_texts(unlabelled: Rows, count: int, seed: int) -> Rows:
@@ -315,9 +315,9 @@ def count_contradictions(train: Rows) -> int:
 
 
 def absent_classes(splits: Mapping[str, Rows], schema: LabelSchema) -> list[str]:
-    """A line for each evaluation split in which a class has no row."""
+    """A line for each split in which a class has no row; of training rows, a sample of several labels per row may."""
     lines = []
-    for split in ("validation", "test"):
+    for split in ("train", "validation", "test"):
         found = {name for names in splits[split].names_by_row() for name in names}
         absent = [name for name in schema.names if name not in found]
         if absent:

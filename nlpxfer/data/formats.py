@@ -184,7 +184,7 @@ def _read_json(path: Path, columns: Sequence[str]) -> Raw:
         why = "the file holds one object per line" if error.msg == "Extra data" else ""
         fix = f"rename it to {path.with_suffix('.jsonl').name}" if why else ""
         raise DataError(f"{path}, line {error.lineno}: not valid JSON: {error.msg}.", why=why, fix=fix) from None
-    except (_DuplicateKeyError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a key that stands twice, a number of thousands of digits
         raise DataError(f"{path}: {error}.") from None
     if not isinstance(rows, list):
         raise DataError(f"{path} holds one {_kind(rows)}, an array of objects is needed.", fix='[{"text": ...}, ...]')
@@ -251,11 +251,20 @@ def _read_parquet(path: Path, columns: Sequence[str]) -> Raw:
 
 
 def class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
-    """The names of the classes of each column that holds class numbers (`ClassLabel`), in their order."""
+    """The names of the classes of each column of class numbers (`ClassLabel`), or of lists of them, in their order.
+
+    None where the file says what its columns hold in a way that `datasets` cannot read.
+    """
     from datasets import ClassLabel, Features
 
-    features = Features.from_arrow_schema(schema)
-    return {name: tuple(kind.names) for name, kind in features.items() if isinstance(kind, ClassLabel)}
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (KeyError, TypeError, ValueError) as error:
+        if b"huggingface" in (schema.metadata or {}):
+            LOGGER.warning("names of class numbers, if there are any, cannot be read: %s", str(error).splitlines()[0])
+        return {}
+    kinds = {name: getattr(kind, "feature", kind) for name, kind in features.items()}
+    return {name: tuple(kind.names) for name, kind in kinds.items() if isinstance(kind, ClassLabel)}
 
 
 def read_txt(path: Path, columns: Sequence[str]) -> Raw:

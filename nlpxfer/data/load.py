@@ -205,6 +205,7 @@ def load_data(request: DataRequest) -> TextData:
     """
     _check_request(request)
     tables, extra = _read(request)
+    _refuse_unused_shares(request, tables)
     text, pair, label = request.text_column, request.text_pair_column, request.label_column
     separator = request.label_separator
     kind = request.problem_type
@@ -353,6 +354,17 @@ def _check_request(request: DataRequest) -> None:
         faults.append("label_separator: needs multi-label data, and cannot be empty")
     if request.min_label_rows < 1:
         faults.append(f"min_label_rows: {request.min_label_rows} is below 1")
+    if faults:
+        raise ConfigError.from_faults(faults)
+
+
+def _refuse_unused_shares(request: DataRequest, tables: Mapping[str, Table]) -> None:
+    """Refuse the share of a split that need not be carved out."""
+    faults = [
+        f"{split}_share: does nothing: {request.dataset_name or table.name} has a {split} split"
+        for split, table in tables.items()
+        if split != "train" and getattr(request, f"{split}_share") != getattr(DataRequest, f"{split}_share")
+    ]
     if faults:
         raise ConfigError.from_faults(faults)
 

@@ -12,6 +12,7 @@ import math
 import unicodedata
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import Any, Final
 
 from nlpxfer.data.files import Table
@@ -242,9 +243,13 @@ def _number_of(value: object) -> tuple[float, str]:
     if value is None or value == "":
         return 0.0, "is missing"
     number = _as_number(value) if isinstance(value, str) else value
-    if isinstance(number, bool) or not isinstance(number, int | float):
+    if isinstance(number, bool) or not isinstance(number, int | float | Decimal):
         return 0.0, "is no number"
-    return float(number), "" if math.isfinite(number) else "is NaN or infinite"
+    try:
+        number = float(number)
+    except (OverflowError, ValueError):  # beyond all doubles; a Decimal that signals NaN
+        number = math.inf
+    return number, "" if math.isfinite(number) else "is NaN or infinite"
 
 
 def label_name(value: object, names: tuple[str, ...] | None) -> tuple[str, str]:

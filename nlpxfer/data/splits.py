@@ -196,14 +196,41 @@ def iterative_split(
         seed: Another seed draws other rows.
 
     Returns:
-        (kept, held out): row indices in ascending order, together all of them. A label of one row is on one side only.
+        (kept, held out): row indices in ascending order, together all of them; both have rows. A label of one row is
+        on one side only.
 
-    Source: Sechidis, Tsoumakas and Vlahavas 2011, On the Stratification of Multi-Label Data, algorithm 1.
+    Raises:
+        DataError: All rows have the same text.
+        ValueError: The share is not between 0 and 1.
+
+    Source: Sechidis, Tsoumakas and Vlahavas 2011, On the Stratification of Multi-Label Data, algorithm 1; a side that
+    it leaves empty gets the smallest group of equal texts whose labels the other side keeps, if there is one.
     """
     if not 0 < share < 1:
         raise ValueError(f"share must lie between 0 and 1, not {share}")
     side = _dealt_out(label_sets, keys, shares=(1 - share, share), seed=seed)
+    if len(set(side)) == 1:
+        empty = 1 - side[0]
+        for index in _spare_group(label_sets, keys, seed):
+            side[index] = empty
     return [index for index, out in enumerate(side) if not out], [index for index, out in enumerate(side) if out]
+
+
+def _spare_group(label_sets: Sequence[Collection[Hashable]], keys: Sequence[str], seed: int) -> list[int]:
+    """The rows of the text that is missed least: first those whose labels stand elsewhere too, then few rows."""
+    groups = _groups(keys, seed)
+    if len(groups) < 2:
+        raise DataError(
+            f"Its {len(keys)} rows have one text, so that none could be held out.",
+            fix="more rows, or give the validation and test files",
+        )
+    totals = Counter(label for labels in label_sets for label in labels)
+
+    def missed(group: list[int]) -> tuple[bool, int]:
+        inside = Counter(label for index in group for label in label_sets[index])
+        return any(totals[label] == count for label, count in inside.items()), len(group)
+
+    return min(groups, key=missed)
 
 
 def iterative_folds(
@@ -273,15 +300,25 @@ def iterative_sample(
 def quantile_bins(values: Sequence[float], *, bins: int = 10, rows: int = 10) -> list[int]:
     """The bin of each number, with about equally many rows in each: classes to stratify a regression by.
 
+    Equal numbers are in one bin; a bin that would have too few rows is joined with the one above, the last with the
+    one below.
+
     Args:
         values: N numbers.
         bins: Most bins.
-        rows: Fewest rows per bin.
+        rows: Fewest rows per bin, where there are so many at all.
 
     >>> quantile_bins([3.0, 1.0, 2.0, 4.0], bins=2, rows=1)
     [1, 0, 0, 1]
     """
     count = max(1, min(bins, len(values) // rows))
     edges = np.quantile(values, np.linspace(0, 1, count + 1)[1:-1])
-    found: list[int] = np.searchsorted(edges, values, side="left").tolist()
-    return found
+    bin_N = np.searchsorted(edges, values, side="left")
+    joined, number, inside = [], 0, 0
+    for size in np.bincount(bin_N, minlength=count).tolist():
+        joined.append(number)
+        inside += size
+        if inside >= rows:
+            number, inside = number + 1, 0
+    last = max(0, number - 1)
+    return [min(joined[place], last) for place in bin_N]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from nlpxfer.evaluate.metrics import per_class_table, per_label_table
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.report.error_page import error_page
-from nlpxfer.report.listed_row import labels_above, listed_row
+from nlpxfer.report.listed_row import labels_above, listed_row, shown_number
 from nlpxfer.report.plots import confusion_counts
 from nlpxfer.strict_json import write_json_whole, write_text_whole
 
@@ -32,8 +32,6 @@ NUMBER_GROUPS: Final = 5
 WHOLE_NUMBERS: Final = 10
 """Different whole numbers that still have a group each."""
 _DIGITS: Final = 6
-_NUMBER_DIGITS: Final = 7
-"""Significant digits of numbers: about as many as float32 holds."""
 
 
 def error_summary(
@@ -173,8 +171,8 @@ def number_error_summary(
     worst = [index for index in np.argsort(-np.abs(error_N), kind="stable")[:SHOWN] if error_N[index]]
     mistakes = []
     for index in worst:
-        label, predicted = _shown_number(gold[index]), _shown_number(found[index])
-        numbers = {"label": label, "predicted": predicted, "error": _shown_number(predicted - label)}
+        label, predicted = shown_number(gold[index]), shown_number(found[index])
+        numbers = {"label": label, "predicted": predicted, "error": shown_number(predicted - label)}
         mistakes.append({**listed_row(index, numbers_N, texts, pairs), **numbers})
     return {"rows": len(gold), **_mean_errors(error_N), "mistakes": mistakes, "by_number": _by_number(gold, error_N)}
 
@@ -252,8 +250,8 @@ def _by_number(gold_N: NDArray[np.float64], error_N: NDArray[np.float64]) -> lis
     return [
         {
             "rows": len(own),
-            "lowest": _shown_number(own.min()),
-            "highest": _shown_number(own.max()),
+            "lowest": shown_number(own.min()),
+            "highest": shown_number(own.max()),
             **_mean_errors(errors),
         }
         for own, errors in groups
@@ -262,7 +260,3 @@ def _by_number(gold_N: NDArray[np.float64], error_N: NDArray[np.float64]) -> lis
 
 def _mean_errors(error_N: NDArray[np.float64]) -> dict[str, float]:
     return {"mean_error": float(error_N.mean()), "mean_absolute_error": float(np.abs(error_N).mean())}
-
-
-def _shown_number(number: float) -> float:
-    return float(f"{number:.{_NUMBER_DIGITS}g}")

@@ -17,6 +17,15 @@ def listed_row(
     return {"row": int(numbers_N[index]), "text": texts[index], **pair}
 
 
+def shown_number(number: float) -> float:
+    """A number of a regression with 7 significant digits, as many as float32 has.
+
+    >>> shown_number(0.123456789e-8)
+    1.234568e-09
+    """
+    return float(f"{number:.7g}")
+
+
 def labels_above(shares_C: Iterable[float], names: Sequence[str]) -> list[str]:
     """The labels whose share is above one half; of gold labels, zeros and ones, those that are given.
 

@@ -19,7 +19,7 @@ from nlpxfer.evaluate.calibration import probabilities
 from nlpxfer.evaluate.folds import OutOfFold
 from nlpxfer.evaluate.label_errors import LabelSetErrors
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, ProblemType
-from nlpxfer.report.listed_row import labels_above, listed_row
+from nlpxfer.report.listed_row import labels_above, listed_row, shown_number
 from nlpxfer.strict_json import write_json_lines_whole
 
 OUT_OF_FOLD_FILE: Final = "predictions/out_of_fold.jsonl"
@@ -30,7 +30,7 @@ _DIGITS: Final = 6
 def prediction(problem_type: ProblemType, names: Sequence[str], gold: Any, logits_C: NDArray[Any]) -> dict[str, Any]:  # noqa: ANN401
     """The gold and the predicted label, labels or number of one row, and the probability; without a temperature."""
     if problem_type == REGRESSION:
-        return {"label": round(float(gold), _DIGITS), "predicted": round(float(logits_C[0]), _DIGITS)}
+        return {"label": shown_number(gold), "predicted": shown_number(logits_C[0])}
     shares_C = probabilities(logits_C[None], problem_type=problem_type)[0]
     if problem_type == MULTI_LABEL:
         given = {name: round(float(p), _DIGITS) for name, p in zip(names, shares_C, strict=True) if p > 0.5}
