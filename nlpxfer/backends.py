@@ -224,9 +224,11 @@ def onnx_file(model: str, *, int8: bool = False) -> Path | None:
     return folder / there[0]
 
 
-def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None) -> TorchBackend:
+def open_torch(
+    model: str, *, base: str | None = None, bf16: bool | None = None, threads: int | None = None
+) -> TorchBackend:
     """A folder, Hub id or bundle with torch, on the accelerator if there is one. Raises: see `open_backend`."""
-    use_threads(None)
+    use_threads(threads)
     schema, checkpoint, trained = _read(model, base)
     static = is_static(checkpoint.model)
     if static and bf16:
@@ -247,11 +249,11 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
     )
 
 
-def open_onnx(file: Path) -> OnnxBackend:
+def open_onnx(file: Path, *, threads: int | None = None) -> OnnxBackend:
     """A file in a folder of `nlpxfer export` with onnxruntime. Raises: see `open_backend`."""
     described = load_description(str(file.parent))
     positions = _exported_positions(file.parent / EXPORT_FILE)
-    session = onnx_session(file)
+    session = onnx_session(file, threads=threads)
     _check_interface(session, file, len(described.schema))
     return OnnxBackend(
         config=described.config,

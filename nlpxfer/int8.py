@@ -172,7 +172,8 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         save_classifier(student.model, student.tokenizer, run.data.schema, place / "model")
         write_json_whole(place / "model" / "run.json", {"config": dict(run.config)})
         with by_itself():
-            export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True))
+            threads = torch.get_num_threads()
+            export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True, threads=threads))
     wait_for_everyone()
     model = Int8Model(out / INT8_FILE, student.model.config)
     return *_scored(run, student, model, "the same student with int8 weights, run by onnxruntime"), {FOLDER: out}

@@ -38,7 +38,9 @@ def check_trial(run: Run, plan: StudentOptions) -> None:
         raise ConfigError.from_faults([f"{name}: cannot be searched beside student_layers trial" for name in shapes])
 
 
-def try_layers(run: Run, plan: Plan, source: Checkpoint, arm_of: Callable[[Plan], Mapping[str, Any]]) -> Plan:
+def try_layers(
+    run: Run, plan: Plan, source: Checkpoint, arm_of: Callable[[Plan], Mapping[str, Any]], rows: int
+) -> Plan:
     """With `--student_layers trial`: the plan with the better of the two. Else the plan as it is.
 
     Equal scores go to the evenly spaced ones. A resumed run tries again, which gives the same.
@@ -48,6 +50,7 @@ def try_layers(run: Run, plan: Plan, source: Checkpoint, arm_of: Callable[[Plan]
         plan: The recipe's own options.
         source: What layers are taken from.
         arm_of: From the recipe's own options to the arguments of `Run.train`.
+        rows: That the student learns from.
 
     Raises:
         NotFiniteError: A training diverged.
@@ -59,7 +62,7 @@ def try_layers(run: Run, plan: Plan, source: Checkpoint, arm_of: Callable[[Plan]
     layers = {name: [*kept_layers(run, each, source)] for name, each in plans.items()}
     found: dict[str, Any] = {"chosen": EVEN, "layers": layers[EVEN]}
     if layers[EVEN] != layers[BOTTOM]:
-        steps, folder = math.ceil(SHARE * whole_training(run)), run.folder / "checkpoints" / "layers"
+        steps, folder = math.ceil(SHARE * whole_training(run, rows)), run.folder / "checkpoints" / "layers"
         with run.trials():
             scores = {
                 name: short_run(run.trial_arm(arm_of(each)), folder / name, steps=steps)

@@ -273,7 +273,8 @@ def _write(
         is_static=is_static(arm.model),
     )
     if arm.adapter is not None:
-        _write_bundle(run, arm.adapter, report, replace(facts, is_adapter=True))
+        pushed = None if merges else facts.hub_model_id  # of a kind that merges, the merged model is what is there
+        _write_bundle(run, arm.adapter, report, replace(facts, is_adapter=True, hub_model_id=pushed))
     if merges:
         save_classifier(arm.model, arm.tokenizer, run.data.schema, run.folder)
     write_card(run.folder, report, facts if merges else replace(facts, is_adapter=True))

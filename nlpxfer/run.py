@@ -11,6 +11,7 @@ the folder.
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -75,6 +76,11 @@ logger = logging.getLogger(__name__)
 Array = np.ndarray[Any, Any]
 Result = TypeVar("Result")
 
+OF_TRAINING = frozenset(
+    "gradient_accumulation_steps lr_scheduler_type max_steps num_train_epochs optim "
+    "per_device_train_batch_size".split()
+)
+"""Options that may be searched, and that decide whether others fit."""
 NOT_PART_OF_THE_RUN = frozenset(
     "output_dir overwrite resume_from_checkpoint allow_topology_change disable_tqdm num_threads save_predictions "
     "push_to_hub hub_model_id hub_private_repo report_to run_name project logging_strategy logging_steps "
@@ -279,6 +285,11 @@ class Run:
         default = default_learning_rate(checkpoint.hidden_size, gently=gently, static=static)
         rate = self.options.learning_rate_or(default)
         return {"learning_rate": rate, "linear_probe_size": self.probe_size(**training)}
+
+    @property
+    def as_many_steps(self) -> str:
+        """How the steps of an arm relate to those of the one that it was planned after, for its description."""
+        return "up to as many steps" if self.options.early_stopping_patience else "the same number of steps"
 
     def settle(self, **chosen: Any) -> None:  # noqa: ANN401 - values of options
         """Take these values for the run, and into its record."""
@@ -578,34 +589,30 @@ class Run:
 
     def begin(
         self,
-        *trained: Checkpoint,
+        *planned: Planned,
         arms: int,
         asked: Sequence[Checkpoint] = (),
         checkpoints: bool = True,
-        **changes: Any,  # noqa: ANN401 - values of RunOptions
     ) -> None:
         """Start to write: the last call that refuses what cannot work, and the first that changes the output folder.
 
         Args:
-            trained: Models that will be trained, as they are before.
+            planned: Models that will be trained.
             arms: Models that will be kept per seed.
             asked: Models that will only be asked. The largest of all decides about the space needed: its weights that
                 learn, and twice as much for Adam's moments, in each checkpoint.
             checkpoints: Whether models are trained by steps, and checkpoints written meanwhile.
-            changes: Options that differ in their training.
 
         Raises:
             ConfigError: `max_length` is more than a model can read, or the training cannot be done as asked for.
             NoSpaceError: Says how much is free and how much is needed.
             OutputExistsError: Another run writes to the output folder.
         """
-        models = [*trained, *asked]
+        models = [*(each.model for each in planned), *asked]
         for model in models:
             self.check_length(model)
-        if rates := self.options.ranges.get("learning_rate"):
-            changes["learning_rate"] = max(rates.ends)  # what no rate allows is refused; a trial looks for itself
-        for model in trained if checkpoints else ():
-            check_training(model.model, changed(self.options, **changes), len(self.data.train))
+        for each in planned if checkpoints else ():
+            self._check_training(each)
         weights = max(stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]
         kept = (self.options.save_total_limit or 10) + 1 if checkpoints else 0
@@ -622,6 +629,23 @@ class Run:
             ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
             mark_unfinished(self.folder, self.recipe)
         wait_for_everyone()
+
+    def _check_training(self, planned: Planned) -> None:
+        """Refuse a training that cannot be done with any of the values that are searched; a trial looks for itself."""
+        ranges, rows = self.options.ranges, len(self.data.train) if planned.rows is None else planned.rows
+        searched = [name for name in ranges if name in OF_TRAINING]
+        highest = {"learning_rate": max(ranges["learning_rate"].ends)} if "learning_rate" in ranges else {}
+        fault: ConfigError | None = None
+        for values in itertools.product(*(ranges[name].ends for name in searched)):
+            tried = dict(zip(searched, values, strict=True)) | dict(planned.changes) | highest
+            try:
+                check_training(planned.model.model, changed(self.options, **tried), rows)
+            except ConfigError as error:
+                fault = error
+            else:
+                return
+        if fault is not None:
+            raise fault
 
     def parent_facts(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What run.json says about a parent of the model."""
@@ -701,6 +725,21 @@ class Run:
         return Checkpoint(
             model=arm.model, tokenizer=arm.tokenizer, name=as_name, folder=self.folder / name, fresh=(), head_kept=True
         )
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A model that is going to be trained.
+
+    Attributes:
+        model: As it is before.
+        changes: Options in which its training differs from that of the run.
+        rows: Its training rows; None for those with labels.
+    """
+
+    model: Checkpoint
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    rows: int | None = None
 
 
 def changed(options: RunOptions, **changes: Any) -> RunOptions:  # noqa: ANN401 - values of options

@@ -138,10 +138,11 @@ def rungs(run: Run, plan: Plan, teacher: PreTrainedModel, *, int8: bool = False)
     return fits
 
 
-def check_search(run: Run, plan: TargetOptions, choices: Sequence[Choice]) -> None:
+def check_search(run: Run, plan: TargetOptions, choices: Sequence[Choice], rows: int | None = None) -> None:
     """Refuse a search that could not begin; for the time before anything is trained or built.
 
     The budget must do for all students, whatever `max_latency_ms` may rule out: how quick they are is not known yet.
+    Nor is it known, without `rows`, how many rows a partial teacher file leaves out.
 
     Raises:
         ConfigError: There is no student to choose from, or the budget is too small; says which would do.
@@ -149,8 +150,9 @@ def check_search(run: Run, plan: TargetOptions, choices: Sequence[Choice]) -> No
     if not plan.search:
         return
     if not choices:
-        raise ConfigError("search: a teacher of one layer has no smaller student of its layers.")
-    whole, budget = whole_training(run), _budget(run, plan)
+        raise ConfigError("search: a teacher of one layer, or of none, has no smaller student of its layers.")
+    whole = whole_training(run, rows)
+    budget = _budget(plan, whole)
     least = least_steps(len(choices), len({choice.trained_as for choice in choices}))
     if budget < least:
         raise ConfigError(
@@ -169,6 +171,7 @@ def find_smallest(
     arm_of: ArmOf[Plan],
     teacher: Checkpoint | None,
     maker: MakesInt8 | None = None,
+    rows: int | None = None,
 ) -> Plan:
     """With `--search`: the plan of the smallest student that reaches the target. Else the plan as it is.
 
@@ -182,6 +185,7 @@ def find_smallest(
         arm_of: From the recipe's own options to the arguments of `Run.train`.
         teacher: The classifier that is the teacher, to be timed; None if the teacher is not one classifier.
         maker: Makes int8 forms, if there are any among the students.
+        rows: That a student learns from. Default: as for `whole_training`.
 
     Raises:
         TargetMissedError: No student reaches the target; names the nearest.
@@ -190,11 +194,11 @@ def find_smallest(
     """
     if not plan.search:
         return plan
-    check_search(run, plan, choices)
+    check_search(run, plan, choices, rows)
     identity = _identity(run, plan, choices, arm_of)
     chosen = _found_before(run, identity)
     if chosen is None:
-        result, measured = _search(run, plan, choices, arm_of, teacher, maker)
+        result, measured = _search(run, plan, choices, arm_of, teacher, maker, rows)
         _tell(run, result, measured, identity)
         chosen = result.require().name
     values = next(choice.values for choice in choices if choice.name == chosen)
@@ -208,9 +212,9 @@ def _planned(run: Run, plan: Plan, values: Mapping[str, Any]) -> Plan:
     return with_values(run.options, plan, {**values, **settled})[1]
 
 
-def _budget(run: Run, plan: TargetOptions) -> int:
+def _budget(plan: TargetOptions, whole: int) -> int:
     """Optimizer steps of all tries together."""
-    return math.ceil((plan.search_budget or BUDGET) * whole_training(run))
+    return math.ceil((plan.search_budget or BUDGET) * whole)
 
 
 def _identity(run: Run, plan: Plan, choices: Sequence[Choice], arm_of: ArmOf[Plan]) -> RunIdentity:
@@ -253,6 +257,7 @@ def _search(
     arm_of: ArmOf[Plan],
     teacher: Checkpoint | None,
     maker: MakesInt8 | None,
+    rows: int | None,
 ) -> tuple[LadderResult, Mapping[str, Measured | None]]:
     target = Target(
         reference=_score_of(run, run.answers[TEACHER][0].validation),
@@ -291,7 +296,8 @@ def _search(
         for choice in choices
     ]
     with run.trials():
-        return climb(candidates, target, total_steps=_budget(run, plan), max_steps=whole_training(run)), measured
+        whole = whole_training(run, rows)
+        return climb(candidates, target, total_steps=_budget(plan, whole), max_steps=whole), measured
 
 
 def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None], identity: RunIdentity) -> None:

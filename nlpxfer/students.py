@@ -7,7 +7,6 @@ was chosen by looking at the teacher (`like`) is the same for both, so that they
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final, TypeVar
@@ -25,7 +24,7 @@ from nlpxfer.run import Run
 from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
-from nlpxfer.train.trainer import steps_per_epoch
+from nlpxfer.train.trainer import training_steps
 from nlpxfer.train.width_scores import parts_by_activation
 
 STATIC_DIM: Final = 256
@@ -90,13 +89,19 @@ def searched_shapes(run: Run) -> list[str]:
     return [name for name in (*CUTS, "pooling") if name in run.options.ranges]
 
 
-def whole_training(run: Run) -> int:
-    """Optimizer steps of a training of a student of layers."""
-    options = run.options
-    if options.max_steps > 0:
-        return options.max_steps
-    rows = sum(len(getattr(run.data, split)) for split in run.data.taught)
-    return math.ceil(steps_per_epoch(options, rows) * options.num_train_epochs)
+def whole_training(run: Run, rows: int | None = None) -> int:
+    """Optimizer steps of a training of a student of layers.
+
+    Args:
+        run: Its options and data.
+        rows: That it learns from. Default: all that may be taught, as if the teachers answered each.
+    """
+    return training_steps(run.options, taught_rows(run) if rows is None else rows)
+
+
+def taught_rows(run: Run) -> int:
+    """The rows that a student may be taught on, with and without labels."""
+    return sum(len(getattr(run.data, split)) for split in run.data.taught)
 
 
 def outline(plan: Plan) -> Plan:
@@ -149,6 +154,11 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
     """The layers of `source` that the student keeps; probes are made once, and told in the report."""
     total, mean = layer_count(run, source), wants_mean(source, run.options.pooling)
     count = plan.student_num_layers
+    if not total:
+        raise ConfigError(
+            f"{source.name} has no layers that a student could keep; static models have none.",
+            fix="--student_name_or_path with a checkpoint",
+        )
     if count is None and plan.student_layers in (BOTTOM, EVEN, PROBE):
         count = max(1, total // 2)
     if plan.student_layers != PROBE or count is None:
@@ -169,6 +179,12 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
     choice = run.once(("layers", source.weights_sha256, str(number), str(mean)), probe)
     run.checks["student_layers"] = choice.facts()
     return choice.layers
+
+
+def note_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> None:
+    """Look for the layers that a probe picks, if one does, so that the report tells them of a resumed run too."""
+    if plan.student_layers == PROBE and plan.student != STATIC and not plan.student_name_or_path:
+        kept_layers(run, plan, source)
 
 
 def kept_parts(run: Run, plan: StudentOptions, source: Checkpoint, layers: Sequence[int]) -> Kept:

@@ -30,7 +30,7 @@ from nlpxfer.methods.finetune import FineTune
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Arm, Report
 from nlpxfer.result import finish
-from nlpxfer.run import Run
+from nlpxfer.run import Planned, Run
 from nlpxfer.searched import refuse_ends
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import check_r_drop
@@ -105,15 +105,15 @@ def main(argv: Sequence[str] | None = None) -> Report:
         facts = {"model": parent["weights"]}
 
         def arm(plan: AdapterOptions) -> dict[str, Any]:
-            if plan.full_arm or not plan.adapter_dropout:
-                check_r_drop(start, plan.r_drop_weight, run.options.dropout)
+            if plan.full_arm or not any(options.ends_of("adapter_dropout", plan.adapter_dropout)):
+                check_r_drop(start, plan, run.options)
             made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
             made |= {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
             return made | start_of_training(run, plan, start)
 
         refuse_ends(run, plan, run.label_method)
         sample = tried(start, arm(plan)["method"], options)
-        run.begin(sample, arms=2 if plan.full_arm else 1, **start_of_training(run, plan, start))
+        run.begin(Planned(sample, start_of_training(run, plan, start)), arms=2 if plan.full_arm else 1)
         plan = run.search("adapter", arm, plan)
         run.settle(**start_of_training(run, plan, start))
         trained = run.train("adapter", **arm(plan))

@@ -39,7 +39,7 @@ from nlpxfer.problem import REGRESSION
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report, Verdict
 from nlpxfer.result import finish
-from nlpxfer.run import Run
+from nlpxfer.run import Planned, Run
 from nlpxfer.searched import refuse_ends
 from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
@@ -47,10 +47,12 @@ from nlpxfer.students import (
     Build,
     kind_of,
     layer_count,
+    note_layers,
     outline,
     refuse_unused,
     searched_shapes,
     student_of,
+    taught_rows,
     training_of,
 )
 from nlpxfer.teachers import (
@@ -162,12 +164,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
         ):
             raise ConfigError("temperature: means nothing for a regression.")
         refuse_ends(run, plan, partial(methods_for, run))
+        refuse_unused(run, plan, teacher_given=not plan.trains_teacher)
         if plan.teaches_itself:
             return distil_itself(run, plan)
         if plan.asked(options.ranges).reads_anything and not plan.one_classifier_teaches:
             raise ConfigError(f"{', '.join(WEIGHTS)}: need one teacher, a classifier, with nobody beside or between.")
         check_targets(run, plan)
-        refuse_unused(run, plan, teacher_given=not plan.trains_teacher)
         check_contradiction_weight(run, plan)
         check_curve(run, plan)
         _, alone = methods_for(run, plan)
@@ -179,7 +181,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             return {"build": build, "method": method} | training_of(run, plan, source)
 
         first = TransferRows(run, panel)
-        states = TeacherStates(plan.asked(options.ranges), source, run.options, first.tokenise, plan.teacher_cache)
+        asked, labelled = plan.asked(options.ranges), len(run.data.train)
+        states = TeacherStates(asked, source, run.options, first.tokenise, labelled, plan.teacher_cache)
         first.columns |= states.columns
         last, rows, between = taught_by_each_other(
             run,
@@ -196,9 +199,10 @@ def main(argv: Sequence[str] | None = None) -> Report:
             method = replace(made["method"], teacher_labels=run.data.schema.names, states=states.guide(plan))
             return made | {"method": method}
 
-        plan = run.search("distilled", arm, try_layers(run, plan, source, arm))
+        plan = run.search("distilled", arm, try_layers(run, plan, source, arm, rows.taught))
         alone_there = panel.models.get("teacher")  # of several teachers none is the teacher alone
-        plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run))
+        plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run), rows.taught)
+        note_layers(run, plan, source)
         student = run.train("distilled", **arm(plan))
         distilled = run.arm(student, f"the student, taught by {last.name}")
         curve = transfer_curve(run, plan, rows, arm(plan), student, distilled)
@@ -212,12 +216,12 @@ def main(argv: Sequence[str] | None = None) -> Report:
         verdict = Verdict.unmeasured("the control arm was switched off")
         if options.control_arm:
             build, (_, alone) = student_of(run, plan, pretrained, like=source), methods_for(run, plan)
-            training = training_of(run, plan, source) | {"max_steps": student[0].steps}
+            training = training_of(run, plan, source) | {"max_steps": student[0].planned_steps}
             control = run.train("control", build, alone, **training)
             taught = pretrained is source and plan.teacher_names and not plan.student_name_or_path
             start = scrub_text(plan.student_name_or_path or pretrained.name)
             start = f"the teacher's own weights ({start})" if taught else start
-            description = f"the same student and number of steps, without a teacher; from {start}"
+            description = f"the same student and {run.as_many_steps}, without a teacher; from {start}"
             arms.insert(0, run.arm(control, description))
             models["control"] = control[0]
             verdict = run.gain(student, [arm.test_logits for arm in control], versus="control")
@@ -290,8 +294,8 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
         return load_classifier(pretrained, schema=run.data.schema, seed=seed)
 
     base, folds = build(run.seeds[0]), folds_of_teacher(run, plan)
-    begin(run, plan, base, base, arms=3 + plan.teacher_folds)
     training = {"num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs}
+    begin(run, plan, base, Planned(base, training), arms=3 + plan.teacher_folds)
     training |= run.start_of_training(base, **training)
     training["learning_rate"] = plan.teacher_learning_rate or training["learning_rate"]
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)
@@ -311,7 +315,7 @@ def begin(
     run: Run,
     plan: DistillOptions,
     source: Checkpoint,
-    *trained: Checkpoint,
+    *before: Planned,
     arms: int,
     asked: Sequence[Checkpoint] = (),
 ) -> None:
@@ -335,7 +339,11 @@ def begin(
         check_int8(student)
         arms += 3  # the room of its ONNX files, and of the copy that they are made from
     arms += len(plan.assistants) + plan.generations - 1 + len(plan.curve)
-    run.begin(*trained, student, arms=arms, asked=asked)
+    training = training_of(run, plan, source)
+    planned = [*before, Planned(student, training, taught_rows(run))]
+    if run.options.control_arm:  # as many steps of fewer rows: its evaluations come in time if those of the student do
+        planned.append(Planned(student, {**training, "eval_delay": 0}))
+    run.begin(*planned, arms=arms, asked=asked)
 
 
 def ladder_of(run: Run, plan: DistillOptions, source: Checkpoint) -> list[Choice]:
@@ -368,14 +376,21 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         return student_of(run, plan, source)
 
     def training(plan: DistillOptions) -> dict[str, Any]:
-        return run.start_of_training(source) if is_whole(plan) else training_of(run, plan, source)
+        if not is_whole(plan):
+            return training_of(run, plan, source)
+        whole_head = {"linear_probe_size": 0.0} if methods_for(run, plan)[0].compares_sizes else {}
+        return run.start_of_training(source, **whole_head)
 
     def arm(plan: DistillOptions) -> dict[str, Any]:
         made = {"build": build_of(plan), "method": methods_for(run, plan)[0], "split": partial(with_unlabelled, run)}
         return made | training(plan)
 
     methods_for(run, plan)[0].check(run.options)
-    run.begin(build_of(plan)(run.seeds[0]), arms=2, **training(plan))
+    student = build_of(plan)(run.seeds[0])
+    planned = [Planned(student, training(plan), taught_rows(run))]
+    if run.options.control_arm:
+        planned.append(Planned(student, {**training(plan), "eval_delay": 0}))
+    run.begin(*planned, arms=2)
     plan = run.search("distilled", arm, plan)
     run.settle(**training(plan))
     student = run.train("distilled", **arm(plan))
@@ -383,8 +398,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
     models = {"distilled": student[0]}
     verdict = Verdict.unmeasured("the control arm was switched off")
     if run.options.control_arm:
-        control = run.train("control", build_of(plan), methods_for(run, plan)[1], max_steps=student[0].steps)
-        arms.insert(0, run.arm(control, "the same student and number of steps, from labels alone"))
+        control = run.train("control", build_of(plan), methods_for(run, plan)[1], max_steps=student[0].planned_steps)
+        arms.insert(0, run.arm(control, f"the same student and {run.as_many_steps}, from labels alone"))
         models["control"] = control[0]
         verdict = run.gain(student, [one.test_logits for one in control], versus="control")
     run.checks["preflight"] = student[0].preflight

@@ -27,6 +27,7 @@ from nlpxfer.methods.features import FeatureBased, require_hidden_layer
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
+from nlpxfer.run import Planned
 from nlpxfer.start import start_run
 from nlpxfer.train.feature_head import WEIGHT_DECAYS, MlpPlan
 
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         start = as_read(pretrained, options)
         if classifier == "mlp":
             require_hidden_layer(start.model)
-        run.begin(start, arms=1, checkpoints=False)
+        run.begin(Planned(start), arms=1, checkpoints=False)
         del pretrained, start
 
         def train(name: str, split: Callable[[PreTrainedTokenizerBase], Splits], seed: int) -> FeatureArm:

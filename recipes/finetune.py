@@ -22,6 +22,7 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.report.privacy import scrub_text
 from nlpxfer.report.report import Report
 from nlpxfer.result import finish
+from nlpxfer.run import Planned
 from nlpxfer.searched import refuse_ends
 from nlpxfer.start import start_run
 from nlpxfer.train.regime import check_r_drop
@@ -54,14 +55,14 @@ def main(argv: Sequence[str] | None = None) -> Report:
         parent = run.parent_facts(start)
 
         def arm(plan: FineTuneOptions) -> dict[str, Any]:
-            check_r_drop(start, plan.r_drop_weight, run.options.dropout)
+            check_r_drop(start, plan, run.options)
             method, facts = run.label_method(plan), {"model": parent["weights"]}
             made = {"build": build, "method": method, "facts": facts, "sampling": plan.sampling}
             return made | run.start_of_training(start)
 
         arm(model_options)  # refuses what this kind of task cannot have
         refuse_ends(run, model_options, run.label_method)
-        run.begin(start, arms=1, **run.start_of_training(start))
+        run.begin(Planned(start, run.start_of_training(start)), arms=1)
         chosen = run.search("fine-tuned", arm, model_options)
         run.settle(**run.start_of_training(start))
         trained = run.train("fine-tuned", **arm(chosen))

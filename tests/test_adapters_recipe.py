@@ -441,6 +441,12 @@ def test_options_of_training(own, bert, tiny_data, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, loaded.model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("option", [RECOMPUTE, "gradient_checkpointing"])
+def test_a_prefix_is_refused_where_states_are_computed_again(option, bert, tiny_data, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--adapter", "prefix", f"--{option}", "true"]
+    assert "drops the keys and values that prefix puts" in refused("adapters", tmp_path / "out", *words)
+
+
 # -- merging
 
 

@@ -533,6 +533,25 @@ def test_a_model_of_pairs_is_compared_on_pairs(trained, quick, tmp_path):
     assert report["speed"]["tokens"] == len("[CLS] bread [SEP] cheese and soup [SEP]".split())
 
 
+def test_a_model_of_pairs_needs_no_texts(trained, quick, tmp_path):
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
+    (model / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_pair_column": "second"}}))
+    report = quick(tmp_path / "out", model=str(model), texts=None)
+    assert report["texts"]["source"].endswith("built-in texts")
+    second = text_sources.texts_to_compare(AutoTokenizer.from_pretrained(trained), None, "text", "second")
+    ((texts, pairs),) = second.windows
+    assert sorted(texts) == sorted(pairs)
+    assert not any(text == pair for text, pair in zip(texts, pairs, strict=True))
+
+
+def test_a_damaged_record_of_the_training_is_none(trained, quick, tmp_path):
+    model = Path(shutil.copytree(trained, tmp_path / "model"))
+    for content in ("{", "[]"):
+        (model / "run.json").write_text(content)
+        quick(tmp_path / f"out{len(content)}", model=str(model))
+        assert json.loads((tmp_path / f"out{len(content)}" / "run.json").read_text()) == {"config": {}}
+
+
 def test_the_column_of_the_training_is_the_default(trained, quick, tmp_path):
     model = Path(shutil.copytree(trained, tmp_path / "model"))
     (model / "run.json").write_text(json.dumps({"config": {"max_length": 24, "text_column": "words"}}))

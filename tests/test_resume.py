@@ -144,6 +144,16 @@ def test_a_trial_of_layers_is_made_again(words, tmp_path, monkeypatch):
     assert_same(again, without)
 
 
+def test_layers_that_a_probe_picked_are_told_by_a_resumed_run(words, tmp_path, monkeypatch):
+    own = [*words["distill"], "--student_layers", "probe", "--student_num_layers", "2", "--control_arm", "false"]
+    with monkeypatch.context() as patch:
+        patch.setattr(result, "write_card", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("distill", tmp_path / "out", *own)
+    again = finished("distill", tmp_path / "out", *own, *RESUME)
+    assert again.report["checks"]["student_layers"]["layers"]
+
+
 def test_folds_go_on_in_the_one_that_was_interrupted(words, tmp_path, monkeypatch, caplog):
     """60 rows, 30 for each of two folds: 4 optimizer steps an epoch, 12 in all."""
     own = [*words["finetune"], "--control_arm", "false", "--num_folds", "2"]

@@ -172,6 +172,40 @@ def test_a_trial_that_diverges_counts_as_failed(words, tmp_path):
     assert run.run["config"]["learning_rate"] == 1e-4
 
 
+FIT = {
+    "passes that differ": {"r_drop_weight": "1", "dropout": "{low: 0.05, high: 0.3}"},
+    "a long training": {"eval_delay": "3", "num_train_epochs": "{choices: [4, 5]}"},
+    "small batches": {
+        "dataloader_drop_last": "true", "per_device_train_batch_size": "{choices: [4, 8]}", "max_train_samples": "24",
+    },
+    "an optimizer": {"optim_args": "momentum=0.9", "optim": "{choices: [sgd, rmsprop]}"},
+}  # fmt: skip
+"""Options that do not fit the default of what is searched, but its range."""
+
+
+@pytest.mark.parametrize("case", FIT)
+def test_what_fits_the_range_is_not_refused_for_the_default(case, words, tmp_path):
+    own = {**ONE_EPOCH, "learning_rate": "0.001", **FIT[case]}
+    run = finished("finetune", tmp_path / "out", *words(**own))
+    assert {trial["state"] for trial in run.report["search"]["trials"]} == {"complete"}
+
+
+def test_what_fits_no_value_of_a_range_is_refused_at_once(words, tmp_path):
+    cases = {
+        "r_drop_weight: 1 does nothing where": {"r_drop_weight": "{low: 0.0, high: 1.0}"},
+        "eval_delay: 9 is beyond the end of the training": {
+            "eval_delay": "9", "num_train_epochs": "{choices: [4, 5]}",
+        },
+        "60 training rows make no whole batch of": {
+            "dataloader_drop_last": "true", "per_device_train_batch_size": "{choices: [64, 128]}",
+        },
+    }  # fmt: skip
+    for message, changes in cases.items():
+        plan = words(**{**ONE_EPOCH, "learning_rate": "0.001", **changes})
+        assert message in refused("finetune", tmp_path / "out", *plan)
+        assert not (tmp_path / "out").exists()
+
+
 UNFIT = {
     "schedule": ({"lr_scheduler_type": "{choices: [linear, warmup_stable_decay]}"}, "lr_scheduler_type, "),
     "end of the schedule": (

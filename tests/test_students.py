@@ -20,6 +20,7 @@ from nlpxfer.config import RunOptions
 from nlpxfer.config.ranges import with_values
 from nlpxfer.config.student import StudentOptions
 from nlpxfer.data.schema import LabelSchema
+from nlpxfer.evaluate import arms as arms_module
 from nlpxfer.hub.folder import finished_files
 from nlpxfer.train.static_start import StaticPlan, static_student, token_states
 
@@ -179,14 +180,18 @@ def test_what_has_no_meaning_is_refused(name, tiny_data, teacher, tmp_path):
     assert message in refused("distill", tmp_path / "out", *taught(tiny_data, teacher, *words))
 
 
-def test_pairs_are_refused_for_a_static_student(tiny_checkpoint, tmp_path):
+def pair_words(folder):
+    """Options of a run on pairs of texts."""
     rows = [{"a": f"bread {i}", "b": "guitar", "label": "xy"[i % 2]} for i in range(40)]
     for name in ("train", "test", "validation"):
         lines = [json.dumps({**row, "a": f"{name} {row['a']}"}) for row in rows]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    words = [f for name in ("train", "test", "validation") for f in (f"--{name}_file", tmp_path / f"{name}.jsonl")]
-    words += ["--text_column", "a", "--text_pair_column", "b", "--student", "static"]
-    words += ["--model_name_or_path", tiny_checkpoint("bert"), "--max_length", "32", "--bf16", "false"]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    words = [f for name in ("train", "test", "validation") for f in (f"--{name}_file", folder / f"{name}.jsonl")]
+    return [*words, "--text_column", "a", "--text_pair_column", "b", "--max_length", "32", "--bf16", "false"]
+
+
+def test_pairs_are_refused_for_a_static_student(tiny_checkpoint, tmp_path):
+    words = [*pair_words(tmp_path), "--student", "static", "--model_name_or_path", tiny_checkpoint("bert")]
     assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
     static = tmp_path / "static"
     source = load_classifier(str(tiny_checkpoint("bert", "classifier")), schema=LabelSchema(("x", "y")), head="new")
@@ -194,6 +199,9 @@ def test_pairs_are_refused_for_a_static_student(tiny_checkpoint, tmp_path):
     made = static_student(source, token_states(source), np.ones(len(source.tokenizer)), StaticPlan(**plan), seed=1)
     save_classifier(made.model, made.tokenizer, LabelSchema(("x", "y")), static)
     words[words.index("--student") : words.index("--student") + 2] = ["--student_name_or_path", str(static)]
+    assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
+    at = words.index("--model_name_or_path")
+    words[at : at + 2] = ["--self_distillation", "ema"]
     assert "text_pair_column: a mean over tokens" in refused("distill", tmp_path / "out", *words)
 
 
@@ -262,6 +270,66 @@ def test_a_trial_counts_steps_as_the_training_has_them(tiny_data, teacher, tmp_p
     run = finished("distill", tmp_path / "out", *words)
     assert run.arm("distilled")["details"]["steps"] == 4 * 2  # 4 whole batches of 50 in 240 rows
     assert run.report["checks"]["student_layers"]["steps"] == 2
+
+
+def test_a_trial_that_ends_before_the_first_evaluation_is_scored_at_its_end(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student_layers", "trial", "--student_num_layers", "2", "--eval_delay", "1")
+    words[words.index("--num_train_epochs") + 1] = "2"
+    run = finished("distill", tmp_path / "out", *words, "--control_arm", "false")
+    assert set(run.report["checks"]["student_layers"]["scores"]) == {"even", "bottom"}
+    assert len([line for line in run.arm("distilled")["details"]["history"] if "eval_accuracy" in line]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--student", "static", "--static_num_train_epochs", "1", "--eval_delay", "2"],
+            "eval_delay: 2 is beyond the end of the training, after 1 epochs",
+        ),
+        (
+            ["--dataloader_drop_last", "true", "--per_device_train_batch_size", "250"],
+            "240 training rows make no whole batch of 250",  # of the control
+        ),
+    ],
+)
+def test_each_training_of_a_run_is_looked_at(words, message, tiny_data, teacher, tmp_path):
+    own = taught(tiny_data, teacher, "--unlabelled_file", str(tiny_data.unlabelled), *words)
+    assert message in refused("distill", tmp_path / "out", *own)
+    if "--student" not in words:
+        run = finished("distill", tmp_path / "out", *own, "--control_arm", "false")
+        assert run.arm("distilled")["details"]["steps"] == 1
+
+
+def test_a_teacher_that_ends_before_its_first_evaluation_is_refused(tiny_data, tiny_checkpoint, tmp_path):
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert"), epochs=3), "--teacher_num_train_epochs", "1"]
+    message = refused("distill", tmp_path / "out", *words, "--eval_delay", "2")
+    assert "eval_delay: 2 is beyond the end of the training, after 1 epochs" in message
+
+
+def test_a_student_that_stops_early_and_its_control_start_alike(tiny_data, teacher, tmp_path, monkeypatch):
+    sizes, real = [], arms_module.start_from_linear_probe_
+
+    def probe(*arguments, **options):
+        sizes.append(options["size"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(arms_module, "start_from_linear_probe_", probe)
+    words = taught(tiny_data, teacher, "--student_num_layers", "2", "--early_stopping_patience", "1")
+    words[words.index("--num_train_epochs") + 1] = "8"  # 64 steps: enough for a small head
+    words += ["--transfer_curve", "0,all", "--unlabelled_file", str(tiny_data.unlabelled)]
+    run = finished("distill", tmp_path / "out", *words)
+    arms = [run.arm(name) for name in ("distilled", "control", "distilled, 0 unlabelled")]
+    assert arms[0]["details"]["steps"] < 60
+    assert sizes == [0.02] * 3
+    assert "up to as many steps, without a teacher" in arms[1]["description"]
+
+
+def test_a_static_teacher_has_no_layers_to_keep(tiny_data, teacher, tmp_path):
+    words = taught(tiny_data, teacher, "--student", "static", "--static_dim", "8", "--control_arm", "false")
+    finished("distill", tmp_path / "static", *words)
+    message = refused("distill", tmp_path / "out", *taught(tiny_data, tmp_path / "static"))
+    assert "has no layers that a student could keep; static models have none" in message
 
 
 @pytest.mark.parametrize(
@@ -386,6 +454,9 @@ def test_a_student_in_int8_is_measured_kept_and_usable(tiny_data, teacher, tmp_p
     assert (small["parameters"], small["seconds"]) == (plain["parameters"], 0.0)
     assert small["bytes"] == (run.folder / "onnx" / "model_int8.onnx").stat().st_size < plain["bytes"]
     assert small["latency"]["one_row"]["p50_ms"] > 0
+    exported = json.loads((run.folder / "onnx" / "export.json").read_text())
+    assert {arm["latency"]["threads"] for arm in run.report["arms"] if arm["latency"]} == {1}, "--num_threads 1"
+    assert exported["speed"]["threads"] == 1
     found = evaluate_file(Classifier.load(str(run.folder / "onnx"), int8=True), tiny_data.test)
     assert found["accuracy"] == pytest.approx(small["metrics"]["test"]["accuracy"])
     for name in ("run.json", "calibration.json"):
@@ -398,6 +469,16 @@ def test_a_student_in_int8_is_measured_kept_and_usable(tiny_data, teacher, tmp_p
     assert "onnx/model_int8.onnx" not in finished_files(run.folder)
     again = finished("distill", tmp_path / "out", *words, "--overwrite", "true", "--control_arm", "false")
     assert (again.folder / "onnx" / "export.json").is_file()
+
+
+def test_a_student_of_pairs_in_int8(tiny_checkpoint, tmp_path):
+    words = [*pair_words(tmp_path), "--model_name_or_path", str(tiny_checkpoint("bert")), "--max_steps", "2"]
+    words += ["--student_num_layers", "2", "--student_int8", "true", "--control_arm", "false", "--num_threads", "1"]
+    run = finished("distill", tmp_path / "out", *words)
+    assert run.arm("distilled, int8")["metrics"]["test"]["loss"] > 0
+    asked = {"text_column": "a", "text_pair_column": "b"}
+    found = evaluate_file(Classifier.load(str(run.folder / "onnx"), int8=True), tmp_path / "test.jsonl", **asked)
+    assert found["accuracy"] == pytest.approx(run.arm("distilled, int8")["metrics"]["test"]["accuracy"])
 
 
 def test_the_gate_asks_the_int8_form_too(tiny_data, teacher, tmp_path, monkeypatch):

@@ -187,6 +187,34 @@ def test_a_file_alone_may_leave_rows_out(tiny_data, tiny_checkpoint, taught, tmp
     assert transfer.kept_N.sum() == 32 + 5
 
 
+def test_rows_that_are_not_taught_do_not_count(tiny_data, tiny_checkpoint, tmp_path, caplog):
+    """A partial file leaves all but 5 unlabelled texts out; a trial is a quarter of what is trained."""
+    texts = every_text(tiny_data)
+    file = write_answers(tmp_path / "llm.csv", [*texts[:240:2], *texts[400:405]])
+    own = ["--teacher_file", file, "--teacher_file_partial", "true", "--unlabelled_file", tiny_data.unlabelled]
+    own += ["--model_name_or_path", tiny_checkpoint("bert"), "--student_layers", "trial", "--student_num_layers", "2"]
+    own += ["--per_device_train_batch_size", "4", "--transfer_curve", "0,50,all", "--control_arm", "false"]
+    run = finished("distill", tmp_path / "out", *tiny_words(tiny_data, epochs=1), *map(str, own))
+    assert run.arm("distilled")["details"]["steps"] == 62  # 245 rows
+    assert run.report["checks"]["student_layers"]["steps"] == 16
+    assert [point["unlabelled_rows"] for point in run.report["checks"]["transfer_curve"]] == [0, 5]
+    assert "no point for 50: the teacher answers for 5 unlabelled texts" in caplog.text
+
+
+def test_sentence_states_are_compared_with_those_of_training_rows(tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    seen, real = [], load_recipe("distill").TeacherStates
+
+    def states(*arguments):
+        seen.append(real(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(load_recipe("distill"), "TeacherStates", states)
+    own = ["--teacher_name_or_path", tiny_checkpoint("bert", "classifier"), "--unlabelled_file", tiny_data.unlabelled]
+    finished("distill", tmp_path / "out", *words(tiny_data, *own, "--similarity_weight", "1"))
+    assert len(seen[0].others_KH) == 32
+    assert len(seen[0].columns["teacher_states"]) > 32
+
+
 def test_disagreements_are_of_all_rows_that_the_teacher_answered(tiny_data, tiny_checkpoint, taught, tmp_path):
     """Of all splits, though it leaves out rows of each and has no score; held against what the student says itself."""
     named = [row["text"] for path in (tiny_data.train, tiny_data.validation, tiny_data.test) for row in rows_of(path)]
@@ -412,6 +440,7 @@ def test_out_of_fold_logits_and_their_resumption(tiny_data, tiny_checkpoint, tau
     np.testing.assert_allclose(logits[32:], seen[32:], atol=1e-5)
     assert np.abs(logits[:32] - seen[:32]).max(axis=1).min() > 1e-5, "no row is taught by the model that has seen it"
     assert run.report["checks"]["teacher"]["folds"] == 2
+    assert run.report["checks"]["teacher"]["rows"] == len(texts)
     assert 0 <= run.report["checks"]["teacher"]["out_of_fold"]["accuracy"] <= 1
 
 

@@ -350,6 +350,10 @@ class RunOptions(TrainingArguments):
         small = problem_type == SINGLE_LABEL and self.num_trained_layers != 0 and steps >= STEPS_FOR_SMALL_HEAD
         return DEFAULT_HEAD_SIZE if small else 0.0
 
+    def ends_of(self, name: str, value: Any) -> tuple[Any, ...]:  # noqa: ANN401 - of any option
+        """The values between which those of an option lie: the ends of its range if it is searched, else its value."""
+        return self.ranges[name].ends if name in self.ranges else (value,)
+
     @property
     def is_private(self) -> bool:
         """Whether a new repository on the Hub is private: yes, unless the user says otherwise."""

@@ -87,6 +87,7 @@ class TrainedArm:
         test_logits: Likewise.
         train_seconds: Probe and training; validation during training included, final scoring not.
         steps: Optimizer steps.
+        planned_steps: Optimizer steps that it would have made without early stopping.
         tokens: Training tokens without padding, over all processes.
         trained_parameters: Parameters that were updated.
         probe: The linear probe it started from, if any.
@@ -103,6 +104,7 @@ class TrainedArm:
     test_logits: Array
     train_seconds: float
     steps: int
+    planned_steps: int
     tokens: int
     trained_parameters: int
     probe: Probe | None
@@ -167,6 +169,7 @@ def train_arm(
     record = {
         "train_seconds": prepared.seconds + trainer.seconds,
         "steps": trainer.state.global_step,
+        "planned_steps": trainer.state.max_steps,
         "tokens": trainer.tokens_seen,
         "trained_parameters": prepared.trained_parameters,
         "probe": vars(probe) if probe else None,
@@ -459,5 +462,5 @@ def _scored(
         validation_logits=validation,
         test_logits=test,
         adapter=bundle if bundle.is_dir() else None,
-        **{**record, "probe": probe},
+        **{"planned_steps": record["steps"], **record, "probe": probe},  # 0.1 did not write it
     )

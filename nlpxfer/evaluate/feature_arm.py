@@ -155,6 +155,7 @@ def feature_arm(
         tokens=found["train"].tokens + (depth.tokens if depth else 0),
         trained_parameters=sum(p.numel() for p in method.trained_parameters(model).values()),
         steps=fitted.steps,
+        planned_steps=fitted.steps,
         probe=fitted.probe,
         history=fitted.history,
         details={

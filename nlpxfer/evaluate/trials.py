@@ -139,7 +139,7 @@ def short_run(arm: TrialArm, folder: Path, *, steps: int, look: Look | None = No
         Interrupted: A signal asked to stop.
     """
     options = _options_in(folder, arm)
-    options.max_steps = steps
+    options.max_steps, options.eval_delay = steps, 0  # it is scored at its end, which may be before the first one
     prepared = _prepared(arm, options, folder.name)
     trainer = prepared.trainer
     trainer.fit(resume=False)

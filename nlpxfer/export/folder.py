@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import platform
@@ -34,6 +33,7 @@ from nlpxfer.evaluate.parity import Parity, parity
 from nlpxfer.export.graph import OPSETS, head_nodes, quantise, require_onnx, save_graph, to_graph
 from nlpxfer.export.texts import Texts, texts_to_compare
 from nlpxfer.methods.base import model_inputs
+from nlpxfer.report.run import recorded_run
 from nlpxfer.strict_json import plain, write_json_whole
 
 if TYPE_CHECKING:
@@ -68,6 +68,7 @@ class ExportRequest:
         text_column: Column of `texts` with the text. Default: that of the training where it is there, else "text".
         text_pair_column: Column of `texts` with the second text. Default: that of the training.
         max_changed: Largest share of predictions that int8 may change, 0 to 1. Default: any.
+        threads: CPU threads while it is compared and measured. Default: this process's share of the cores.
     """
 
     model: str
@@ -79,6 +80,7 @@ class ExportRequest:
     text_column: str | None = None
     text_pair_column: str | None = None
     max_changed: float | None = None
+    threads: int | None = None
 
     def check(self) -> None:
         """Find what cannot be used before anything is loaded.
@@ -125,12 +127,12 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
         NotFiniteError: The model answers with NaN.
     """
     request.check()
-    backend = open_torch(request.model, base=request.base, bf16=False)
+    backend = open_torch(request.model, base=request.base, bf16=False, threads=request.threads)
     _refuse_unmerged(backend)
     _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
-    columns: tuple[str, str | None] = ("text", None)
+    columns: tuple[str, str | None] = ("text", backend.trained.get("text_pair_column"))
     if request.texts is not None:
         columns = text_columns(request.text_column, request.text_pair_column, request.texts, classifier)
     texts = texts_to_compare(backend.tokenizer, request.texts, *columns)
@@ -143,7 +145,8 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
         _write_rest(backend, folder, report)
         bar.update()
         names = (FP32, INT8) if request.int8 else (FP32,)
-        backends: dict[str, Backend] = {TORCH: backend} | {name: open_onnx(folder / FILES[name]) for name in names}
+        backends: dict[str, Backend] = {TORCH: backend}
+        backends |= {name: open_onnx(folder / FILES[name], threads=request.threads) for name in names}
         bar.update()
         parities, sample = _compare(classifier, backends, texts)
         _refuse_differences(parities, request.max_changed)
@@ -227,15 +230,11 @@ def write_graphs(
 
 def _write_rest(backend: TorchBackend, folder: Path, report: Mapping[str, Any]) -> None:
     """Write what the ONNX files are read with: calibration, the options of the training, and the report so far."""
-    known = {name: backend.folder / name for name in (CALIBRATION_FILE, RUN_FILE)} if backend.folder else {}
-    if CALIBRATION_FILE in known and known[CALIBRATION_FILE].is_file():
-        shutil.copyfile(known[CALIBRATION_FILE], folder / CALIBRATION_FILE)
+    if backend.folder and (backend.folder / CALIBRATION_FILE).is_file():
+        shutil.copyfile(backend.folder / CALIBRATION_FILE, folder / CALIBRATION_FILE)
     else:
         save_calibration(folder, 1.0)
-    run: dict[str, Any] = {}
-    if RUN_FILE in known and known[RUN_FILE].is_file():
-        run = json.loads(known[RUN_FILE].read_text(encoding="utf-8"))
-    write_json_whole(folder / RUN_FILE, run | {"config": dict(backend.trained)})
+    write_json_whole(folder / RUN_FILE, recorded_run(backend.folder) | {"config": dict(backend.trained)})
     write_json_whole(folder / EXPORT_FILE, dict(report))
 
 

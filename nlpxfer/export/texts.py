@@ -53,11 +53,17 @@ def texts_to_compare(
 ) -> Texts:
     """The rows of a file that have a text; without a file, bundled texts and `VARIED`.
 
+    Args:
+        tokenizer: Of the model.
+        file: csv, tsv, jsonl or parquet.
+        text_column: Of the file.
+        text_pair_column: Of the file, for a model of text pairs; without a file, each text then gets another one.
+
     Raises:
         DataError: The file cannot be read.
     """
     if file is None:
-        return _default(tokenizer)
+        return _default(tokenizer, pairs=text_pair_column is not None)
     return Texts(file.name, _of_file(RowReader(file), text_column, text_pair_column))
 
 
@@ -76,14 +82,16 @@ def _of_file(
         raise DataError(f"{reader.path} has no row with a text.")
 
 
-def _default(tokenizer: PreTrainedTokenizerBase) -> Texts:
+def _default(tokenizer: PreTrainedTokenizerBase, *, pairs: bool) -> Texts:
     """Bundled texts first, as they are what speed is measured on, then `VARIED`."""
     names = bundled_names()[:1]
     texts = [text for name in names for text in _bundled(name)]
     for text in VARIED:
         if tokenizer(text, truncation=True, max_length=8)["input_ids"]:  # some drop characters that they do not know
             texts.append(text)
-    return Texts(" and ".join([*(f"test texts of {name}" for name in names), "built-in texts"]), iter([(texts, None)]))
+    second = [*texts[1:], texts[0]] if pairs else None
+    sources = [*(f"test texts of {name}" for name in names), "built-in texts"]
+    return Texts(" and ".join(sources), iter([(texts, second)]))
 
 
 def _bundled(name: str) -> list[str]:

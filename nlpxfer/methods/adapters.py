@@ -134,6 +134,8 @@ class Adapters(Method):
         ]
         if self.adapter == "adalora" and options.fp16:
             faults.append("fp16: adalora scores ranks by their gradients, which fp16 scales; use bf16")
+        if self.adapter == "prefix" and (options.activation_checkpointing or options.gradient_checkpointing):
+            faults.append("activation_checkpointing: drops the keys and values that prefix puts before a text")
         if is_sharded(options):
             faults.append("fsdp: adapters train with DDP; the frozen weights need no optimizer state anyway")
         if faults:

@@ -50,6 +50,11 @@ def drawn_metric(metrics: Mapping[str, float]) -> str:
     return next(name for name in _SHOWN if name in metrics)
 
 
+def _steps(points: Sequence[CurvePoint]) -> str:
+    fewest, most = (choose(point.steps for point in points) for choose in (min, max))
+    return f"{most} steps each" if fewest == most else f"{fewest} to {most} steps"
+
+
 def draw_curve(points: Sequence[CurvePoint], path: str | Path) -> Path:
     """Draw validation and test score against the number of unlabelled texts.
 
@@ -73,6 +78,6 @@ def draw_curve(points: Sequence[CurvePoint], path: str | Path) -> Path:
         scores,
         spreads,
         metric=METRIC_WORDS.get(metric, metric),
-        title=f"What unlabelled text is worth ({points[-1].steps} steps each)",
+        title=f"What unlabelled text is worth ({_steps(points)})",
         path=path,
     )

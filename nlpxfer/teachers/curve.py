@@ -1,12 +1,13 @@
 """How much unlabelled text still pays: a student for each of several numbers of unlabelled texts.
 
-All students take as many optimizer steps as the one with all texts. With the same number of epochs instead, those with
-fewer texts would also be trained for less time, and the curve would show that. Draws are nested: the texts of a
-smaller number are among those of a larger one.
+All students take as many optimizer steps as the one with all texts, unless they stop early. With the same number of
+epochs instead, those with fewer texts would also be trained for less time, and the curve would show that. Draws are
+nested: the texts of a smaller number are among those of a larger one.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ from nlpxfer.train.launch import is_main_process, wait_for_everyone
 
 if TYPE_CHECKING:
     from nlpxfer.run import Run
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_curve(run: Run, options: TeacherOptions) -> None:
@@ -59,15 +63,19 @@ def transfer_curve(
     """
     if not options.curve:
         return []
-    steps = distilled[0].steps
+    steps = distilled[0].planned_steps
     arms, points = [], []
+    more = [str(size) for size in options.curve if size is not None and size > rows.unlabelled]
+    if more:  # of a partial teacher file; else `check_curve` has refused them
+        told = ", ".join(more), rows.unlabelled
+        logger.warning("transfer_curve: no point for %s: the teacher answers for %d unlabelled texts", *told)
     for size in [size for size in options.curve if size is not None and size < rows.unlabelled]:
         settings = {**arm, "split": rows.split(options, unlabelled=size), "max_steps": steps}
         trained = run.train(f"distilled-{size}-texts", **settings)
-        about = f"the student with {size} unlabelled texts, the same number of steps"
+        about = f"the student with {size} unlabelled texts, {run.as_many_steps}"
         arms.append(run.arm(trained, about, name=f"distilled, {size} unlabelled"))
         points.append(CurvePoint.of(size, trained[0].steps, arms[-1]))
-    points.append(CurvePoint.of(rows.unlabelled, steps, whole))
+    points.append(CurvePoint.of(rows.unlabelled, distilled[0].steps, whole))
     run.checks["transfer_curve"] = [vars(point) for point in points]
     if is_main_process():
         draw_curve(points, run.folder / TRANSFER_CURVE_FILE)

@@ -55,6 +55,11 @@ class TransferRows:
             self.facts |= {"contradicted": int(against_N.sum())}
 
     @property
+    def taught(self) -> int:
+        """How many rows are taught, with and without labels."""
+        return int(self.kept_N.sum())
+
+    @property
     def unlabelled(self) -> int:
         """How many unlabelled rows are taught."""
         return int(self.kept_N[self._unlabelled].sum())

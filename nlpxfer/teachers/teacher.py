@@ -127,6 +127,7 @@ class ModelTeacher(Teacher):
             )
             parts.append(found)
             facts |= told
+        facts["rows"] = sum(len(part) for part in parts)
         return parts[0] if len(parts) == 1 else np.concatenate(parts), facts
 
 

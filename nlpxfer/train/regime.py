@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nlpxfer.checkpoint.load import Checkpoint
+    from nlpxfer.config import RunOptions
+    from nlpxfer.config.label_loss import LabelLossOptions
 
 _ATTENTION_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
@@ -40,18 +42,19 @@ def trained_dropout(model: nn.Module, share: float | None) -> float:
     return max(own, default=0.0) if share is None else share * bool(own)
 
 
-def check_r_drop(start: Checkpoint, weight: float, share: float | None) -> None:
-    """See that two passes of R-Drop differ.
+def check_r_drop(start: Checkpoint, plan: LabelLossOptions, options: RunOptions) -> None:
+    """See that two passes of R-Drop differ, at least with some of the values that are searched.
 
     Args:
         start: What is trained.
-        weight: That of R-Drop; 0 for none.
-        share: As for `trained_dropout`.
+        plan: Has the weight of R-Drop; 0 for none.
+        options: Have the dropout, and the ranges of both.
 
     Raises:
         ConfigError: The model trains without dropout.
     """
-    if weight and not trained_dropout(start.model, share):
+    weight, share = max(options.ends_of("r_drop_weight", plan.r_drop_weight)), options.dropout
+    if weight and not any(trained_dropout(start.model, end) for end in options.ends_of("dropout", share)):
         raise ConfigError(
             f"r_drop_weight: {weight:g} does nothing where {start.name} trains without dropout.",
             why="its own dropout is 0" if share is None else "--dropout is 0 by default",

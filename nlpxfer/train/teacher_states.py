@@ -43,6 +43,7 @@ class TeacherStates:
         teacher: Its model lies on its device.
         options: Batch size, precision and device.
         rows_of: From a tokenizer to the N rows that are trained on.
+        labelled: How many of them have labels; they are the first, and those that each row is compared with.
         folder: Folder of caches; default as in `pooled_features`.
 
     Attributes:
@@ -55,6 +56,7 @@ class TeacherStates:
         teacher: Checkpoint,
         options: RunOptions,
         rows_of: Callable[[PreTrainedTokenizerBase], TokenisedRows],
+        labelled: int,
         folder: str | None = None,
     ) -> None:
         self.teacher, self.options = teacher, options
@@ -62,7 +64,7 @@ class TeacherStates:
         self.others_KH: torch.Tensor | None = None
         if asked.similarity_weight:
             states_NH = sentence_states(teacher, rows_of(teacher.tokenizer), options, folder)
-            chosen = np.random.default_rng(0).permutation(len(states_NH))[:OTHER_ROWS]
+            chosen = np.random.default_rng(0).permutation(labelled)[:OTHER_ROWS]
             self.columns[TEACHER_STATES] = states_NH
             self.others_KH = torch.from_numpy(np.ascontiguousarray(states_NH[chosen])).to(options.device)
 

@@ -156,6 +156,13 @@ def steps_per_epoch(options: RunOptions, rows: int) -> int:
     return max(1, math.ceil(whole / options.gradient_accumulation_steps))
 
 
+def training_steps(options: RunOptions, rows: int) -> int:
+    """Optimizer steps of a whole training on as many rows, unless it stops early."""
+    if options.max_steps > 0:
+        return options.max_steps
+    return math.ceil(steps_per_epoch(options, rows) * options.num_train_epochs)
+
+
 def _check_delay(options: RunOptions, rows: int) -> None:
     """Refuse a first evaluation that comes after the last step: no weights would be the best, and none stop early.
 
