@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -441,9 +442,8 @@ def test_options_of_training(own, bert, tiny_data, tmp_path):
     torch.testing.assert_close(model(**inputs).logits, loaded.model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("option", [RECOMPUTE, "gradient_checkpointing"])
-def test_a_prefix_is_refused_where_states_are_computed_again(option, bert, tiny_data, tmp_path):
-    words = [*tiny_words(tiny_data, bert), "--adapter", "prefix", f"--{option}", "true"]
+def test_a_prefix_is_refused_where_states_are_computed_again(bert, tiny_data, tmp_path):
+    words = [*tiny_words(tiny_data, bert), "--adapter", "prefix", f"--{RECOMPUTE}", "true"]
     assert "drops the keys and values that prefix puts" in refused("adapters", tmp_path / "out", *words)
 
 
@@ -535,6 +535,15 @@ def test_what_is_pushed(lora, prompt):
         names = set(finished_files(run.folder / "adapter"))
         assert adapter | {"README.md", "report.json", "run.json", "tokenizer.json"} <= names
         assert not names & {"config.json", "model.safetensors"}
+
+
+def test_the_card_of_a_bundle_does_not_name_where_the_merged_model_is(bert, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("nlpxfer.result.push_folder", lambda *words, **options: SimpleNamespace(url="", commit=""))
+    monkeypatch.setattr("nlpxfer.start.check_push_request", lambda *words, **options: None)
+    words = [*tiny_words(tiny_data, bert, steps=1), "--control_arm", "false", "--adapter", "lora"]
+    run = finished("adapters", tmp_path / "out", *words, "--push_to_hub", "true", "--hub_model_id", "me/merged")
+    assert "me/merged" in (run.folder / "README.md").read_text()
+    assert 'load(".", base="FOLDER")' in (run.folder / "adapter" / "README.md").read_text()
 
 
 def test_a_damaged_bundle_is_not_pushed(lora, tmp_path):

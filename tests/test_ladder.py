@@ -468,9 +468,9 @@ def test_the_least_budget_is_one_that_can_be_climbed():
     run = SimpleNamespace(options=SimpleNamespace(max_steps=10))
     choices = [Choice(name=name, values={}) for name in ("a", "a, int8", "b", "c", "d")]
     assert least_steps(5, 4) == 4 * 3
-    check_search(run, TargetOptions(search=True, search_budget=1.2), choices)
+    check_search(run, TargetOptions(search=True, search_budget=1.2), choices, rows=240)
     with pytest.raises(ConfigError, match="11 steps are not enough for 5 students in 3 rungs") as raised:
-        check_search(run, TargetOptions(search=True, search_budget=1.1), choices)
+        check_search(run, TargetOptions(search=True, search_budget=1.1), choices, rows=240)
     assert "--search_budget 1.2" in str(raised.value)
     for steps, enough in ((12, True), (11, False)):
         a, *others = Curves(**dict.fromkeys("abcd", 0.1)).candidates()
