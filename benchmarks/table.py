@@ -320,7 +320,12 @@ def students_tables(found: Mapping[str, Any]) -> str:
             "one row",
         ]
         text += table(heads, rows) + "\n" if rows else ""
-    text += students_beside_others(found) + "\n"
+    others = [students_beside_others(found), students_speed(found), students_in_int8(found)]
+    return (text + "\n".join(part for part in others if part)).rstrip("\n") + "\n"
+
+
+def students_speed(found: Mapping[str, Any]) -> str:
+    """Rows per second of static students, with tokenising."""
     rows = []
     for name, item in found["summary"].items():
         for side, rate in (item["speed"] or {"rates": {}})["rates"].items():
@@ -328,8 +333,7 @@ def students_tables(found: Mapping[str, Any]) -> str:
             faster = DASH if ratio is None else times(ratio["median"])
             faster = verdict(item["static_speed"], times) if side == "static" else faster
             rows.append([name, side, f"{rate['rows_per_second']:.0f}", faster])
-    text += table(["data", "side", "rows per second", "of the teacher's"], rows)
-    return text + (f"\n{int8}" if (int8 := students_in_int8(found)) else "")
+    return table(["data", "side", "rows per second", "of the teacher's"], rows) if rows else ""
 
 
 def students_in_int8(found: Mapping[str, Any]) -> str:
