@@ -236,7 +236,8 @@ def losses_by_hand(task, student_folder, case):
                         (side[part][:, 8 * head : 8 * head + 8] for side in (parts, attended)))  # fmt: skip
                 divergence = (p.exp() * (p - q)).sum(1).mean()
                 terms["relation"] = terms["relation"] + 2 * divergence / 12 / len(inputs)
-        others = torch.stack([sentences[row], *(s for i, s in enumerate(sentences) if asked[i] != asked[row])])
+        known = sentences[: len(gold)]  # of training rows
+        others = torch.stack([sentences[row], *(s for i, s in enumerate(known) if asked[i] != asked[row])])
         mine, known = (
             torch.log_softmax(torch.cosine_similarity(state[None], others) / 0.1, 0)
             for state in (projections[2] @ states[-1][0], sentences[row])

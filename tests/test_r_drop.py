@@ -9,6 +9,8 @@ from recipe_runs import finished, refused, tiny_words
 from tiny import make_rows, write_csv
 
 from nlpxfer.checkpoint import load_classifier
+from nlpxfer.config import RunOptions
+from nlpxfer.config.label_loss import LabelLossOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import ConfigError
 from nlpxfer.losses import agreement_loss, binary_r_drop_loss, label_loss, r_drop_loss
@@ -137,12 +139,13 @@ def test_it_needs_dropout(tiny_data, tiny_checkpoint, tmp_path):
     assert "Try: --dropout 0.1" in told
 
 
-def test_it_needs_dropout_also_where_the_model_has_its_own(tiny_checkpoint):
+def test_it_needs_dropout_also_where_the_model_has_its_own(tiny_checkpoint, tmp_path):
+    options = RunOptions(output_dir=str(tmp_path), dropout=None, use_cpu=True, bf16=False)
     for own, fault in ((0.2, None), (0.0, "its own dropout is 0")):
         start = load_classifier(str(tiny_checkpoint("bert", dropout=own)), schema=SCHEMA)
         with pytest.raises(ConfigError, match=fault) if fault else contextlib.nullcontext():
-            check_r_drop(start, 1.0, None)
-            check_r_drop(start, 0.0, None)
+            check_r_drop(start, LabelLossOptions(r_drop_weight=1.0), options)
+            check_r_drop(start, LabelLossOptions(r_drop_weight=0.0), options)
 
 
 def test_with_an_adapter_dropout_of_either_serves(tiny_data, tiny_checkpoint, tmp_path):
