@@ -339,11 +339,16 @@ def begin(
         check_int8(student)
         arms += 3  # the room of its ONNX files, and of the copy that they are made from
     arms += len(plan.assistants) + plan.generations - 1 + len(plan.curve)
-    training = training_of(run, plan, source)
-    planned = [*before, Planned(student, training, taught_rows(run))]
-    if run.options.control_arm:  # as many steps of fewer rows: its evaluations come in time if those of the student do
-        planned.append(Planned(student, {**training, "eval_delay": 0}))
-    run.begin(*planned, arms=arms, asked=asked)
+    run.begin(*before, *with_control(run, student, training_of(run, plan, source)), arms=arms, asked=asked)
+
+
+def with_control(run: Run, student: Checkpoint, training: Mapping[str, Any]) -> list[Planned]:
+    """The training of a student, and that of its control if it has one: as many steps of the rows with labels.
+
+    As these are no more rows, the evaluations of the control come in time if those of the student do.
+    """
+    control = [Planned(student, {**training, "eval_delay": 0})] if run.options.control_arm else []
+    return [Planned(student, training, taught_rows(run)), *control]
 
 
 def ladder_of(run: Run, plan: DistillOptions, source: Checkpoint) -> list[Choice]:
@@ -386,11 +391,7 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
         return made | training(plan)
 
     methods_for(run, plan)[0].check(run.options)
-    student = build_of(plan)(run.seeds[0])
-    planned = [Planned(student, training(plan), taught_rows(run))]
-    if run.options.control_arm:
-        planned.append(Planned(student, {**training(plan), "eval_delay": 0}))
-    run.begin(*planned, arms=2)
+    run.begin(*with_control(run, build_of(plan)(run.seeds[0]), training(plan)), arms=2)
     plan = run.search("distilled", arm, plan)
     run.settle(**training(plan))
     student = run.train("distilled", **arm(plan))
