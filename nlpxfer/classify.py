@@ -36,7 +36,7 @@ from nlpxfer.data.stream import Row, RowReader, Window, refuse_taken, row_writer
 from nlpxfer.data.tokenise import TokenisedRows, check_windows, tokenise
 from nlpxfer.errors import ConfigError, DataError, LabelError, NotFiniteError
 from nlpxfer.evaluate.calibration import load_abstain_rule, load_temperature, load_thresholds, probabilities
-from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_and_right
+from nlpxfer.evaluate.selective import AbstainRule, answered_scores, best_answers, label_answers
 from nlpxfer.evaluate.task import label_f1s, task_metrics
 from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.strict_json import require_new
@@ -47,7 +47,7 @@ Array = np.ndarray[Any, Any]
 
 WINDOW = 8192
 """Rows that are sorted by length and answered together."""
-LABEL, PROBABILITY, ABSTAINED = "predicted_label", "probability", "abstained"
+LABEL, PROBABILITY, ABSTAINED, LABELS_ABSTAINED = "predicted_label", "probability", "abstained", "abstained_labels"
 LABELS, PROBABILITIES, NUMBER = "predicted_labels", "probabilities", "predicted_number"
 SEPARATOR = "|"
 """Between the labels of a multi-label row, in and out."""
@@ -196,7 +196,7 @@ class AnswerColumns:
     Args:
         schema: The kind of task, and the labels.
         thresholds_C: Multi-label: the probability above which a label is given.
-        min_probability: Rows below it abstain; for tasks with one class per row.
+        min_probability: What is below it is abstained from: rows, in multi-label tasks each label by itself.
         all_probabilities: A column for each label.
         label_separator: Between the labels of a multi-label row.
 
@@ -216,12 +216,8 @@ class AnswerColumns:
         self.schema, self.thresholds_C, self.separator = schema, thresholds_C, label_separator
         self.min_probability = min_probability
         kind, faults = self.schema.problem_type, []
-        if min_probability is not None and kind != SINGLE_LABEL:
-            fault = "min_probability: is for models that give one label to each row"
-            several = (
-                f"; here each label has a threshold of its own, and the column {PROBABILITIES} holds how sure it is"
-            )
-            faults.append(fault + several if kind == MULTI_LABEL else fault)
+        if min_probability is not None and kind == REGRESSION:
+            faults.append("min_probability: the model gives numbers")
         if all_probabilities and kind == REGRESSION:
             faults.append("all_probabilities: the model gives numbers")
         ambiguous = [name for name in self.schema.names if label_separator in name]
@@ -239,7 +235,7 @@ class AnswerColumns:
         }
         self.types = own[kind] | dict.fromkeys(self.each, float)
         if min_probability is not None:
-            self.types[ABSTAINED] = bool
+            self.types |= {LABELS_ABSTAINED: str} if kind == MULTI_LABEL else {ABSTAINED: bool}
 
     def row(self, shares_C: Array) -> dict[str, Any]:
         """The values for one row, from its calibrated probabilities; of a regression from its number, shape (1,)."""
@@ -257,10 +253,13 @@ class AnswerColumns:
 
     def _labels(self, shares_C: Array) -> dict[str, Any]:
         given = np.flatnonzero(shares_C > self.thresholds_C)
-        return {
-            LABELS: self.separator.join(self.schema.names[index] for index in given),
-            PROBABILITIES: self.separator.join(f"{shares_C[index]:.6f}" for index in given),
-        }
+        row = {LABELS: self._joined(given), PROBABILITIES: self.separator.join(f"{shares_C[i]:.6f}" for i in given)}
+        if self.min_probability is not None:
+            row[LABELS_ABSTAINED] = self._joined(given[shares_C[given] < self.min_probability])
+        return row
+
+    def _joined(self, labels: Array) -> str:
+        return self.separator.join(self.schema.names[index] for index in labels)
 
 
 def second_column(asked: str | None, source: str | Path, *models: Classifier) -> str | None:
@@ -334,7 +333,7 @@ class Predicted:
     Attributes:
         rows: Rows read and written.
         without_text: Rows whose text is missing or blank: they got no label.
-        abstained: Rows whose best probability is below the least.
+        abstained: Rows whose best probability is below the least; with several labels per row, that of one of them.
     """
 
     rows: int
@@ -366,8 +365,8 @@ def predict_file(
         output: Where the result goes; its ending names the format.
         text_column: Column with the text. Default: that of the training where the file has it, else "text".
         text_pair_column: Column with the second text, for tasks on pairs. Default: that of the training.
-        min_probability: Least probability of a label; below it, `abstained` is true and the label stays a guess.
-            Default: that of the classifier's own rule, if it has one.
+        min_probability: Least probability of a label; below it the label stays a guess: `abstained` is true, or of a
+            multi-label model `abstained_labels` holds it. Default: that of the classifier's own rule, if it has one.
         all_probabilities: Also a column `probability_<label>` per label.
         label_separator: Between the labels of a multi-label row. Default: that of the training, else "|".
         quiet: No progress bar.
@@ -394,7 +393,7 @@ def predict_file(
         numbers = classifier.schema.problem_type == REGRESSION
         for found_C in (classifier.logits if numbers else classifier.probabilities)(texts, pairs):
             answer = columns.row(found_C)
-            abstained += answer.get(ABSTAINED) is True
+            abstained += bool(answer.get(ABSTAINED) or answer.get(LABELS_ABSTAINED))
             yield answer
 
     texts_in = text_columns(text_column, text_pair_column, source, classifier)
@@ -460,7 +459,7 @@ def _least_probability(classifier: Classifier) -> float | None:
     if rule is None or rule.min_probability is not None:
         return None if rule is None else rule.min_probability
     logger.warning(
-        "all rows are abstained from: no threshold was found in training that gives answers of which %g are right; "
+        "all answers are abstained from: no threshold was found in training that gives answers of which %g are right; "
         "--min_probability overrides this",
         rule.precision,
     )
@@ -481,9 +480,9 @@ def evaluate_file(
 
     For a multi-label model also `with_thresholds`: micro-F1 and macro-F1 with the thresholds fitted on validation.
 
-    With a rule for abstaining also `answered`: its `min_probability`, and `rows`, `coverage` and `precision` of what
-    it answers. The columns are found as `predict_file` finds them, that of the labels and what is between several
-    likewise.
+    With a rule for abstaining also `answered`: its `min_probability`, and how many `answers` it gives (rows, or labels
+    of a multi-label model), their `coverage` and `precision`. The columns are found as `predict_file` finds them, that
+    of the labels and what is between several likewise.
 
     Raises:
         DataError: A row has no text or label, or cannot be read; or a column is missing.
@@ -498,14 +497,19 @@ def evaluate_file(
         logits.append(classifier.logits(texts, pairs))
     found_NC = np.concatenate(logits)
     scores: dict[str, Any] = {"rows": len(labels), **task_metrics(schema.problem_type, found_NC, schema.array(labels))}
+    if schema.problem_type == REGRESSION:
+        return scores
+    shares_NC, gold_N = probabilities(found_NC, classifier.temperature, schema.problem_type), schema.array(labels)
     if schema.problem_type == MULTI_LABEL:
-        given_NC = probabilities(found_NC, classifier.temperature, MULTI_LABEL) > classifier.thresholds_C
-        micro, macro = label_f1s(given_NC, schema.array(labels))
+        micro, macro = label_f1s(shares_NC > classifier.thresholds_C, gold_N)
         scores["with_thresholds"] = {"micro_f1": micro, "macro_f1": macro}
     if classifier.abstain is not None:
-        right = best_and_right(probabilities(found_NC, classifier.temperature), schema.array(labels))
+        if schema.problem_type == MULTI_LABEL:
+            answers = label_answers(shares_NC, gold_N, classifier.thresholds_C)
+        else:
+            answers = best_answers(shares_NC, gold_N)
         threshold = classifier.abstain.min_probability
-        scores["answered"] = {"min_probability": threshold, **answered_scores(classifier.abstain, *right)}
+        scores["answered"] = {"min_probability": threshold, **answered_scores(classifier.abstain, answers)}
     return scores
 
 

@@ -168,7 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--label_separator", metavar="S", help="between labels; default: as in training, else |")
         command.add_argument("--int8", action="store_true", help="take the int8 weights of an exported model")
     predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
-    abstain = "mark rows below it as abstained; default: the model's own, if it has one"
+    abstain = "mark rows or labels below it as abstained from; default: the model's own, if it has one"
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
     gold = f"column with the gold label; {_AS_IN_TRAINING} label"
@@ -312,6 +312,7 @@ def _classify(asked: argparse.Namespace) -> None:
     import json
 
     from nlpxfer.classify import Classifier, evaluate_file, is_quiet, predict_file
+    from nlpxfer.problem import MULTI_LABEL
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
     classifier = Classifier.load(
@@ -339,7 +340,8 @@ def _classify(asked: argparse.Namespace) -> None:
     sys.stdout.write(f"{asked.output_file}: {done.rows} rows")
     sys.stdout.write(f", {done.without_text} without a text" if done.without_text else "")
     asked_for = asked.min_probability is not None or classifier.abstain is not None
-    sys.stdout.write(f", {done.abstained} abstained\n" if asked_for else "\n")
+    what = "with labels abstained from" if classifier.schema.problem_type == MULTI_LABEL else "abstained"
+    sys.stdout.write(f", {done.abstained} {what}\n" if asked_for else "\n")
 
 
 def _merge(asked: argparse.Namespace) -> None:

@@ -33,7 +33,7 @@ from nlpxfer.evaluate.folds import OutOfFold
 from nlpxfer.evaluate.interval import bootstrap_interval
 from nlpxfer.evaluate.metrics import ClassScores, per_class_table, per_label_table
 from nlpxfer.evaluate.parity import parity
-from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_and_right, risk_coverage
+from nlpxfer.evaluate.selective import AbstainRule, abstain_checks, best_answers, label_answers, risk_coverage
 from nlpxfer.evaluate.task import label_f1s, row_scores
 from nlpxfer.hub import push_folder
 from nlpxfer.problem import GAIN, MULTI_LABEL, REGRESSION, SINGLE_LABEL
@@ -166,7 +166,7 @@ def _all_checks(run: Run, treated: Sequence[TrainedArm]) -> dict[str, Any]:
     if kind == SINGLE_LABEL:
         checks |= _selective_checks(run, treated[0], found.temperature)
     if kind == MULTI_LABEL:
-        checks["thresholds"] = _threshold_check(run, treated[0], found.temperature)
+        checks |= _threshold_checks(run, treated[0], found.temperature)
     return checks | run.checks
 
 
@@ -190,20 +190,24 @@ def int8_facts(run: Run, arm: TrainedArm, small_logits: Array, size: int) -> dic
 def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
     """How well probabilities tell right from wrong, and the rule for abstaining that was asked for."""
     answers = {
-        split: best_and_right(probabilities(logits, temperature), run.labels(split))
+        split: best_answers(probabilities(logits, temperature), run.labels(split))
         for split, logits in (("validation", arm.validation_logits), ("test", arm.test_logits))
     }
-    risks = {split: risk_coverage(*found) for split, found in answers.items()}
+    risks = {split: risk_coverage(found.sure_N, found.right_N) for split, found in answers.items()}
     return {"risk_coverage": risks, **abstain_checks(answers, run.options.abstain_precision)}
 
 
-def _threshold_check(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
-    """A threshold per label, fitted on the validation rows, and the test scores with them."""
-    shares = [probabilities(logits, temperature, MULTI_LABEL) for logits in (arm.validation_logits, arm.test_logits)]
-    thresholds_C = fit_thresholds(shares[0], run.labels("validation"))
-    micro, macro = label_f1s(shares[1] > thresholds_C, run.labels("test") > 0.5)
+def _threshold_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
+    """A threshold per label, fitted on the validation rows, and the test scores with them; the rule for abstaining."""
+    logits = {"validation": arm.validation_logits, "test": arm.test_logits}
+    shares = {split: probabilities(found, temperature, MULTI_LABEL) for split, found in logits.items()}
+    labels = {split: run.labels(split) > 0.5 for split in shares}
+    thresholds_C = fit_thresholds(shares["validation"], run.labels("validation"))
+    micro, macro = label_f1s(shares["test"] > thresholds_C, labels["test"])
     by_label = dict(zip(run.data.schema.names, thresholds_C.tolist(), strict=True))
-    return {"by_label": by_label, "test": {"micro_f1": micro, "macro_f1": macro}}
+    answers = {split: label_answers(found, labels[split], thresholds_C) for split, found in shares.items()}
+    found = {"by_label": by_label, "test": {"micro_f1": micro, "macro_f1": macro}}
+    return {"thresholds": found, **abstain_checks(answers, run.options.abstain_precision)}
 
 
 def _write(

@@ -187,7 +187,7 @@ def test_a_model_with_a_rule_abstains_by_itself(ruled, rows, tmp_path):
     right = shares.argmax(axis=1) == [SCHEMA.encode(row["label"]) for row in rows]
     assert answered == {
         "min_probability": least,
-        "rows": 15,
+        "answers": 15,
         "coverage": 0.3,
         "precision": pytest.approx(right[sure >= least].mean()),
     }
@@ -203,7 +203,7 @@ def test_a_model_that_cannot_keep_its_promise_abstains_from_all(ruled, rows, tmp
     assert "no threshold was found in training that gives answers of which 0.9 are right" in caplog.text
     assert predict_file(classifier, source, tmp_path / "other.csv", min_probability=0.01).abstained == 0
     answered = evaluate_file(classifier, source)["answered"]
-    assert answered == {"min_probability": None, "rows": 0, "coverage": 0.0, "precision": None}
+    assert answered == {"min_probability": None, "answers": 0, "coverage": 0.0, "precision": None}
 
 
 def test_a_model_without_a_rule_answers_all(classifier, rows, tmp_path):
@@ -385,6 +385,22 @@ def test_each_label_that_is_given_has_its_probability_beside_it(of_labels, tmp_p
     assert found == [("a + c", "0.900000 + 0.625000"), ("", ""), ("a", "0.000020"), ("", "")]
 
 
+def test_each_label_that_is_not_sure_enough_is_abstained_from(of_labels, tmp_path, capsys):
+    source = write_csv(tmp_path / "in.csv", [{"text": "x"}, {"text": ""}, {"text": "x"}, {"text": "x"}])
+    done = predict_file(of_labels, source, tmp_path / "out.csv", min_probability=0.7)
+    assert done.abstained == 2, "rows"
+    found = [(row["predicted_labels"], row["abstained_labels"]) for row in read(tmp_path / "out.csv")]
+    assert found == [("a|c", "c"), ("", ""), ("a", "a"), ("", "")]
+    rule = AbstainRule(precision=0.9, confidence=0.95, min_probability=0.62, coverage=0.5)
+    by_itself = replace(of_labels, abstain=rule)
+    assert predict_file(by_itself, source, tmp_path / "other.csv").abstained == 1
+    gold = [{"text": "x", "label": label} for label in ("a|b", "a", "")]
+    answered = evaluate_file(by_itself, write_csv(tmp_path / "gold.csv", gold))["answered"]
+    assert answered == {"min_probability": 0.62, "answers": 2, "coverage": 2 / 3, "precision": 0.5}
+    nothing = replace(rule, min_probability=None)
+    assert predict_file(replace(of_labels, abstain=nothing), source, tmp_path / "none.csv").abstained == 2
+
+
 def test_labels_are_parted_as_in_the_training(tiny_checkpoint, tmp_path):
     schema = LabelSchema(tuple(sorted(LABELS)), MULTI_LABEL)
     checkpoint = load_classifier(str(tiny_checkpoint("bert", layers=1)), schema=schema)
@@ -405,7 +421,6 @@ def test_labels_are_parted_as_in_the_training(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"min_probability": 0.5}, r"min_probability: .*one label.*threshold of its own.*column probabilities"),
         ({"label_separator": "."}, r"label_separator: '\.' may stand in a probability"),
         ({"label_separator": "0"}, r"label_separator: '0' may stand in a probability"),
         ({"label_separator": ""}, r"label_separator: it is empty"),

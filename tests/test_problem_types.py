@@ -490,7 +490,7 @@ def test_labels_are_smoothed_and_nothing_else_is_said(files, tiny_checkpoint, tm
 
 @pytest.mark.parametrize("family", ["bert", "gpt2"])
 def test_multi_label_from_file_to_answer(family, files, tiny_checkpoint, tmp_path):
-    words = words_for(files, tiny_checkpoint(family), *MULTI, *LEARN)
+    words = words_for(files, tiny_checkpoint(family), *MULTI, *LEARN, "--abstain_precision", "0.75")
     run = finished("finetune", tmp_path / "out", *words, "--save_predictions", "true")
     test = run.report["metrics"]["test"]
     assert set(METRICS[MULTI_LABEL]) <= set(test)
@@ -522,6 +522,9 @@ def test_multi_label_from_file_to_answer(family, files, tiny_checkpoint, tmp_pat
         labelled_rows = list(csv.DictReader(file))
     assert [row["text"] for row in labelled_rows] == [row["text"] for row in rows]
     cut = load_thresholds(run.folder, classifier.schema.names)
+    rule = run.report["checks"]["abstain"]
+    assert 0 < rule["test"]["coverage"] <= 1
+    assert rule["test"]["precision"] > 0.7
     for row in labelled_rows:
         over = [
             name
@@ -529,11 +532,14 @@ def test_multi_label_from_file_to_answer(family, files, tiny_checkpoint, tmp_pat
             if float(row[f"probability_{name}"]) > at
         ]
         assert row["predicted_labels"] == "|".join(over)
+        unsure = [name for name in over if float(row[f"probability_{name}"]) < rule["min_probability"] - 1e-6]
+        assert row["abstained_labels"] == "|".join(unsure)
         shares = [float(row[f"probability_{name}"]) for name in over]
         assert [float(share) for share in row["probabilities"].split("|") if share] == pytest.approx(shares)
     scores = evaluate_file(classifier, files["test"], label_column="labels")
     assert scores["micro_f1"] == pytest.approx(test["micro_f1"])
     assert scores["with_thresholds"]["micro_f1"] == pytest.approx(thresholds["test"]["micro_f1"])
+    assert scores["answered"] == pytest.approx({"min_probability": rule["min_probability"], **rule["test"]})
     lines = [json.loads(line) for line in (run.folder / "predictions" / "test.jsonl").read_text().splitlines()]
     assert [sorted(line["label"]) for line in lines] == [
         row["labels"].split("|") if row["labels"] else [] for row in rows
@@ -568,8 +574,8 @@ def test_numbers_from_file_to_answer(files, tiny_checkpoint, tmp_path):
     )
     one = pipeline("text-classification", model=str(run.folder))([rows[0]["text"]])[0]
     assert one["score"] == pytest.approx(float(rows[0]["predicted_number"]), abs=1e-4)
-    for options, fault in (({"min_probability": 0.5}, "one label"), ({"all_probabilities": True}, "gives numbers")):
-        with pytest.raises(ConfigError, match=fault):
+    for options in ({"min_probability": 0.5}, {"all_probabilities": True}):
+        with pytest.raises(ConfigError, match=f"{next(iter(options))}: the model gives numbers"):
             predict_file(classifier, files["test"], tmp_path / "more.csv", **options)
     with pytest.raises(ConfigError, match="no probabilities"):
         classifier.probabilities(["a text"])
@@ -631,6 +637,7 @@ def test_a_head_of_another_kind_is_not_kept(files, tiny_checkpoint, tmp_path):
     [
         ([*MULTI, "--logit_adjustment", "1"], "logit_adjustment: is for tasks with one class per row"),
         ([*NUMBERS, "--class_weights", "balanced"], "class_weights: means nothing for a regression"),
+        ([*NUMBERS, "--abstain_precision", "0.5"], "abstain_precision: is for tasks with labels"),
         ([*NUMBERS, "--linear_probe_size", "0.1"], "linear_probe_size: is for tasks with one label per row"),
         ([*NUMBERS, "--metric_for_best_model", "accuracy"], "has no accuracy"),
         ([*MULTI, "--metric_for_best_model", "spearman"], "has no spearman"),

@@ -34,12 +34,20 @@ if TYPE_CHECKING:
         cross_entropy,
         per_class_table,
     )
-    from nlpxfer.evaluate.selective import AbstainRule, find_rule, risk_coverage_area
+    from nlpxfer.evaluate.selective import (
+        AbstainRule,
+        Answers,
+        best_answers,
+        find_rule,
+        label_answers,
+        risk_coverage_area,
+    )
 
 __all__ = [
     "AbstainRule",
     "Accuracy",
     "AlternatingRates",
+    "Answers",
     "ClassScores",
     "Cost",
     "Gain",
@@ -53,6 +61,7 @@ __all__ = [
     "Stopwatch",
     "TfidfArm",
     "alternate_rates",
+    "best_answers",
     "bootstrap_interval",
     "classification_metrics",
     "cross_entropy",
@@ -61,6 +70,7 @@ __all__ = [
     "find_rule",
     "gemm_peak_flops",
     "inference_run",
+    "label_answers",
     "majority",
     "mean_and_spread",
     "measure_rate",
@@ -76,7 +86,7 @@ __all__ = [
 
 _MODULE_NAMES = {
     "label_errors": ("LabelErrors", "find_label_errors"),
-    "selective": ("AbstainRule", "find_rule", "risk_coverage_area"),
+    "selective": ("AbstainRule", "Answers", "best_answers", "find_rule", "label_answers", "risk_coverage_area"),
     "baselines": ("TfidfArm", "majority", "tfidf_arm"),
     "interval": ("Gain", "Interval", "Spread", "bootstrap_interval", "mean_and_spread", "paired_gain"),
     "metrics": (
