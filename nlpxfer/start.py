@@ -21,7 +21,7 @@ from nlpxfer.data.load import DataRequest, load_data
 from nlpxfer.errors import ConfigError, ResumeError
 from nlpxfer.evaluate.selective import refuse_unprovable
 from nlpxfer.hub import check_push_request
-from nlpxfer.problem import BEST, METRICS, SINGLE_LABEL, ProblemType
+from nlpxfer.problem import BEST, METRICS, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import REPORT_FILE
 from nlpxfer.run import Run
 from nlpxfer.train.launch import check_process_count, from_main, is_main_process, use_threads, wait_for_everyone
@@ -41,7 +41,6 @@ def start_run(
     data_options: DataOptions,
     options: RunOptions,
     *others: Any,  # noqa: ANN401
-    folds: bool = False,
     searches: bool = False,
 ) -> Iterator[Run]:
     """Check everything that can be checked before the work starts, then load the data.
@@ -51,22 +50,19 @@ def start_run(
         data_options: Where the rows come from.
         options: How to train.
         others: Further option dataclasses, for run.json; that with `unlabelled_file` says which texts have no labels.
-        folds: Whether the recipe trains on folds; without it `num_folds` is refused.
         searches: Whether the recipe calls `Run.search`; options given as ranges are refused otherwise.
 
     Raises:
         LaunchError: Fewer processes run than were asked for.
         OutputExistsError: The output folder is in use, or holds what the run reads.
         ResumeError: The run to resume is finished.
-        ConfigError: `report_to` or a search needs what is not installed; `num_folds` or a search is not for this
-            recipe, or folds not for these rows; the validation rows cannot show `abstain_precision`; or an option is
+        ConfigError: `report_to` or a search needs what is not installed; a search is not for this recipe, or folds not
+            for these rows; the validation rows cannot show `abstain_precision`; or an option is
             not for this kind of task.
         PushError: A later push could not work.
         DataError, LabelError: The data cannot be used.
     """
     started = time.perf_counter()
-    if options.num_folds and not folds:
-        raise ConfigError(f"num_folds: {recipe} does not train on folds.", fix="recipes/finetune.py with --num_folds")
     if options.num_folds and data_options.augmentation:
         raise ConfigError("num_folds: edited copies of a held-out row would be learnt from; leave augmentation out.")
     gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
@@ -129,10 +125,11 @@ def _inputs(config: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _refuse_for_other_tasks(options: RunOptions, problem_type: ProblemType) -> None:
-    names = "abstain_precision", "linear_probe_size"
-    asked = [name for name in names if getattr(options, name) or name in options.ranges]
-    if asked and problem_type != SINGLE_LABEL:
-        raise ConfigError.from_faults([f"{name}: is for tasks with one label per row" for name in asked])
+    if options.abstain_precision is not None and problem_type == REGRESSION:
+        raise ConfigError("abstain_precision: is for tasks with labels; a number has no probability")
+    name = "linear_probe_size"
+    if (getattr(options, name) or name in options.ranges) and problem_type != SINGLE_LABEL:
+        raise ConfigError(f"{name}: is for tasks with one label per row")
 
 
 def _choose_metric(options: RunOptions, problem_type: ProblemType) -> None:

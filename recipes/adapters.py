@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     prepare(plan, options)
     name = plan.model_name_or_path
 
-    with start_run("adapters", data_options, options, plan, folds=True, searches=True) as run:
+    with start_run("adapters", data_options, options, plan, searches=True) as run:
 
         def build(seed: int, bits: Bits | None = None) -> Checkpoint:
             revision = plan.model_revision

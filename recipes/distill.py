@@ -154,9 +154,18 @@ class DistillOptions(TeacherOptions, StudentOptions, TargetOptions, StatesPlan, 
         return self.model_name_or_path or (None if self.teacher_names else DEFAULT_MODEL)
 
 
+@dataclass(kw_only=True)
+class StudentRunOptions(RunOptions):
+    """What of a training run's options applies."""
+
+    without_effect: ClassVar = {
+        "num_folds": "the teacher has seen the rows held out; recipes/finetune.py finds labels that look wrong"
+    }
+
+
 def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
-    data_options, plan, options = parse((DataOptions, DistillOptions, RunOptions), argv)
+    data_options, plan, options = parse((DataOptions, DistillOptions, StudentRunOptions), argv)
 
     with start_run("distill", data_options, options, plan, searches=True) as run:
         if run.problem_type == REGRESSION and (

@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     """Run the recipe; see `--help` for its options."""
     data_options, options = parse((DataOptions, FeatureOptions), argv)
     name, revision, classifier = options.model_name_or_path, options.model_revision, options.classifier
-    with start_run("features", data_options, options, folds=True) as run:
+    with start_run("features", data_options, options) as run:
         smoothing = options.label_smoothing_factor
         method = FeatureBased(problem_type=run.problem_type, classifier=classifier, label_smoothing=smoothing)
 

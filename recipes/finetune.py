@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
     data_options, model_options, options = parse((DataOptions, FineTuneOptions, RunOptions), argv)
     name = model_options.model_name_or_path
 
-    with start_run("finetune", data_options, options, model_options, folds=True, searches=True) as run:
+    with start_run("finetune", data_options, options, model_options, searches=True) as run:
 
         def build(seed: int) -> Checkpoint:
             return load_classifier(name, schema=run.data.schema, seed=seed, revision=model_options.model_revision)

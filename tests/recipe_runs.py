@@ -22,8 +22,9 @@ def option_classes(key):
     module = load_recipe(key)
     own = [value for value in vars(module).values() if is_dataclass(value) and value.__module__ == module.__name__]
     own = [cls for cls in own if cls.__name__.endswith("Options")]
-    assert len(own) == 1
-    return (DataOptions, *own) if issubclass(own[0], RunOptions) else (DataOptions, *own, RunOptions)
+    runs = [cls for cls in own if issubclass(cls, RunOptions)] or [RunOptions]
+    assert len(runs) == 1
+    return DataOptions, *(cls for cls in own if cls not in runs), *runs
 
 
 @dataclass(frozen=True)
