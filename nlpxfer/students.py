@@ -24,7 +24,6 @@ from nlpxfer.run import Run
 from nlpxfer.train.layer_probe import LayerChoice, probe_layers
 from nlpxfer.train.linear_probe import sample_batches
 from nlpxfer.train.static_start import StaticPlan, refuse_wide, static_student, token_counts, token_states
-from nlpxfer.train.trainer import training_steps
 from nlpxfer.train.width_scores import parts_by_activation
 
 STATIC_DIM: Final = 256
@@ -96,7 +95,7 @@ def whole_training(run: Run, rows: int | None = None) -> int:
         run: Its options and data.
         rows: That it learns from. Default: all that may be taught, as if the teachers answered each.
     """
-    return training_steps(run.options, taught_rows(run) if rows is None else rows)
+    return run.options.training_steps(taught_rows(run) if rows is None else rows)
 
 
 def taught_rows(run: Run) -> int:

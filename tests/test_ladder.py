@@ -12,6 +12,7 @@ from recipe_runs import call, finished, refused, tiny_words
 from safetensors.torch import load_file, save_file
 
 from nlpxfer.checkpoint.save import check_output_folder
+from nlpxfer.config import RunOptions
 from nlpxfer.config.targets import TargetOptions
 from nlpxfer.errors import ConfigError, DataError, NotFiniteError, TargetMissedError
 from nlpxfer.report.ladder import Measured, ladder_table, write_ladder
@@ -465,7 +466,7 @@ def test_a_teacher_without_a_score_to_keep_is_refused_before_anything_is_timed(
 
 
 def test_the_least_budget_is_one_that_can_be_climbed():
-    run = SimpleNamespace(options=SimpleNamespace(max_steps=10))
+    run = SimpleNamespace(options=RunOptions(max_steps=10))
     choices = [Choice(name=name, values={}) for name in ("a", "a, int8", "b", "c", "d")]
     assert least_steps(5, 4) == 4 * 3
     check_search(run, TargetOptions(search=True, search_budget=1.2), choices, rows=240)

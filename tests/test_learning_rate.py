@@ -52,6 +52,8 @@ def test_how_large_a_probe_starts(given, problem_type, size):
     [
         ({"num_train_epochs": 2.0}, 30 * 32, True),
         ({"num_train_epochs": 2.0}, 29 * 32, False),
+        ({"num_train_epochs": 2.0}, 29 * 32 + 1, True),
+        ({"num_train_epochs": 2.0, "dataloader_drop_last": True}, 29 * 32 + 1, False),
         ({"num_train_epochs": 2.0, "gradient_accumulation_steps": 2}, 30 * 32, False),
         ({"max_steps": 59}, 10_000, False),
         ({"max_steps": 60}, 10, True),

@@ -345,10 +345,22 @@ class RunOptions(TrainingArguments):
         """
         if self.linear_probe_size is not None:
             return self.linear_probe_size
-        step = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-        steps = self.max_steps if self.max_steps > 0 else math.ceil(rows / step) * self.num_train_epochs
-        small = problem_type == SINGLE_LABEL and self.num_trained_layers != 0 and steps >= STEPS_FOR_SMALL_HEAD
+        enough = self.training_steps(rows) >= STEPS_FOR_SMALL_HEAD
+        small = problem_type == SINGLE_LABEL and self.num_trained_layers != 0 and enough
         return DEFAULT_HEAD_SIZE if small else 0.0
+
+    def steps_per_epoch(self, rows: int) -> int:
+        """Optimizer steps of one epoch over as many rows, over all processes, as `Trainer` counts them."""
+        processes: int = self.world_size
+        batches = rows / (self.per_device_train_batch_size * processes)
+        whole = math.floor(batches) if self.dataloader_drop_last else math.ceil(batches)
+        return max(1, math.ceil(whole / self.gradient_accumulation_steps))
+
+    def training_steps(self, rows: int) -> int:
+        """Optimizer steps of a whole training on as many rows, unless it stops early."""
+        if self.max_steps > 0:
+            return self.max_steps
+        return math.ceil(self.steps_per_epoch(rows) * self.num_train_epochs)
 
     def ends_of(self, name: str, value: Any) -> tuple[Any, ...]:  # noqa: ANN401 - of any option
         """The values between which those of an option lie: the ends of its range if it is searched, else its value."""

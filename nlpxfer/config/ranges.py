@@ -125,7 +125,7 @@ def _why_fixed(cls: type, key: str, kinds: set[Any]) -> str:
     if issubclass(cls, DataOptions):
         return "all trials must see the same rows, cut alike"
     if issubclass(cls, RunOptions):
-        own = key in cls.__dict__["__annotations__"]
+        own = key in RunOptions.__dict__["__annotations__"]
         if key in FIXED_OPTIONS or (not own and key not in SEARCHED_ARGUMENTS):
             return "trials must not differ in it"
     reasons: Mapping[str, str] = getattr(cls, "NOT_SEARCHED", {})

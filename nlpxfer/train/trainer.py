@@ -149,20 +149,6 @@ def check_training(model: PreTrainedModel, options: RunOptions, rows: int) -> No
         )
 
 
-def steps_per_epoch(options: RunOptions, rows: int) -> int:
-    """Optimizer steps of one epoch over as many rows, over all processes, as `Trainer` counts them."""
-    batches = rows / (options.per_device_train_batch_size * world()[1])
-    whole = math.floor(batches) if options.dataloader_drop_last else math.ceil(batches)
-    return max(1, math.ceil(whole / options.gradient_accumulation_steps))
-
-
-def training_steps(options: RunOptions, rows: int) -> int:
-    """Optimizer steps of a whole training on as many rows, unless it stops early."""
-    if options.max_steps > 0:
-        return options.max_steps
-    return math.ceil(steps_per_epoch(options, rows) * options.num_train_epochs)
-
-
 def _check_delay(options: RunOptions, rows: int) -> None:
     """Refuse a first evaluation that comes after the last step: no weights would be the best, and none stop early.
 
@@ -172,7 +158,7 @@ def _check_delay(options: RunOptions, rows: int) -> None:
     keeps = options.load_best_model_at_end or options.early_stopping_patience
     if not options.eval_delay or not keeps or options.eval_strategy == "no":
         return
-    each = steps_per_epoch(options, rows)
+    each = options.steps_per_epoch(rows)
     epochs = options.max_steps / each if options.max_steps > 0 else options.num_train_epochs
     end = epochs * each if options.eval_strategy == "steps" else epochs
     if options.eval_delay > end:
