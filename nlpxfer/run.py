@@ -307,7 +307,14 @@ class Run:
         smoothing = self.options.label_smoothing_factor
         return finetune_method(plan, self.labels("train"), len(self.data.schema), self.problem_type, smoothing)
 
-    def search(self, name: str, arm_of: Callable[[Plan], Mapping[str, Any]], plan: Plan) -> Plan:
+    def search(
+        self,
+        name: str,
+        arm_of: Callable[[Plan], Mapping[str, Any]],
+        plan: Plan,
+        *,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> Plan:
         """Search the options that are given as ranges, by trials of an arm; the best hold for the rest of the run.
 
         Trials are trained with the first seed and scored on the validation rows. Without ranges nothing happens.
@@ -317,6 +324,7 @@ class Run:
             arm_of: From the recipe's own options to the arguments of `train` for this arm: `build`, `method`, `split`,
                 `facts`, `sampling`, and options that differ. `self.options` are then those of the trial.
             plan: The recipe's own options.
+            defaults: What of these without a value stands for; the first trial gets it where it lies in the range.
 
         Returns:
             The recipe's own options with the best values; `self.options` and `self.config` have theirs too.
@@ -332,12 +340,10 @@ class Run:
         fixed = {key: value for key, value in self.facts().items() if key not in ranges}
         drawn = {f"range of {key}": found.plain() for key, found in ranges.items()}
         first = arm_of(plan)
-        for option in ("learning_rate", "linear_probe_size"):
-            if option in ranges and option in first:  # the first trial has what it would be without the range
-                setattr(options, option, first[option])
+        of_training = {key: first[key] for key in ("learning_rate", "linear_probe_size") if key in first}
         parents = first.get("facts") or {}
         search = Search(
-            SearchPlan.of(options, plan),
+            SearchPlan.of(options, plan, {**of_training, **(defaults or {})}),
             self.folder / "checkpoints" / "search",
             identity=RunIdentity({**fixed, **drawn, **parents, "arm": name}, topology(options)),
             resume=options.resume,
@@ -346,6 +352,7 @@ class Run:
 
         def trial(values: Mapping[str, Any]) -> TrialArm:
             self.options, tried = with_values(options, plan, values)
+            self.options.ranges = {}
             return self.trial_arm(arm_of(tried), {key: plain_value(value) for key, value in values.items()})
 
         try:

@@ -143,6 +143,25 @@ def student_of(run: Run, plan: StudentOptions, source: Checkpoint, *, like: Chec
     return build
 
 
+def defaults_of(run: Run, source: Checkpoint) -> dict[str, Any]:
+    """What options of a student without a value stand for, of those that a search may vary.
+
+    Args:
+        run: Its options.
+        source: What the student is cut from, or its token vectors taken.
+    """
+    return {"student_num_layers": half(layer_count(run, source)), "static_dim": _static_dim(source)}
+
+
+def half(layers: int) -> int:
+    """Of so many layers those that a student keeps where no number is given."""
+    return max(1, layers // 2)
+
+
+def _static_dim(source: Checkpoint) -> int:
+    return min(STATIC_DIM, int(source.model.config.hidden_size))
+
+
 def layer_count(run: Run, source: Checkpoint) -> int:
     """How many layers of `source` a student can keep: not the one that computes a mean, if it gets one of its own."""
     mean = wants_mean(source, run.options.pooling) and has_mean_layer(source.model)
@@ -159,7 +178,7 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
             fix="--student_name_or_path with a checkpoint",
         )
     if count is None and plan.student_layers in (BOTTOM, EVEN, PROBE):
-        count = max(1, total // 2)
+        count = half(total)
     if plan.student_layers != PROBE or count is None:
         return parse_layers(plan.student_layers, total, count)
     number = count
@@ -202,7 +221,7 @@ def kept_parts(run: Run, plan: StudentOptions, source: Checkpoint, layers: Seque
 
 def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
     """How to make an untrained static student from the token states of `source`, computed once."""
-    dim = plan.static_dim or min(STATIC_DIM, int(source.model.config.hidden_size))
+    dim = plan.static_dim or _static_dim(source)
     shape = StaticPlan(
         dim=dim,
         hidden_layer=plan.static_hidden_layer,

@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         facts = {"model": parent["weights"]}
 
         def arm(plan: AdapterOptions) -> dict[str, Any]:
-            if plan.full_arm or not any(options.ends_of("adapter_dropout", plan.adapter_dropout)):
+            if plan.full_arm or not any(run.options.ends_of("adapter_dropout", plan.adapter_dropout)):
                 check_r_drop(start, plan, run.options)
             made: dict[str, Any] = {"build": lambda seed: build(seed, plan.bits), "facts": facts}
             made |= {"method": plan.method(run.label_method(plan)), "sampling": plan.sampling}
@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> Report:
         refuse_ends(run, plan, run.label_method)
         sample = tried(start, arm(plan)["method"], options)
         run.begin(Planned(sample, start_of_training(run, plan, start)), arms=2 if plan.full_arm else 1)
-        plan = run.search("adapter", arm, plan)
+        plan = run.search("adapter", arm, plan, defaults=plan.method().defaults)
         run.settle(**start_of_training(run, plan, start))
         trained = run.train("adapter", **arm(plan))
         run.cross_validate(**arm(plan))

@@ -45,6 +45,7 @@ from nlpxfer.smallest import Choice, check_search, find_smallest, rungs
 from nlpxfer.start import start_run
 from nlpxfer.students import (
     Build,
+    defaults_of,
     kind_of,
     layer_count,
     note_layers,
@@ -208,7 +209,8 @@ def main(argv: Sequence[str] | None = None) -> Report:
             method = replace(made["method"], teacher_labels=run.data.schema.names, states=states.guide(plan))
             return made | {"method": method}
 
-        plan = run.search("distilled", arm, try_layers(run, plan, source, arm, rows.taught))
+        plan, defaults = try_layers(run, plan, source, arm, rows.taught), defaults_of(run, source)
+        plan = run.search("distilled", arm, plan, defaults={"kd_weight": plan.share_of_teacher, **defaults})
         alone_there = panel.models.get("teacher")  # of several teachers none is the teacher alone
         plan = find_smallest(run, plan, ladder_of(run, plan, source), arm, alone_there, Int8Maker(run), rows.taught)
         note_layers(run, plan, source)
@@ -401,7 +403,8 @@ def distil_itself(run: Run, plan: DistillOptions) -> Report:
 
     methods_for(run, plan)[0].check(run.options)
     run.begin(*with_control(run, build_of(plan)(run.seeds[0]), training(plan)), arms=2)
-    plan = run.search("distilled", arm, plan)
+    whole = {"student_num_layers": layer_count(run, source), "kd_weight": plan.share_of_teacher}
+    plan = run.search("distilled", arm, plan, defaults=whole)
     run.settle(**training(plan))
     student = run.train("distilled", **arm(plan))
     arms = [run.arm(student, f"{shown}, taught by the moving average of its weights"), run.majority_arm()]

@@ -150,9 +150,62 @@ def test_a_bad_range_is_refused(option, fault):
     assert len(found) == 1 + ("low: a" in option)
 
 
-def test_kinds_of_adapters_are_not_searched(config):
-    with pytest.raises(ConfigError, match="adapter: it cannot be a range: each kind has options of its own"):
-        parse(option_classes("adapters"), [config("adapter: {choices: [lora, dora]}\nnum_trials: 2")])
+FIXED = {
+    "adapter: {choices: [lora, dora]}": ("adapters", "each kind has options of its own"),
+    "adapter_target_modules: {choices: [query, value]}": ("adapters", "its value is a list"),
+    "search: {choices: [true, false]}": ("distill", "it is another search"),
+    "disagreements: {choices: [true, false]}": ("distill", "it does not change what is learnt"),
+}
+
+
+@pytest.mark.parametrize("line", FIXED)
+def test_what_no_trial_can_vary_is_refused(line, config):
+    recipe, reason = FIXED[line]
+    with pytest.raises(ConfigError, match=f"{line.partition(':')[0]}: it cannot be a range: {reason}"):
+        parse(option_classes(recipe), [config(f"{line}\nnum_trials: 2")])
+
+
+DETAILS = {
+    "a number": ["--relation_weight", "{low: 0.1, high: 1}", "--relation_layer", "1"],
+    "a word": ["--similarity_weight", "{low: 0.1, high: 1}", "--similarity_loss", "relational"],
+    "pairs": ["--hidden_weight", "{choices: [0.5, 1.0]}", "--hidden_layers", "0:1"],
+    "two": ["--hidden_weight", "{choices: [0.5, 1.0]}", "--hidden_layers", "0:1", "--relation_layer", "1",
+            "--relation_weight", "{choices: [2.0, 1.0]}"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DETAILS)
+def test_a_weight_that_is_searched_has_details_of_its_own(case):
+    words = [*DETAILS[case], "--num_trials", "2"]
+    _, plan, options = parse(option_classes("distill"), words)
+    assert all(getattr(plan, name) in found for name, found in options.ranges.items())
+    wrong = [word.replace("0.1", "0").replace("0.5", "0.0") for word in words]
+    with pytest.raises(ConfigError, match="does nothing without"):
+        parse(option_classes("distill"), wrong)
+
+
+IDLE = {
+    "distill --static_dim={low: 64, high: 256}": "static_dim: has no effect without --student static",
+    "distill --static_num_train_epochs={low: 1, high: 5}":
+        "static_num_train_epochs: has no effect without --student static",
+    "finetune --linear_probe=false --linear_probe_size={low: 0, high: 1}":
+        "linear_probe_size: has no effect without --linear_probe true",
+    "finetune --linear_probe={choices: [true, false]} --linear_probe_size={low: 0, high: 1}": None,
+    "distill --student=static --static_dim={low: 64, high: 256}": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("line", IDLE)
+def test_a_range_waits_for_a_switch_as_a_value_does(line, config):
+    recipe, *others, searched = line.split(" --")
+    types, others = option_classes(recipe), [f"--{word}" for word in others]
+    file = config(searched.replace("=", ": ", 1))
+    for words in ([*others, f"--{searched}"], [file, *others]):
+        words += ["--num_trials", "2"]
+        if IDLE[line] is None:
+            assert searched.partition("=")[0] in ranges_of(*words, types=types)
+        else:
+            assert IDLE[line] in faults_of(*words, types=types)[0]
 
 
 def test_all_faults_are_told_at_once_and_where_they_stand(config):

@@ -184,6 +184,10 @@ def test_what_means_nothing_is_absent():
     found = retained([model], model, Gold(REGRESSION, ("score",), numbers, numbers))
     assert set(found) == {"score", "mean_absolute_error", "agreement"}
     assert found["score"]["value"] == 1.0
+    constant = Answers(np.full((40, 1), 0.5), np.full((40, 1), 0.5))
+    for seeds in ([model, constant], [constant, model]):
+        agreed = retained(seeds, model, Gold(REGRESSION, ("score",), numbers, numbers))["agreement"]
+        assert set(agreed) == {"mean_absolute_difference"}, "no correlation of all seeds"
     single = retained(
         [Answers(hot([0, 1]), hot([0, 1]))],
         Answers(hot([0, 1]), hot([0, 0])),

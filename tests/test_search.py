@@ -11,6 +11,7 @@ import torch
 from processes import run as run_program
 from processes import torchrun
 from recipe_runs import QUICK, call, files, finished, refused
+from tiny import LAYERS
 
 from nlpxfer.checkpoint.own_files import foreign_paths
 from nlpxfer.config import DataOptions, RunOptions, parse
@@ -190,6 +191,17 @@ def test_what_fits_the_range_is_not_refused_for_the_default(case, words, tmp_pat
     assert {trial["state"] for trial in run.report["search"]["trials"]} == {"complete"}
 
 
+@pytest.mark.parametrize("recipe", ["finetune", "adapters"])
+def test_a_trial_is_judged_by_its_own_values(recipe, words, tmp_path):
+    """Without dropout the two passes of R-Drop do not differ: such a trial fails, and cannot win."""
+    both = {"r_drop_weight": "{choices: [0.5, 1.0]}", "dropout": "{choices: [0.0, 0.1]}", "num_trials": "4"}
+    run = finished(recipe, tmp_path / "out", *words(**{**ONE_EPOCH, "learning_rate": "0.001", **both}))
+    trials = run.report["search"]["trials"]
+    assert len({tuple(trial["options"].values()) for trial in trials}) == 4
+    assert all((trial["state"] == "failed") == (trial["options"]["dropout"] == 0) for trial in trials)
+    assert run.run["config"]["dropout"] == 0.1
+
+
 def test_what_fits_no_value_of_a_range_is_refused_at_once(words, tmp_path):
     cases = {
         "r_drop_weight: 1 does nothing where": {"r_drop_weight": "{low: 0.0, high: 1.0}"},
@@ -263,10 +275,12 @@ def test_a_score_at_the_end_where_none_is_taken_on_the_way(words, tmp_path):
 def test_distill_searches_for_the_student(words, tmp_path, monkeypatch):
     monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
     student = {"student_num_layers": "{low: 1, high: 3}", "temperature": "{low: 1, high: 4}", "control_arm": "true"}
-    run = finished("distill", tmp_path / "out", *words(**ONE_EPOCH, **student))
+    run = finished("distill", tmp_path / "out", *words(**ONE_EPOCH, **student, kd_weight="{low: 0.1, high: 1}"))
     search = run.report["search"]
-    assert list(search["ranges"]) == ["student_num_layers", "temperature", "learning_rate"]
-    assert search["trials"][0]["options"]["learning_rate"] == 3e-4, "that of a student of its width"
+    assert list(search["ranges"]) == ["student_num_layers", "temperature", "kd_weight", "learning_rate"]
+    assert search["trials"][0]["options"] == {
+        "student_num_layers": LAYERS // 2, "temperature": 2, "kd_weight": 0.9, "learning_rate": 3e-4
+    }, "the defaults, of the learning rate that for its width"  # fmt: skip
     best = search["best"]["options"]
     assert json.loads((run.folder / "config.json").read_text())["num_hidden_layers"] == best["student_num_layers"]
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
@@ -276,11 +290,13 @@ def test_distill_searches_for_the_student(words, tmp_path, monkeypatch):
 
 
 def test_adapters_search_from_the_defaults_of_their_kind(words, tmp_path):
-    plan = words(**ONE_EPOCH, adapter_rank="{choices: [2, 4]}")
-    run = finished("adapters", tmp_path / "out", *plan)
+    own = {"adapter_rank": "{choices: [2, 4, 8]}", "adapter_alpha": "{low: 1, high: 64}"}
+    run = finished("adapters", tmp_path / "out", *words(**ONE_EPOCH, **own, adapter_dropout="{low: 0, high: 0.5}"))
     first, second = run.report["search"]["trials"]
-    assert first["options"]["learning_rate"] == 1e-3, "LoRA's own"
-    assert {first["options"]["adapter_rank"], second["options"]["adapter_rank"]} <= {2, 4}
+    assert first["options"] == {
+        "learning_rate": 1e-3, "adapter_rank": 8, "adapter_alpha": 16, "adapter_dropout": 0
+    }, "LoRA's own"  # fmt: skip
+    assert second["options"]["adapter_rank"] in (2, 4, 8)
     config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())
     best = run.report["search"]["best"]
     assert config["r"] == best["options"]["adapter_rank"] == run.run["config"]["adapter_rank"]

@@ -15,7 +15,16 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 from transformers import HfArgumentParser
 
 from nlpxfer.config.options import ANY_VALUE, REFUSED_OPTIONS
-from nlpxfer.config.ranges import Range, as_converted, attach, end_faults, read_range, search_faults
+from nlpxfer.config.ranges import (
+    Range,
+    as_converted,
+    attach,
+    end_faults,
+    faults_of,
+    read_range,
+    search_faults,
+    stand_ins,
+)
 from nlpxfer.config.yaml_file import Given, Parts, read_yaml, written_parts
 from nlpxfer.errors import ConfigError, nearest
 
@@ -37,7 +46,7 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
 
     Returns:
         One instance of each type, in the order given. `RunOptions` holds the ranges; an option with a range has its
-        default.
+        default, or an end of the range where only that fits the values of others.
 
     Raises:
         ConfigError: Unknown, misspelt, doubled or ill-typed options, options without effect, and values outside their
@@ -195,13 +204,11 @@ def _build(
         names = {f.name for f in dataclasses.fields(cls) if f.init}
         values = {key: value for key, value in parsed.items() if key in names}
         mine = {key: found for key, found in ranges.items() if key in names}
-        own: list[str] = []
-        try:
+        values |= stand_ins(cls, values, mine)
+        own = [*faults_of(cls, values)]
+        if not own:
             built.append(cls(**values))
-        except (ValueError, TypeError) as error:
-            own += (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
-        else:
-            faults += _without_effect(built[-1], parsed, given)
+            faults += _without_effect(built[-1], parsed, mine, given)
         own += end_faults(cls, values, mine, own)
         converted |= {} if own else dict(as_converted(cls, values, mine))
         faults += own
@@ -214,17 +221,23 @@ def _build(
     return tuple(built)
 
 
-def _without_effect(options: object, parsed: Mapping[str, Any], given: Mapping[str, Given]) -> list[str]:
-    """Options that wait for a switch, save lines of a file that repeat a default or whose switch was turned off."""
+def _without_effect(
+    options: object, parsed: Mapping[str, Any], ranges: Mapping[str, Range], given: Mapping[str, Given]
+) -> list[str]:
+    """Options that wait for a switch, save lines of a file that repeat a default or whose switch was turned off.
+
+    A range is never such a line: its values would be tried, and all alike.
+    """
     faults = []
     defaults = {f.name: f.default for f in dataclasses.fields(options)}  # type: ignore[arg-type]  # a dataclass
     for key, (switch, wanted) in getattr(options, "needed_switches", {}).items():
-        if parsed.get(key) is None:
+        if parsed.get(key) is None and key not in ranges:
             continue
-        value = getattr(options, switch)
+        values = ranges[switch].ends if switch in ranges else (getattr(options, switch),)
+        on = any(value == wanted if wanted is not None else value for value in values)
         turned_off = switch in given and not given[switch].where
-        harmless = given[key].where and (turned_off or parsed[key] == defaults[key])
-        if not harmless and (value != wanted if wanted is not None else not value):
+        harmless = given[key].where and key not in ranges and (turned_off or parsed[key] == defaults[key])
+        if not harmless and not on:
             shown = ANY_VALUE[switch] if wanted is None else str(wanted).lower()
             faults.append(f"{key}: has no effect without --{switch} {shown}{given[key].where}")
     return faults

@@ -131,6 +131,8 @@ def _why_fixed(cls: type, key: str, kinds: set[Any]) -> str:
     reasons: Mapping[str, str] = getattr(cls, "NOT_SEARCHED", {})
     if key in reasons:
         return reasons[key]
+    if any(get_origin(kind) is list for kind in kinds):
+        return "its value is a list"
     if kinds == {str} and not cls.__dataclass_fields__[key].metadata.get("choices"):  # type: ignore[attr-defined]
         return "it is a free text"
     return ""
@@ -178,18 +180,45 @@ def end_faults(
     faults: list[str] = []
     for names in itertools.chain(itertools.combinations(ranges, 1), itertools.combinations(ranges, 2)):
         for ends in itertools.product(*(ranges[name].ends for name in names)):
-            try:
-                cls(**values, **dict(zip(names, ends, strict=True)))
-            except (ValueError, TypeError) as error:
-                found = (error.faults or (error.what,)) if isinstance(error, ConfigError) else (str(error),)
-                faults += [fault for fault in found if fault not in (*known, *faults)]
+            found = faults_of(cls, {**values, **dict(zip(names, ends, strict=True))})
+            faults += [fault for fault in found if fault not in (*known, *faults)]
     return faults
+
+
+def faults_of(cls: type, values: Mapping[str, Any]) -> Sequence[str]:
+    """What an option class refuses of values for its options; those not named have their defaults."""
+    try:
+        cls(**values)
+    except ConfigError as error:
+        return error.faults or (error.what,)
+    except (ValueError, TypeError) as error:
+        return (str(error),)
+    return ()
+
+
+def stand_ins(cls: type, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> dict[str, Any]:
+    """Ends of ranges for the options whose default does not fit the values of others; no other option is named.
+
+    `relation_layer: 1` does nothing where `relation_weight` is 0, its default, and so no value of a range above 0.
+
+    Args:
+        cls: The class.
+        values: The options that have a value.
+        ranges: Ranges of other options of the class.
+    """
+    chosen: dict[str, Any] = {}
+    for name, found in ranges.items():
+        if not faults_of(cls, {**values, **chosen}):
+            break
+        tried = [chosen, *({**chosen, name: end} for end in found.ends)]
+        chosen = min(tried, key=lambda each: len(faults_of(cls, {**values, **each})))
+    return chosen
 
 
 def as_converted(cls: type, values: Mapping[str, Any], ranges: Mapping[str, Range]) -> Iterator[tuple[str, Range]]:
     """The ranges of a class with their choices as it keeps them: transformers turns some texts into enumerations."""
     for name, found in ranges.items():
-        kept = tuple(getattr(cls(**values, **{name: choice}), name) for choice in found.choices)
+        kept = tuple(getattr(cls(**{**values, name: choice}), name) for choice in found.choices)
         yield name, dataclasses.replace(found, choices=kept)
 
 

@@ -23,7 +23,9 @@ class TargetOptions:
         "min_class_retention": "it is a check of the result",
         "max_latency_ms": "it is a target",
         "keep": "it is a target",
+        "search": "it is another search",
         "search_budget": "it is the budget of another search",
+        "disagreements": "it does not change what is learnt",
     }
 
     min_retention: float | None = option(

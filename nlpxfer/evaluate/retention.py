@@ -77,7 +77,8 @@ def retained(student_S: Sequence[Answers], teacher: Answers, gold: Gold) -> dict
         found["per_class"] = class_shares([each.test for each in student_S], teacher.test, gold)
         found["worst_class"] = worst_class(found["per_class"])
     each_S = [agreement(teacher.test, each.test, kind) for each in student_S]
-    found["agreement"] = {name: float(np.mean([each[name] for each in each_S])) for name in each_S[0]}
+    known = [name for name in each_S[0] if all(name in each for each in each_S)]  # Spearman's of a constant is none
+    found["agreement"] = {name: float(np.mean([each[name] for each in each_S])) for name in known}
     return found | calibration_facts(student_S[0], gold)
 
 

@@ -117,6 +117,14 @@ class Adapters(Method):
         """The row of this kind of adapter."""
         return KINDS[self.adapter]
 
+    @property
+    def defaults(self) -> dict[str, int | float]:
+        """What the options of this kind are where nobody says; alpha goes with the rank."""
+        found = dict(self.kind.defaults)
+        if ALPHA in self.kind.options:
+            found[ALPHA] = self.kind.alpha_per_rank * (self.adapter_rank or found[RANK])
+        return found
+
     def loss_terms(self, model: nn.Module, batch: Batch) -> dict[str, LossTerm]:
         """Those of the label loss."""
         return self.label_loss.loss_terms(model, batch)
@@ -175,9 +183,7 @@ class Adapters(Method):
         values: dict[str, Any] = {"task_type": "SEQ_CLS", "modules_to_save": head_modules(model, fresh), **kind.fixed}
         for option, name in kind.options.items():
             given = getattr(self, option)
-            values[name] = kind.defaults.get(option) if given in (None, ()) else given
-        if ALPHA in kind.options and self.adapter_alpha is None:
-            values[kind.options[ALPHA]] = kind.alpha_per_rank * values[kind.options[RANK]]
+            values[name] = self.defaults.get(option) if given in (None, ()) else given
         if self.adapter == "adalora":
             values["init_r"] = math.ceil(FIRST_RANKS * values["target_r"])
         if TARGETS in kind.options:

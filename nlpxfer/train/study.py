@@ -97,9 +97,13 @@ class SearchPlan:
     timeout: float | None = None
 
     @classmethod
-    def of(cls, options: RunOptions, own: object) -> SearchPlan:
-        """The search that a run's options ask for; the first trial gets their values, and those of a recipe's own."""
+    def of(cls, options: RunOptions, own: object, defaults: Mapping[str, Any]) -> SearchPlan:
+        """The search that a run's options ask for.
+
+        The first trial gets `defaults`, and beside these the values of the options and of a recipe's own.
+        """
         start = {name: getattr(own if hasattr(own, name) else options, name) for name in options.ranges}
+        start |= {name: value for name, value in defaults.items() if name in start}
         return cls(
             ranges=options.ranges,
             start=start,
