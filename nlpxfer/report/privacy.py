@@ -55,6 +55,8 @@ def scrub_text(text: str, *, known_folders_only: bool = False) -> str:
     folder, the home folder and the folder of temporary files.
     """
     text = _LOGIN.sub("", _TOKEN.sub(REMOVED, text))
+    if "/" not in text and "\\" not in text:
+        return text
     if not known_folders_only and _is_absolute(text):
         return _shortened(text)
     for root in _roots():
