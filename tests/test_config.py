@@ -374,7 +374,7 @@ EXAMPLES = {
     "gradient_checkpointing_kwargs": ["{}", "--gradient_checkpointing"],
     "liger_kernel_config": ['{"rope": true}', "--use_liger_kernel"],
     "accelerator_config": ['{"split_batches": false}'],
-    "fsdp_config": ["{}"],
+    "fsdp_config": ['{"min_num_params": 7}', "--fsdp=true"],
     "fsdp": [""],
     "debug": ["underflow_overflow"],
     "resume_from_checkpoint": ["true"],
@@ -440,6 +440,8 @@ def test_every_option_of_transformers_is_accepted_or_refused_with_a_reason(field
     accepted = {"debug": [["underflow_overflow"]], "liger_kernel_config": [{"rope": True}]}.get(field.name, accepted)
     if field.name == "accelerator_config":
         assert found.split_batches is False
+    elif field.name == "fsdp_config":
+        assert (options.fsdp, found["min_num_params"]) == (True, 7)
     else:
         assert found in accepted if accepted else str(getattr(found, "value", found)) in (value, f"{value}.0")
 

@@ -65,6 +65,7 @@ NEEDED_SWITCHES: dict[str, tuple[str, object]] = {
     "activation_checkpointing_kwargs": ("activation_checkpointing", True),
     "gradient_checkpointing_kwargs": ("gradient_checkpointing", True),
     "liger_kernel_config": ("use_liger_kernel", True),
+    "fsdp_config": ("fsdp", None),
     "linear_probe_size": ("linear_probe", True),
     "hub_private_repo": ("push_to_hub", True),
     "dataloader_multiprocessing_context": ("dataloader_num_workers", None),
@@ -88,6 +89,7 @@ DATA_SWITCHES: dict[str, tuple[str, object]] = {
 
 ANY_VALUE = {
     "report_to": "a tracker",
+    "fsdp": "true",
     "dataloader_num_workers": "2",
     "augmentation": "swap",
     "teacher_file": "FILE",
@@ -316,6 +318,8 @@ class RunOptions(TrainingArguments):
             self.learning_rate = WIDEST_LEARNING_RATES[0]  # until the model is known
         self.ranges: dict[str, Range] = {}
         """Options that a search varies; `parse` puts them here."""
+        if self.fsdp in ("true", "false"):  # transformers asks for the switch, which its parser leaves a text
+            self.fsdp = self.fsdp == "true"  # type: ignore[assignment]
         if self.bf16 is None:
             self.bf16 = False
         if self.disable_tqdm is None:
