@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 from nlpxfer import result
 from nlpxfer.checkpoint.own_files import foreign_paths
 from nlpxfer.classify import Classifier
+from nlpxfer.evaluate import arms
 from nlpxfer.train.checkpoints import damage
 from nlpxfer.train.trainer import TransferTrainer
 
@@ -185,6 +186,34 @@ def test_early_stopping_does_not_forget_how_long_it_waited(words, tmp_path, monk
     interrupted("finetune", tmp_path / "out", own, monkeypatch, 19, "fine-tuned", of=40)
     again = finished("finetune", tmp_path / "out", *own, *RESUME)
     assert again.arm("fine-tuned")["details"]["steps"] == 24
+
+
+def test_a_training_that_ended_inside_an_epoch_does_not_go_on(words, tmp_path, monkeypatch):
+    """Asked to stop in its last step, half an epoch after the last whole one: only the scores are left to take."""
+    own = [*words["finetune"], "--max_steps", "20", "--lr_scheduler_type", "constant"]
+    del own[own.index("--num_train_epochs") : own.index("--num_train_epochs") + 2]
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 19, "fine-tuned", of=20)
+    resumed = finished("finetune", tmp_path / "out", *own, *RESUME)
+    assert resumed.arm("fine-tuned")["details"]["steps"] == 20
+    assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "steps"])
+def test_a_training_that_was_stopped_early_does_not_go_on(strategy, words, tmp_path, monkeypatch):
+    """Killed when it was trained: the first score stays the best, and the next ends it at step 16."""
+    own = [*words["finetune"], "--early_stopping_patience", "1", "--control_arm", "false"]
+    own += ["--eval_strategy", strategy, "--save_strategy", strategy]
+    own += [] if strategy == "epoch" else ["--eval_steps", "8", "--save_steps", "8"]
+    own[own.index("--learning_rate") + 1] = "1e-12"
+    with monkeypatch.context() as patch:
+        patch.setattr(arms, "_finish", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            call("finetune", tmp_path / "out", *own)
+    seen, plain = [], TransferTrainer.training_step
+    monkeypatch.setattr(TransferTrainer, "training_step", lambda *args, **kw: seen.append(args) or plain(*args, **kw))
+    resumed = finished("finetune", tmp_path / "out", *own, *RESUME)
+    assert resumed.arm("fine-tuned")["details"]["steps"] == 16
+    assert not seen
 
 
 def test_what_is_restored_keeps_its_place_among_the_callbacks(words, tmp_path, monkeypatch):

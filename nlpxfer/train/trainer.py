@@ -255,6 +255,7 @@ class TransferTrainer(Trainer):
             self.add_callback(ProgressBar)
         self.add_callback(EpochOrder(self))
         self.add_callback(LossesBefore(self))
+        self.add_callback(AlreadyEnded(self))
         if self.average is not None:
             self.add_callback(AverageWeights(self, self.average))
         if self.ranks is not None:
@@ -367,6 +368,11 @@ class TransferTrainer(Trainer):
         if made and share:
             unfreeze_gradually_(scheduler, top=max(self.depths.values()), steps=share * num_training_steps)
         return scheduler
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as in transformers
+        """As in transformers, but a resumed training that had ended takes no step."""
+        if not self.control.should_training_stop:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def compute_loss(
         self,
@@ -587,6 +593,22 @@ class LossesBefore(TrainerCallback):
             self.trainer._globalstep_last_logged = losses["logged_at"]
 
 
+class AlreadyEnded(TrainerCallback):
+    """Stops a resumed training that had ended, by its steps or early: transformers would take a step, or an epoch."""
+
+    def __init__(self, trainer: TransferTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Ask the steps, and early stopping for its patience."""
+        early = [one for one in self.trainer.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        waited = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in early)
+        control.should_training_stop = waited or state.global_step >= state.max_steps
+        return control
+
+
 class AverageWeights(TrainerCallback):
     """Takes the weights after each step into the moving average, before anything is saved or scored."""
 
@@ -627,7 +649,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Keep the Trainer from scoring the epoch that was broken off, which an uninterrupted run would not do."""
-        if self.stopping and not float(state.epoch or 0).is_integer():
+        broken_off = state.global_step < state.max_steps and not float(state.epoch or 0).is_integer()
+        if self.stopping and broken_off:
             control.should_evaluate = control.should_save = False
         return control
 
