@@ -198,6 +198,27 @@ def test_a_training_that_ended_inside_an_epoch_does_not_go_on(words, tmp_path, m
     assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
 
 
+@pytest.mark.parametrize(
+    "plan",
+    [
+        "--save_strategy best",
+        "--save_strategy best --eval_strategy steps --eval_steps 8",
+        "--save_strategy no --load_best_model_at_end false",
+    ],
+)
+def test_a_run_that_is_stopped_at_an_evaluation_keeps_its_score_without_checkpoints_of_its_own(
+    plan, words, tmp_path, monkeypatch
+):
+    """The second score is no better than the first, so it is not a reason to save either."""
+    own = [*words["finetune"], *plan.split(), "--early_stopping_patience", "2", "--control_arm", "false"]
+    own[own.index("--learning_rate") + 1] = "1e-12"
+    interrupted("finetune", tmp_path / "out", own, monkeypatch, 15, "fine-tuned")
+    resumed = finished("finetune", tmp_path / "out", *own, *RESUME)
+    history = resumed.arm("fine-tuned")["details"]["history"]
+    assert [line["step"] for line in history if "eval_loss" in line] == [8, 16, 24]
+    assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
+
+
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])
 def test_a_training_that_was_stopped_early_does_not_go_on(strategy, words, tmp_path, monkeypatch):
     """Killed when it was trained: the first score stays the best, and the next ends it at step 16."""

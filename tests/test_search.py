@@ -159,6 +159,25 @@ def test_an_interrupted_search_goes_on_and_never_sees_a_test_row(
     assert resumed.report["cost"]["total_seconds"] > resumed.report["cost"]["search_seconds"]
 
 
+def test_a_trial_that_is_interrupted_at_a_score_keeps_it_and_ends_early_there_too(words, whole, tmp_path, monkeypatch):
+    """In the last step of an epoch, of a trial that goes on and of one that does not."""
+    trials = whole.report["search"]["trials"]
+    pruned = next(trial for trial in trials if trial["state"] == "pruned")
+    longer = next(trial for trial in trials if trial["state"] == "complete" and trial["steps"] > 8)
+    again = []
+    for number, step in sorted([(pruned["number"], pruned["steps"]), (longer["number"], 8)]):
+        with monkeypatch.context() as patch:
+            at_step(patch, f"trial {number}", step - 1, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+            ended = call("finetune", tmp_path / "out", *words(), *again)
+        assert (ended.code, f"at step {step} of" in ended.err) == (75, True), ended.err
+        state = tmp_path / "out" / "checkpoints" / "search" / f"trial-{number}" / f"checkpoint-{step}"
+        history = json.loads((state / "trainer_state.json").read_text())["log_history"]
+        assert [line["step"] for line in history if "eval_loss" in line][-1] == step
+        again = RESUME
+    resumed = finished("finetune", tmp_path / "out", *words(), *RESUME)
+    assert without_times(resumed.report["search"]) == without_times(whole.report["search"])
+
+
 ONE_EPOCH = {"num_train_epochs": "1", "label_smoothing_factor": "0", "num_trials": "2"}
 
 

@@ -112,6 +112,15 @@ class Judge(TrainerCallback):
         lines = [line for line in state.log_history if self.metric in line]
         return [(line["step"] / state.max_steps, float(line[self.metric])) for line in lines]
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> TrainerControl:
+        """Ask what an interruption left unasked: a trial that is stopped at a score is not judged by it."""
+        curve = self.curve(state)
+        if curve and curve[-1][0] == state.global_step / state.max_steps:
+            return self.on_evaluate(args, state, control)
+        return control
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:

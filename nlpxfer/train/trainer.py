@@ -487,6 +487,10 @@ class TransferTrainer(Trainer):
         logger.info("  epoch %.2f, step %d: %s", self.state.epoch or 0, self.state.global_step, shown)
         return EvalLoopOutput(predictions=logits, label_ids=labels, metrics=scores, num_samples=len(rows))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:  # noqa: ANN401
+        """As in transformers, but a run that stops saves its last score, the best or not."""
+        return super()._determine_best_metric(metrics, trial) or self.stop.stopping
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ANN401
         refuse_not_finite(self.network)
         with quiet_transformers():
@@ -638,20 +642,21 @@ class StopOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        """Ask the Trainer to save and stop, in all processes at the same step."""
+        """Ask the Trainer to stop, in all processes at the same step; it then comes to the end of the epoch."""
         if self._asked_anywhere(args):
             self.asked = self.stopping = True
-            control.should_save = True
             control.should_training_stop = True
         return control
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
-        """Keep the Trainer from scoring the epoch that was broken off, which an uninterrupted run would not do."""
-        broken_off = state.global_step < state.max_steps and not float(state.epoch or 0).is_integer()
-        if self.stopping and broken_off:
-            control.should_evaluate = control.should_save = False
+        """Save, after the scores; an epoch that was broken off has none, which an uninterrupted run would not take."""
+        if self.stopping:
+            broken_off = state.global_step < state.max_steps and not float(state.epoch or 0).is_integer()
+            if broken_off:
+                control.should_evaluate = control.should_log = False
+            control.should_save = True
         return control
 
     def _asked_anywhere(self, args: TrainingArguments) -> bool:
