@@ -58,6 +58,20 @@ def signal_at(monkeypatch, step, arm, number=signal.SIGTERM, times=1):
     monkeypatch.setattr(TransferTrainer, "training_step", training_step)
 
 
+def signal_at_last_score(monkeypatch, arm, step=None):
+    """Send this process a signal while the scores after the last step of an arm are taken, once."""
+    plain, left = TransferTrainer.evaluation_loop, [True]
+
+    def evaluation_loop(self, *arguments, **options):
+        last = step or self.state.max_steps
+        if self.identity.facts["arm"] == arm and self.state.global_step == last and left:
+            left.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(TransferTrainer, "evaluation_loop", evaluation_loop)
+
+
 def interrupted(key, folder, words, monkeypatch, step, arm, of=24, **options):
     with monkeypatch.context() as patch:
         signal_at(patch, step, arm, **options)
@@ -138,6 +152,10 @@ def test_a_trial_of_layers_is_made_again(words, tmp_path, monkeypatch):
         signal_at(patch, 2, "bottom")
         ended = call("distill", tmp_path / "out", *own)
     assert ended.code == 75, ended.err
+    with monkeypatch.context() as patch:
+        signal_at_last_score(patch, "bottom")
+        ended = call("distill", tmp_path / "out", *own, *RESUME)
+    assert (ended.code, "when bottom was trained; nothing of it is kept" in ended.err) == (75, True), ended.err
     interrupted("distill", tmp_path / "out", [*own, *RESUME], monkeypatch, 10, "distilled")
     again = finished("distill", tmp_path / "out", *own, *RESUME)
     without = finished("distill", tmp_path / "whole", *own)
@@ -217,6 +235,36 @@ def test_a_run_that_is_stopped_at_an_evaluation_keeps_its_score_without_checkpoi
     history = resumed.arm("fine-tuned")["details"]["history"]
     assert [line["step"] for line in history if "eval_loss" in line] == [8, 16, 24]
     assert_same(resumed, finished("finetune", tmp_path / "whole", *own))
+
+
+@pytest.mark.parametrize(
+    ("key", "arm", "plan", "step"),
+    [
+        ("finetune", "fine-tuned", "--save_strategy no --load_best_model_at_end false", 24),
+        ("finetune", "fine-tuned", "--save_strategy best --early_stopping_patience 1", 16),
+        ("distill", "distilled", "--self_distillation ema --save_strategy no --load_best_model_at_end false", 24),
+    ],
+)
+def test_an_arm_that_was_trained_when_the_signal_came_is_kept(
+    key, arm, plan, step, words, tmp_path, monkeypatch, caplog
+):
+    own = [*words[key], "--control_arm", "false", *plan.split()]
+    own[own.index("--learning_rate") + 1] = "1e-12" if step == 16 else "1e-3"
+    with monkeypatch.context() as patch:
+        signal_at_last_score(patch, arm, step)
+        ended = call(key, tmp_path / "out", *own)
+    assert ended.code == 75, ended.err
+    assert f"asked to stop when {arm}, seed 42, was trained; its model is kept" in ended.err
+    assert "--resume_from_checkpoint true" in ended.err
+    assert "checkpoint is saved" not in ended.err
+    assert not (tmp_path / "out" / "report.json").exists()
+    assert damage(tmp_path / "out" / "checkpoints" / f"{arm}-42" / "finished") == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferTrainer, "training_step", lambda *_, **__: 1 / 0)
+        resumed = finished(key, tmp_path / "out", *own, *RESUME)
+    assert f"{arm}, seed 42: already trained" in caplog.text
+    assert resumed.arm(arm)["details"]["steps"] == step
+    assert_same(resumed, finished(key, tmp_path / "whole", *own))
 
 
 @pytest.mark.parametrize("strategy", ["epoch", "steps"])

@@ -178,6 +178,30 @@ def test_a_trial_that_is_interrupted_at_a_score_keeps_it_and_ends_early_there_to
     assert without_times(resumed.report["search"]) == without_times(whole.report["search"])
 
 
+def test_a_trial_that_had_ended_when_the_signal_came_is_not_repeated(words, whole, tmp_path, monkeypatch, caplog):
+    """In its last score."""
+    caplog.set_level("INFO", logger="nlpxfer")
+    plain, left = TransferTrainer.evaluation_loop, [True]
+
+    def evaluation_loop(self, *arguments, **options):
+        if self.identity.facts["arm"] == "trial 2" and self.state.global_step == self.state.max_steps and left:
+            left.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return plain(self, *arguments, **options)
+
+    monkeypatch.setattr(TransferTrainer, "evaluation_loop", evaluation_loop)
+    ended = call("finetune", tmp_path / "out", *words())
+    assert ended.code == 75, ended.err
+    assert "asked to stop when trial 2 of 5 had ended; its score is kept" in ended.err
+    assert "--resume_from_checkpoint true" in ended.err
+    folder = tmp_path / "out" / "checkpoints" / "search"
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", "study.log"}
+    caplog.clear()
+    resumed = finished("finetune", tmp_path / "out", *words(), *RESUME)
+    assert "trial 2 of 5" not in caplog.text
+    assert without_times(resumed.report["search"]) == without_times(whole.report["search"])
+
+
 ONE_EPOCH = {"num_train_epochs": "1", "label_smoothing_factor": "0", "num_trials": "2"}
 
 

@@ -38,7 +38,7 @@ from nlpxfer.checkpoint.save import refuse_not_finite, save_classifier
 from nlpxfer.config import RunOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.errors import CheckpointError, ConfigError
+from nlpxfer.errors import CheckpointError, ConfigError, Interrupted
 from nlpxfer.evaluate.task import task_metrics
 from nlpxfer.methods.base import Batch, Method, model_inputs
 from nlpxfer.problem import ProblemType
@@ -50,7 +50,7 @@ from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import set_dropout_
 from nlpxfer.train.reporters import report_to_tensorboard
-from nlpxfer.train.trainer import Sampling, TransferTrainer
+from nlpxfer.train.trainer import GO_ON, Sampling, TransferTrainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +142,8 @@ def train_arm(
         sampling: "balanced" draws all classes equally often.
 
     Raises:
-        Interrupted, NotFiniteError, ResumeError: See `TransferTrainer.fit`.
+        Interrupted, NotFiniteError, ResumeError: See `TransferTrainer.fit`; an arm that was trained when it was asked
+            to stop is a finished one.
     """
     method.check(options)
     options = copy.copy(options)
@@ -177,6 +178,10 @@ def train_arm(
         "preflight": trainer.preflight,
     }
     _finish(trainer, finished, record, checkpoint, schema, identity, base)
+    if trainer.stop.asked:
+        raise Interrupted(
+            f"The run was asked to stop when {name}, seed {seed}, was trained; its model is kept.", fix=GO_ON
+        )
     model = _plain_model(trainer, finished, schema, options)
     if base is not None:
         model = _finished_adapter(finished, checkpoint, schema, options)

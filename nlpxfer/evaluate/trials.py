@@ -26,14 +26,14 @@ from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.config import RunOptions
 from nlpxfer.config.options import plain_value
 from nlpxfer.data.schema import LabelSchema
-from nlpxfer.errors import CheckpointError, ConfigError, NlpxferError, NotFiniteError, SearchError
+from nlpxfer.errors import CheckpointError, ConfigError, Interrupted, NlpxferError, NotFiniteError, SearchError
 from nlpxfer.evaluate.arms import PreparedArm, Splits, prepare_arm, topology, unwrapped
 from nlpxfer.methods.base import Method
 from nlpxfer.train.checkpoints import RunIdentity
 from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
 from nlpxfer.train.search import Judge, Search
 from nlpxfer.train.study import Outcome
-from nlpxfer.train.trainer import Sampling, check_training
+from nlpxfer.train.trainer import GO_ON, Sampling, check_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,7 +69,7 @@ def make_trials(search: Search, arm_of: Callable[[Mapping[str, Any]], TrialArm],
         quiet: No progress bar.
 
     Raises:
-        Interrupted: A signal asked to stop; finished trials are kept, and a checkpoint of this one.
+        Interrupted: A signal asked to stop; finished trials are kept, and a checkpoint of one that is not.
         SearchError: A trial failed, and there are several processes.
     """
     total, started = search.plan.num_trials, time.perf_counter()
@@ -79,14 +79,17 @@ def make_trials(search: Search, arm_of: Callable[[Mapping[str, Any]], TrialArm],
             number, values = search.ask()
             shown = ", ".join(f"{name} {_short(value)}" for name, value in values.items())
             logger.info("trial %d of %d: %s", number, total, shown)
-            outcome = _tried(number, partial(arm_of, values), search)
+            outcome, asked = _tried(number, partial(arm_of, values), search)
             best = search.tell(outcome)
             leader = "none complete yet" if best is None else f"best {best[1]:.4f} (trial {best[0]})"
             left = (time.perf_counter() - started) / (number - search.done) * (total - number)
-            told = (number, total, _ended(outcome, search.plan.metric), leader, left)
-            logger.info("trial %d of %d: %s; %s; about %.0f s left", *told)
+            facts = (number, total, _ended(outcome, search.plan.metric), leader, left)
+            logger.info("trial %d of %d: %s; %s; about %.0f s left", *facts)
             bar.set_postfix_str(leader)
             bar.update()
+            if asked:
+                told = f"The run was asked to stop when trial {number} of {total} had ended; its score is kept."
+                raise Interrupted(told, fix=GO_ON)
 
 
 def _short(value: object) -> str:
@@ -99,11 +102,15 @@ def _ended(outcome: Outcome, metric: str) -> str:
     return f"{outcome.state}{reason}{score}, {outcome.seconds:.0f} s"
 
 
-def _tried(number: int, arm: Callable[[], TrialArm], search: Search) -> Outcome:
-    """A trial from the first build to its score; what its values are at fault for makes it a failed one."""
+def _tried(number: int, arm: Callable[[], TrialArm], search: Search) -> tuple[Outcome, bool]:
+    """A trial from the first build to its score; what its values are at fault for makes it a failed one.
+
+    Gives too whether a signal asked to stop when there was nothing left to train.
+    """
+    asked = False
     start, folder = time.perf_counter(), search.folder / f"trial-{number}"
     try:
-        outcome = _train(number, arm(), search, folder)
+        outcome, asked = _train(number, arm(), search, folder)
     except FAILURES as error:
         reason = error.what if isinstance(error, NlpxferError) else str(error).partition("\n")[0]
         seconds = time.perf_counter() - start
@@ -119,7 +126,7 @@ def _tried(number: int, arm: Callable[[], TrialArm], search: Search) -> Outcome:
     wait_for_everyone()
     if is_main_process():
         shutil.rmtree(folder, ignore_errors=True)
-    return outcome
+    return outcome, asked
 
 
 def short_run(arm: TrialArm, folder: Path, *, steps: int, look: Look | None = None) -> float:
@@ -143,6 +150,9 @@ def short_run(arm: TrialArm, folder: Path, *, steps: int, look: Look | None = No
     prepared = _prepared(arm, options, folder.name)
     trainer = prepared.trainer
     trainer.fit(resume=False)
+    if trainer.stop.asked:
+        ended = f"The run was asked to stop when {folder.name} was trained; nothing of it is kept."
+        raise Interrupted(ended, fix=GO_ON)
     name = f"eval_{options.metric_for_best_model}"
 
     def scores() -> list[tuple[float, float]]:
@@ -186,8 +196,8 @@ def _prepared(arm: TrialArm, options: RunOptions, name: str) -> PreparedArm:
     return prepared
 
 
-def _train(number: int, arm: TrialArm, search: Search, folder: Path) -> Outcome:
-    """Train a trial, and read its score from its evaluations."""
+def _train(number: int, arm: TrialArm, search: Search, folder: Path) -> tuple[Outcome, bool]:
+    """Train a trial, and read its score from its evaluations; see `_tried`."""
     options, start = _options_in(folder, arm), time.perf_counter()
     resume = options.resume and folder.is_dir()
     trainer, judge = _prepared(arm, options, f"trial {number}").trainer, Judge(search)
@@ -199,10 +209,11 @@ def _train(number: int, arm: TrialArm, search: Search, folder: Path) -> Outcome:
         trainer.evaluate()
         curve = judge.curve(state)
     better = max if options.greater_is_better else min
-    return Outcome(
+    outcome = Outcome(
         state="pruned" if judge.pruned else "complete",
         value=better(value for _, value in curve) if keep_best else curve[-1][1],
         seconds=trainer.seconds_before + time.perf_counter() - start,
         steps=state.global_step,
         curve=curve,
     )
+    return outcome, trainer.stop.asked

@@ -95,6 +95,9 @@ COST_FILE = "cost.json"
 PREFLIGHT_FILE = "preflight.json"
 """In a checkpoint: what was found before the first step."""
 
+GO_ON = "the same command with --resume_from_checkpoint true"
+"""What to do after a run was asked to stop."""
+
 Sampling = Literal["natural", "balanced"]
 """Whether every row comes once an epoch, or every class equally often."""
 
@@ -268,8 +271,10 @@ class TransferTrainer(Trainer):
     def fit(self, *, resume: bool = False) -> None:
         """Train, from the newest verified checkpoint if resuming and there is one.
 
+        After a signal that came when the last step was done, `stop.asked` is set: what was trained is to be kept.
+
         Raises:
-            Interrupted: A signal asked to stop; a checkpoint was saved.
+            Interrupted: A signal that came before asked to stop; a checkpoint was saved.
             NotFiniteError: The loss became NaN or infinite.
             ResumeError: No checkpoint can be trusted, or it belongs to another run.
         """
@@ -294,14 +299,15 @@ class TransferTrainer(Trainer):
             for model in models:
                 heads.enter_context(float32_head(model, enabled=mixed))
             self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if self.average is not None and not self.stop.asked:
-            self.average.copy_to_(self.network)
-        if self.stop.asked:
+        if self.stop.stopping:
             raise Interrupted(
                 f"The run was asked to stop at step {self.state.global_step} of {self.state.max_steps}; "
                 "a checkpoint is saved.",
-                fix="the same command with --resume_from_checkpoint true",
+                fix=GO_ON,
             )
+        self.stop.agree(self.args)
+        if self.average is not None:
+            self.average.copy_to_(self.network)
 
     @property
     def network(self) -> PreTrainedModel:
@@ -643,8 +649,8 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         """Ask the Trainer to stop, in all processes at the same step; it then comes to the end of the epoch."""
-        if self._asked_anywhere(args):
-            self.asked = self.stopping = True
+        if self.agree(args):
+            self.stopping = True
             control.should_training_stop = True
         return control
 
@@ -659,11 +665,14 @@ class StopOnSignal(TrainerCallback):
             control.should_save = True
         return control
 
-    def _asked_anywhere(self, args: TrainingArguments) -> bool:
+    def agree(self, args: TrainingArguments) -> bool:
+        """Whether any process is asked to stop; then all are."""
         if world()[1] == 1:
             return self.asked
         flag = torch.tensor(int(self.asked), device=args.device)
         torch.distributed.all_reduce(flag)
+        if flag.item():
+            self.asked = True
         return bool(flag.item())
 
 
