@@ -178,6 +178,34 @@ def test_unfreezing_needs_rates_that_are_functions_of_the_step(tmp_path):
                 unfreeze_gradually_(made, top=1, steps=1.0)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES_BY_LOSS)
+@pytest.mark.parametrize("metric", ["accuracy", "loss"])
+def test_a_rate_that_follows_the_scores_falls_where_they_get_worse(schedule, metric, tiny_checkpoint, tmp_path):
+    plan = {"lr_scheduler_type": schedule, "metric_for_best_model": metric, "eval_strategy": "epoch"}
+    ends = {}
+    for step in (-0.01, 0.01):
+        options = options_for(tmp_path, learning_rate=0.1, **plan)
+        trainer = trainer_of(classifier(tiny_checkpoint, "bert"), "bert", options)
+        optimizer = trainer.create_optimizer()
+        scheduler = trainer.create_scheduler(100, optimizer)
+        for number in range(40):
+            scheduler.step(0.5 + step * number)
+        ends[step] = optimizer.param_groups[0]["lr"]
+    better, worse = (0.01, -0.01) if metric == "accuracy" else (-0.01, 0.01)
+    assert ends[worse] < 0.1 <= ends[better]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES_BY_LOSS)
+def test_which_way_a_rate_follows_the_scores_can_be_given(schedule, tiny_checkpoint, tmp_path):
+    plan = {"lr_scheduler_type": schedule, "metric_for_best_model": "accuracy", "eval_strategy": "epoch"}
+    own = {"mode": "min", "patience": 3}
+    options = options_for(tmp_path, lr_scheduler_kwargs=own, **plan)
+    trainer = trainer_of(classifier(tiny_checkpoint, "bert"), "bert", options)
+    scheduler = trainer.create_scheduler(100, trainer.create_optimizer())
+    assert (scheduler.mode, scheduler.patience) == ("min", 3)
+    assert own == {"mode": "min", "patience": 3}
+
+
 def test_penalty_is_that_of_the_formula(tiny_checkpoint):
     model = classifier(tiny_checkpoint, "bert")
     start = copy.deepcopy(model)

@@ -52,6 +52,7 @@ from nlpxfer.checkpoint.adapters import is_adapted
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.save import refuse_not_finite
 from nlpxfer.config import RunOptions
+from nlpxfer.config.options import SCHEDULES_BY_LOSS
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import ConfigError, Interrupted, NotFiniteError
 from nlpxfer.methods.base import Batch, Method
@@ -367,8 +368,15 @@ class TransferTrainer(Trainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The scheduler; with gradual unfreezing, a layer's rate is 0 until its turn."""
+        """The scheduler; with gradual unfreezing, a layer's rate is 0 until its turn.
+
+        One that follows the scores is told which of them are better.
+        """
         made = self.lr_scheduler is None
+        if self.options.lr_scheduler_type in SCHEDULES_BY_LOSS:
+            own = cast("dict[str, Any] | None", self.options.lr_scheduler_kwargs) or {}
+            mode = "max" if self.options.greater_is_better else "min"
+            self.options.lr_scheduler_kwargs = {"mode": mode, **own}
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         share = self.options.gradual_unfreezing
         if made and share:
