@@ -190,6 +190,7 @@ def kept_layers(run: Run, plan: StudentOptions, source: Checkpoint) -> Sequence[
             number,
             problem_type=run.problem_type,
             mean_pooling=mean,
+            batch_size=run.options.per_device_eval_batch_size,
             seed=run.data_options.data_split_seed,
             quiet=bool(run.options.disable_tqdm),
         )
@@ -213,7 +214,8 @@ def kept_parts(run: Run, plan: StudentOptions, source: Checkpoint, layers: Seque
         hidden = plan.student_hidden_size or widths_of(model).hidden
         widths = narrow_widths(model, hidden, plan.student_intermediate_size)
         rows, collator = run.tokenise(source.tokenizer, "train"), Collator.for_tokenizer(source.tokenizer)
-        return parts_by_activation(model, sample_batches(model, rows, collator), widths)
+        sample = sample_batches(model, rows, collator, batch_size=run.options.per_device_eval_batch_size)
+        return parts_by_activation(model, sample, widths)
 
     sizes = str(plan.student_hidden_size), str(plan.student_intermediate_size)
     return run.once(("parts", source.weights_sha256, str([*layers]), *sizes), measure)
@@ -229,10 +231,13 @@ def _static(run: Run, plan: StudentOptions, source: Checkpoint) -> Build:
         max_length=run.data_options.max_length,
     )
     tokenizer, quiet = source.tokenizer, bool(run.options.disable_tqdm)
+    size = run.options.per_device_eval_batch_size
 
     def build(seed: int) -> Checkpoint:
         refuse_wide(source, dim)
-        states_VH = run.once(("states", source.weights_sha256), lambda: token_states(source, quiet=quiet))
+        states_VH = run.once(
+            ("states", source.weights_sha256), lambda: token_states(source, batch_size=size, quiet=quiet)
+        )
         counts_V = run.once(
             ("counts", source.tokenizer_sha256),
             lambda: token_counts((run.tokenise(tokenizer, split) for split in run.data.taught), len(states_VH)),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import sklearn.linear_model
 import torch
+from recipe_runs import finished, tiny_words
 from sklearn.metrics import log_loss
 from tiny import LABELS, make_rows
 from transformers import AutoModelForSequenceClassification
@@ -16,6 +17,7 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, tokenise
 from nlpxfer.errors import DataError
 from nlpxfer.train import linear_probe
+from nlpxfer.train import predict as predict_module
 from nlpxfer.train.linear_probe import fit_probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
 
@@ -182,6 +184,26 @@ def test_fewer_than_two_classes_are_refused(task, family):
         with pytest.raises(DataError, match="the same label"):
             start_from_linear_probe_(model, rows, validation, collator)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_no_batch_is_larger_than_was_asked_for(tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    """Of the probe's features, and of the sample that the layers before it are made transparent by."""
+    asked, seen = [], []
+    batches, moments = predict_module.batches_by_length, linear_probe.pooled_moments
+    monkeypatch.setattr(
+        predict_module, "batches_by_length", lambda lengths, size: asked.append(size) or batches(lengths, size)
+    )
+
+    def pooled_moments(model, sample):
+        sample = list(sample)
+        seen.extend(len(batch["input_ids"]) for batch in sample)
+        return moments(model, sample)
+
+    monkeypatch.setattr(linear_probe, "pooled_moments", pooled_moments)
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"), steps=1)
+    finished("finetune", tmp_path / "out", *words, "--control_arm", "false", "--per_device_eval_batch_size", "20")
+    assert set(asked) == {20}
+    assert (max(seen), sum(seen)) == (20, 240)
 
 
 def test_the_start_survives_saving(task, tmp_path):

@@ -22,6 +22,7 @@ from nlpxfer.config.student import StudentOptions
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.evaluate import arms as arms_module
 from nlpxfer.hub.folder import finished_files
+from nlpxfer.train import predict as predict_module
 from nlpxfer.train.static_start import StaticPlan, static_student, token_states
 
 
@@ -323,6 +324,33 @@ def test_a_student_that_stops_early_and_its_control_start_alike(tiny_data, teach
     assert arms[0]["details"]["steps"] < 60
     assert sizes == [0.02] * 3
     assert "up to as many steps, without a teacher" in arms[1]["description"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "sizes"),
+    [
+        (["--student_layers", "probe", "--student_num_layers", "3", "--student_hidden_size", "16"], {20}),
+        (["--student", "static", "--static_dim", "8"], {20, 16 * 20}),
+    ],
+)
+def test_no_batch_is_larger_than_was_asked_for(plan, sizes, tiny_data, teacher, tmp_path, monkeypatch):
+    """Of the rows that say what a student keeps of its teacher; lone tokens come in sixteen times as large ones."""
+    asked, seen = [], []
+    batches, parts = predict_module.batches_by_length, students.parts_by_activation
+    monkeypatch.setattr(
+        predict_module, "batches_by_length", lambda lengths, size: asked.append(size) or batches(lengths, size)
+    )
+
+    def parts_by_activation(model, sample, widths):
+        sample = list(sample)
+        seen.extend(len(batch["input_ids"]) for batch in sample)
+        return parts(model, sample, widths)
+
+    monkeypatch.setattr(students, "parts_by_activation", parts_by_activation)
+    own = taught(tiny_data, teacher, *plan, "--control_arm", "false", "--per_device_eval_batch_size", "20")
+    finished("distill", tmp_path / "out", *own)
+    assert set(asked) == sizes
+    assert max(seen, default=20) == 20
 
 
 def test_a_static_teacher_has_no_layers_to_keep(tiny_data, teacher, tmp_path):

@@ -308,6 +308,7 @@ def _prepare_(
             collator,
             problem_type=problem_type,
             size=0.0 if whole_head else options.probe_size(problem_type, len(splits.train)),
+            batch_size=options.per_device_eval_batch_size,
             bf16=bool(options.bf16),
             quiet=bool(options.disable_tqdm),
         )

@@ -79,6 +79,7 @@ def probe_layers(
     *,
     problem_type: ProblemType = SINGLE_LABEL,
     mean_pooling: bool = False,
+    batch_size: int = 64,
     bf16: bool = False,
     seed: int = 0,
     quiet: bool = True,
@@ -91,6 +92,7 @@ def probe_layers(
         count: Layers to keep.
         problem_type: What the labels are.
         mean_pooling: Whether the student's head will read the mean of its states.
+        batch_size: As for `predict`.
         bf16: Compute states in bfloat16.
         seed: Of the sample of rows.
         quiet: No progress bar.
@@ -106,7 +108,7 @@ def probe_layers(
         raise ConfigError(
             f"student_num_layers: {count} layers cannot be picked from {total}.", fix=f"1 to {total} layers"
         )
-    probes = _Probes(source, *_sample(rows, seed), problem_type, mean_pooling, bf16)
+    probes = _Probes(source, *_sample(rows, seed), problem_type, mean_pooling, batch_size, bf16)
     kept, removed = list(range(total)), []
     steps = sum(range(count + 1, total + 1))
     loss = probes.loss(kept) if count == total else 0.0
@@ -153,10 +155,12 @@ class _Probes:
         held_out: TokenisedRows,
         problem_type: ProblemType,
         mean_pooling: bool,
+        batch_size: int,
         bf16: bool,
     ) -> None:
         self.source, self.fit, self.held_out = source, fit, held_out
-        self.problem_type, self.mean_pooling, self.bf16 = problem_type, mean_pooling, bf16
+        self.problem_type, self.mean_pooling = problem_type, mean_pooling
+        self.batch_size, self.bf16 = batch_size, bf16
         self.collator = Collator.for_tokenizer(source.tokenizer)
         self.sizes = len(fit), len(held_out)
         if len(np.unique(fit.columns["labels"], axis=0)) < 2:
@@ -173,7 +177,8 @@ class _Probes:
             return None
         model = use_mean_pooling(model) if self.mean_pooling else model
         states = [
-            predict(model, part, self.collator, bf16=self.bf16, output=_pooled) for part in (self.fit, self.held_out)
+            predict(model, part, self.collator, batch_size=self.batch_size, bf16=self.bf16, output=_pooled)
+            for part in (self.fit, self.held_out)
         ]
         labels = [part.columns["labels"] for part in (self.fit, self.held_out)]
         classes = int(model.config.num_labels or 0)

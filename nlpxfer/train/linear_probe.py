@@ -86,6 +86,7 @@ def start_from_linear_probe_(
     *,
     problem_type: ProblemType = SINGLE_LABEL,
     size: float = 0.0,
+    batch_size: int = 64,
     bf16: bool = False,
     quiet: bool = True,
 ) -> Probe:
@@ -98,6 +99,7 @@ def start_from_linear_probe_(
         collator: Pads a batch.
         problem_type: What the labels are.
         size: Root mean square that the final layer's weights are scaled down to (`FittedProbe.of_size`); 0: they stay.
+        batch_size: As for `predict`.
         bf16: Compute features in bfloat16.
         quiet: No progress bar.
 
@@ -112,9 +114,11 @@ def start_from_linear_probe_(
         )
     head = head_of(model)
     if head.transforms:
-        make_transparent_(model, pooled_moments(model, sample_batches(model, train_rows, collator)), size=HEAD_SIZE)
+        sample = sample_batches(model, train_rows, collator, batch_size=batch_size)
+        make_transparent_(model, pooled_moments(model, sample), size=HEAD_SIZE)
+    what: dict[str, Any] = {"output": _features, "description": "features", "quiet": quiet}
     both = [
-        predict(model, rows, collator, bf16=bf16, output=_features, description="features", quiet=quiet)
+        predict(model, rows, collator, batch_size=batch_size, bf16=bf16, **what)
         for rows in (labelled, validation_rows)
     ]
     fitted = fit_final_(
@@ -162,15 +166,15 @@ def _features(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Ten
 
 
 def sample_batches(
-    model: PreTrainedModel, rows: TokenisedRows, collator: Collator
+    model: PreTrainedModel, rows: TokenisedRows, collator: Collator, *, batch_size: int = 64
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Inputs of up to `SAMPLE_ROWS` evenly spread rows or windows, on the model's device."""
     device = next(model.parameters()).device
     rows = rows.each_window()  # whose states the head reads
     chosen = np.linspace(0, len(rows) - 1, min(SAMPLE_ROWS, len(rows))).astype(int)
     chosen = chosen[np.argsort(rows.lengths[chosen], kind="stable")]
-    for start in range(0, len(chosen), 64):
-        batch = collator([rows[int(i)] for i in chosen[start : start + 64]])
+    for start in range(0, len(chosen), batch_size):
+        batch = collator([rows[int(i)] for i in chosen[start : start + batch_size]])
         yield {name: tensor.to(device) for name, tensor in model_inputs(batch).items()}
 
 
