@@ -180,11 +180,12 @@ def test_unfreezing_needs_rates_that_are_functions_of_the_step(tmp_path):
 
 @pytest.mark.parametrize("schedule", SCHEDULES_BY_LOSS)
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
-def test_a_rate_that_follows_the_scores_falls_where_they_get_worse(schedule, metric, tiny_checkpoint, tmp_path):
+@pytest.mark.parametrize("rate", [0.1, 3e-4])
+def test_a_rate_that_follows_the_scores_falls_where_they_get_worse(schedule, metric, rate, tiny_checkpoint, tmp_path):
     plan = {"lr_scheduler_type": schedule, "metric_for_best_model": metric, "eval_strategy": "epoch"}
     ends = {}
     for step in (-0.01, 0.01):
-        options = options_for(tmp_path, learning_rate=0.1, **plan)
+        options = options_for(tmp_path, learning_rate=rate, **plan)
         trainer = trainer_of(classifier(tiny_checkpoint, "bert"), "bert", options)
         optimizer = trainer.create_optimizer()
         scheduler = trainer.create_scheduler(100, optimizer)
@@ -192,7 +193,7 @@ def test_a_rate_that_follows_the_scores_falls_where_they_get_worse(schedule, met
             scheduler.step(0.5 + step * number)
         ends[step] = optimizer.param_groups[0]["lr"]
     better, worse = (0.01, -0.01) if metric == "accuracy" else (-0.01, 0.01)
-    assert ends[worse] < 0.1 <= ends[better]
+    assert ends[worse] < rate <= ends[better]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES_BY_LOSS)
@@ -204,6 +205,15 @@ def test_which_way_a_rate_follows_the_scores_can_be_given(schedule, tiny_checkpo
     scheduler = trainer.create_scheduler(100, trainer.create_optimizer())
     assert (scheduler.mode, scheduler.patience) == ("min", 3)
     assert own == {"mode": "min", "patience": 3}
+
+
+@pytest.mark.parametrize(("steps", "warmup", "told"), [(1, 0.1, True), (10, 12, True), (2, 0.1, False), (1, 0, False)])
+def test_a_rate_that_only_rises_is_told(steps, warmup, told, tiny_checkpoint, tmp_path, caplog):
+    options = options_for(tmp_path, warmup_steps=warmup, learning_rate=0.5)
+    trainer = trainer_of(classifier(tiny_checkpoint, "bert"), "bert", options)
+    trainer.create_optimizer()
+    trainer.create_scheduler(steps)
+    assert (f"rises in all {steps} steps and never reaches 0.5" in caplog.text) == told
 
 
 def test_penalty_is_that_of_the_formula(tiny_checkpoint):

@@ -370,13 +370,18 @@ class TransferTrainer(Trainer):
     ) -> torch.optim.lr_scheduler.LRScheduler:
         """The scheduler; with gradual unfreezing, a layer's rate is 0 until its turn.
 
-        One that follows the scores is told which of them are better.
+        One that follows the scores is told which of them are better, and that a rate below 0.001 (the least of
+        transformers' `greedy`) may fall too.
         """
         made = self.lr_scheduler is None
         if self.options.lr_scheduler_type in SCHEDULES_BY_LOSS:
             own = cast("dict[str, Any] | None", self.options.lr_scheduler_kwargs) or {}
             mode = "max" if self.options.greater_is_better else "min"
-            self.options.lr_scheduler_kwargs = {"mode": mode, **own}
+            self.options.lr_scheduler_kwargs = {"mode": mode, "min_lr": 0.0, **own}
+        rising = self.options.get_warmup_steps(num_training_steps)
+        if made and 0 < num_training_steps <= rising:
+            told = num_training_steps, self.options.learning_rate
+            logger.warning("warmup_steps: the learning rate rises in all %d steps and never reaches %g", *told)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         share = self.options.gradual_unfreezing
         if made and share:
