@@ -35,7 +35,7 @@ from nlpxfer.evaluate.cost import parameter_count, stored_bytes
 from nlpxfer.export.folder import ExportRequest, export_classifier, write_graphs
 from nlpxfer.export.graph import require_onnx
 from nlpxfer.report.report import Arm
-from nlpxfer.result import int8_facts, int8_table_of
+from nlpxfer.result import int8_facts, int8_table_of, save_fitted
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.launch import by_itself, is_main_process, wait_for_everyone
@@ -170,6 +170,7 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
     if is_main_process():
         shutil.rmtree(place, ignore_errors=True)
         save_classifier(student.model, student.tokenizer, run.data.schema, place / "model")
+        save_fitted(run, student, place / "model")
         write_json_whole(place / "model" / "run.json", {"config": dict(run.config)})
         with by_itself():
             threads = torch.get_num_threads()

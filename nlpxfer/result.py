@@ -27,7 +27,14 @@ from nlpxfer.checkpoint.save import move_staged, save_classifier
 from nlpxfer.checkpoint.static import INT8_FOLDER, StaticForSequenceClassification, is_static, static_int8
 from nlpxfer.errors import TargetMissedError
 from nlpxfer.evaluate.arms import TrainedArm
-from nlpxfer.evaluate.calibration import calibrate, fit_thresholds, probabilities, save_calibration
+from nlpxfer.evaluate.calibration import (
+    calibrate,
+    fit_temperature,
+    fit_thresholds,
+    label_cuts,
+    probabilities,
+    save_calibration,
+)
 from nlpxfer.evaluate.cost import Cost, peak_memory_bytes, stored_bytes
 from nlpxfer.evaluate.folds import OutOfFold
 from nlpxfer.evaluate.interval import bootstrap_interval
@@ -46,7 +53,7 @@ from nlpxfer.report.error_report import (
 )
 from nlpxfer.report.out_of_fold import LABEL_ERRORS_FILE, prediction, write_label_errors, write_out_of_fold
 from nlpxfer.report.plots import confusion_plot, per_class_plot
-from nlpxfer.report.report import Arm, Report, Verdict, build_report, write_report
+from nlpxfer.report.report import Arm, Report, SeedResult, Verdict, build_report, mean_metrics, write_report
 from nlpxfer.report.retention import retention_lines
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
@@ -155,7 +162,7 @@ def _all_checks(run: Run, treated: Sequence[TrainedArm]) -> dict[str, Any]:
         "processes": world()[1],
         "threads": torch.get_num_threads(),
         f"test_{GAIN[kind]}_interval": vars(interval),
-        "test_without_leaks": run.scores(logits, "test", clean) if len(clean) else None,
+        "test_without_leaks": _mean_scores(run, treated, clean) if len(clean) else None,
     }
     if is_static(treated[0].model):
         checks["int8"] = _int8_check(run, treated[0])
@@ -166,8 +173,14 @@ def _all_checks(run: Run, treated: Sequence[TrainedArm]) -> dict[str, Any]:
     if kind == SINGLE_LABEL:
         checks |= _selective_checks(run, treated[0], found.temperature)
     if kind == MULTI_LABEL:
-        checks |= _threshold_checks(run, treated[0], found.temperature)
+        checks |= _threshold_checks(run, treated[0])
     return checks | run.checks
+
+
+def _mean_scores(run: Run, treated: Sequence[TrainedArm], rows: Array) -> dict[str, float]:
+    """The scores on some test rows, the mean over the seeds as everywhere."""
+    found = [SeedResult(seed=arm.seed, metrics={"test": run.scores(arm.test_logits, "test", rows)}) for arm in treated]
+    return mean_metrics(found)["test"]
 
 
 def int8_table_of(run: Run, arm: TrainedArm) -> PreTrainedModel:
@@ -183,8 +196,26 @@ def _int8_check(run: Run, arm: TrainedArm) -> dict[str, Any]:
 
 def int8_facts(run: Run, arm: TrainedArm, small_logits: Array, size: int) -> dict[str, Any]:
     """For the report: how far an int8 form of an arm answers the validation rows as the arm does, and both sizes."""
-    found = parity(arm.validation_logits, small_logits, run.problem_type)
+    cuts_C = label_cuts(*_label_rule(run, arm)) if run.problem_type == MULTI_LABEL else 0.0
+    found = parity(arm.validation_logits, small_logits, run.problem_type, cuts_C)
     return vars(found) | {"bytes": size, "float32_bytes": stored_bytes(arm.model)}
+
+
+def save_fitted(run: Run, arm: TrainedArm, folder: Path) -> None:
+    """Write the temperature and the thresholds of an arm into its folder; numbers have neither."""
+    names = run.data.schema.names
+    if run.problem_type == MULTI_LABEL:
+        temperature, thresholds_C = _label_rule(run, arm)
+        save_calibration(folder, temperature, dict(zip(names, thresholds_C.tolist(), strict=True)))
+    elif run.problem_type == SINGLE_LABEL:
+        save_calibration(folder, fit_temperature(arm.validation_logits, run.labels("validation")))
+
+
+def _label_rule(run: Run, arm: TrainedArm) -> tuple[float, Array]:
+    """Temperature and threshold of each label, of a multi-label arm, fitted on the validation rows."""
+    labels = run.labels("validation")
+    temperature = fit_temperature(arm.validation_logits, labels, MULTI_LABEL)
+    return temperature, fit_thresholds(probabilities(arm.validation_logits, temperature, MULTI_LABEL), labels)
 
 
 def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
@@ -197,12 +228,12 @@ def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str
     return {"risk_coverage": risks, **abstain_checks(answers, run.options.abstain_precision)}
 
 
-def _threshold_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
+def _threshold_checks(run: Run, arm: TrainedArm) -> dict[str, Any]:
     """A threshold per label, fitted on the validation rows, and the test scores with them; the rule for abstaining."""
+    temperature, thresholds_C = _label_rule(run, arm)
     logits = {"validation": arm.validation_logits, "test": arm.test_logits}
     shares = {split: probabilities(found, temperature, MULTI_LABEL) for split, found in logits.items()}
     labels = {split: run.labels(split) > 0.5 for split in shares}
-    thresholds_C = fit_thresholds(shares["validation"], run.labels("validation"))
     micro, macro = label_f1s(shares["test"] > thresholds_C, labels["test"])
     by_label = dict(zip(run.data.schema.names, thresholds_C.tolist(), strict=True))
     answers = {split: label_answers(found, labels[split], thresholds_C) for split, found in shares.items()}
@@ -269,7 +300,7 @@ def _write(
         problem_type=run.problem_type,
         tags=tags,
         limits=[
-            run.long_texts.remark(run.data_options.max_length),
+            run.long_texts.remark(run.data_options.max_length, pairs=run.data_options.text_pair_column is not None),
             *_search_limits(run.found),
             *(["It reads a text without the order of its words."] if is_static(arm.model) else []),
         ],

@@ -115,7 +115,7 @@ class Run:
         options: How to train; `bf16` is decided.
         precision: How it was decided.
         config: All options, flat.
-        started: Clock at the start, in seconds.
+        started: Clock at the start, in seconds; earlier by what earlier attempts took that is taken over.
         checks: What was verified, for the report.
         folds: Of the training rows, if the run trains on folds too.
         out_of_fold: What the fold models say; from `train_on_folds`.
@@ -249,6 +249,7 @@ class Run:
                 sampling=sampling,
             )
             self._log_scores(arm)
+            self.started -= arm.seconds_before
             arms.append(arm)
         return arms
 

@@ -19,6 +19,7 @@ from tiny import FILLER, TOPICS, write_csv
 from transformers import AutoModelForSequenceClassification, pipeline
 
 from nlpxfer.classify import Classifier, evaluate_file, predict_file
+from nlpxfer.cli import main
 from nlpxfer.data.load import DataRequest, load_data
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.splits import iterative_sample, iterative_split, quantile_bins
@@ -579,6 +580,29 @@ def test_numbers_from_file_to_answer(files, tiny_checkpoint, tmp_path):
             predict_file(classifier, files["test"], tmp_path / "more.csv", **options)
     with pytest.raises(ConfigError, match="no probabilities"):
         classifier.probabilities(["a text"])
+
+
+@pytest.mark.parametrize("kind", ["layers", "static"])
+def test_labels_that_int8_changes_are_counted_at_the_thresholds(kind, files, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("NLPXFER_CACHE", str(tmp_path / "cache"))
+    own = ["--student", "static", "--static_dim", "8"] if kind == "static" else ["--student_num_layers", "1"]
+    own += ["--num_threads", "1", "--control_arm", "false", "--student_int8", "true"]
+    run = finished("distill", tmp_path / "out", *words_for(files, tiny_checkpoint("bert"), *MULTI, *LEARN, *own))
+    assert max(abs(value - 0.5) for value in run.report["checks"]["thresholds"]["by_label"].values()) > 0.05
+    small = run.folder if kind == "static" else run.folder / "onnx"
+    with open(files["validation"], encoding="utf-8") as file:
+        texts = [row["text"] for row in csv.DictReader(file)]
+    models = Classifier.load(str(run.folder), bf16=False), Classifier.load(str(small), int8=True)
+    given, coarse = (model.probabilities(texts) > model.thresholds_C for model in models)
+    changed = (given != coarse).any(axis=1).sum()
+    if kind == "static":
+        assert run.report["checks"]["int8"]["changed"] == changed
+        return
+    assert run.report["checks"]["int8"]["changed"] == pytest.approx(changed, abs=2), "a scale for each batch"
+    with pytest.raises(SystemExit, match="0"):
+        main(["export", str(run.folder), str(tmp_path / "again"), "--int8"])
+    found = [json.loads((folder / "export.json").read_text()) for folder in (small, tmp_path / "again")]
+    assert found[0]["parity"]["int8"]["changed"] == found[1]["parity"]["int8"]["changed"]
 
 
 @pytest.mark.parametrize(("task", "score"), [(MULTI, "micro_f1"), (NUMBERS, "spearman")], ids=["labels", "numbers"])

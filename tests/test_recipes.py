@@ -258,6 +258,8 @@ def test_several_seeds_give_mean_and_spread(key, tiny_data, bert, tmp_path):
     per_seed = [result["metrics"]["test"]["accuracy"] for result in arm["per_seed"]]
     assert [result["seed"] for result in arm["per_seed"]] == [42, 43]
     assert arm["metrics"]["test"]["accuracy"] == pytest.approx(np.mean(per_seed))
+    assert run.report["data"]["leaking_rows"] == 0
+    assert run.report["checks"]["test_without_leaks"] == pytest.approx(run.report["metrics"]["test"])
     assert run.report["verdict"]["seeds"] == 2
     assert run.run["seeds"] == [42, 43]
     if key == "distill":
@@ -366,7 +368,9 @@ def test_text_pairs(family, tiny_checkpoint, tmp_path):
     run = finished("distill", tmp_path / "out", *own, *words)
     assert run.report["data"]["rows"] == {"train": 160, "validation": 20, "test": 20}
     assert run.report["data"]["classes"] == 2
-    assert "text_pair" in (run.folder / "README.md").read_text()
+    card = (run.folder / "README.md").read_text()
+    assert "text_pair" in card
+    assert "tokens of both texts together; of the longer one the end is left out first" in card
 
 
 @pytest.mark.parametrize("key", KEYS)

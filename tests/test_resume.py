@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import time
 
 import pytest
 from recipe_runs import call, finished, tiny_words
@@ -144,6 +145,23 @@ def test_distill_goes_on_in_the_arm_that_was_interrupted(words, whole, tmp_path,
     assert again.report["checks"]["teacher"]["computed"] == 0
     assert_same(again, whole["distill"])
     assert sha256(again.folder / "teacher") == sha256(whole["distill"].folder / "teacher")
+
+
+def test_the_time_before_an_interruption_counts(words, tmp_path, monkeypatch):
+    """That of a finished arm, and that of the one that was broken off; the first attempt is slow."""
+    plain = TransferTrainer.training_step
+
+    def training_step(self, *arguments, **options):
+        time.sleep(1.0 if self.state.global_step == 0 else 0)
+        return plain(self, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TransferTrainer, "training_step", training_step)
+        interrupted("distill", tmp_path / "out", words["distill"], patch, 10, "distilled")
+    report = finished("distill", tmp_path / "out", *words["distill"], *RESUME).report
+    trained = [arm["seconds"] for arm in report["arms"] if arm["details"].get("steps")]
+    assert min(sorted(trained)[-2:]) > 1
+    assert report["cost"]["total_seconds"] > sum(trained)
 
 
 def test_a_trial_of_layers_is_made_again(words, tmp_path, monkeypatch):

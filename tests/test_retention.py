@@ -218,9 +218,10 @@ def test_a_teacher_whose_correlation_is_negative():
     task = Gold(REGRESSION, ("score",), gold, gold)
     teacher, student = (Answers(numbers[:, None], numbers[:, None]) for numbers in (-gold, gold))
     found = retained([student], teacher, task)
-    report = SimpleNamespace(checks={"retention": {"students": {"distilled": found}}}, arms=[])
+    report = SimpleNamespace(checks={"retention": {"students": {"distilled": found, "control": found}}}, arms=[])
     (line,) = retention_lines(report)
     assert line.startswith("kept:     the teacher's Spearman is not above 0: there is no share of it to keep; ")
+    assert "control" not in line
 
 
 def test_a_gate_that_could_judge_nothing_is_refused():

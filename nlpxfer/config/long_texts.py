@@ -84,12 +84,22 @@ class LongTexts:
         }
         return self.policy + detail[self.policy]
 
-    def remark(self, max_length: int) -> str:
-        """What a user of the trained model must know, in one sentence."""
+    def remark(self, max_length: int, *, pairs: bool) -> str:
+        """What a user of the trained model must know, in one sentence.
+
+        Args:
+            max_length: Tokens of a row, or of a window.
+            pairs: Whether a row has two texts.
+        """
+        if self.policy == "head" and pairs:
+            return (
+                f"Trained and scored on {max_length} tokens of both texts together; of the longer one the end is left "
+                "out first."
+            )
         if self.policy == "head":
             return f"Trained and scored on the first {max_length} tokens of each text; what follows is not read."
         return (
-            f"Texts of more than {max_length} tokens were read with {self.describe(max_length)}: `nlpxfer predict` "
+            f"Texts of more than {max_length} tokens were read with {self.describe(max_length)}: nlpxfer predict "
             "does the same, a plain pipeline does not."
         )
 

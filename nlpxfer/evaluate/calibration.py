@@ -178,6 +178,21 @@ def fit_thresholds(shares_NC: ArrayLike, gold_NC: ArrayLike) -> NDArray[np.float
     return thresholds_C
 
 
+def label_cuts(temperature: float, thresholds_C: ArrayLike) -> NDArray[np.float64]:
+    """The logit of each label above which it is given, shape C.
+
+    >>> label_cuts(2.0, [0.5, 0.25]).round(3)
+    array([ 0.   , -2.197])
+
+    Args:
+        temperature: T of the probabilities.
+        thresholds_C: Thresholds of these.
+    """
+    from scipy.special import logit
+
+    return np.asarray(temperature * logit(np.asarray(thresholds_C, dtype=np.float64)))
+
+
 def save_calibration(
     folder: str | Path,
     temperature: float,

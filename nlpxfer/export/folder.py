@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from scipy.special import logit
 from tqdm.auto import tqdm
 
 import nlpxfer
@@ -27,7 +26,7 @@ from nlpxfer.classify import Classifier, text_columns
 from nlpxfer.data.stream import RowReader
 from nlpxfer.data.tokenise import Collator, TokenisedRows, tokenise
 from nlpxfer.errors import ConfigError, ExportError, OutputExistsError
-from nlpxfer.evaluate.calibration import CALIBRATION_FILE, save_calibration
+from nlpxfer.evaluate.calibration import CALIBRATION_FILE, label_cuts, save_calibration
 from nlpxfer.evaluate.cost import alternate_rates, parameter_count
 from nlpxfer.evaluate.parity import Parity, parity
 from nlpxfer.export.graph import OPSETS, head_nodes, quantise, require_onnx, save_graph, to_graph
@@ -245,7 +244,7 @@ def _compare(
     found: dict[str, Parity] = {}
     sample: TokenisedRows | None = None
     kind, length = classifier.schema.problem_type, classifier.max_length
-    cuts_C = classifier.temperature * logit(classifier.thresholds_C)
+    cuts_C = label_cuts(classifier.temperature, classifier.thresholds_C)
     for first, second in texts.windows:
         rows = classifier.rows(first, second)
         reference = backends[TORCH].logits(rows, max_length=length)

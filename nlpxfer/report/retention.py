@@ -37,10 +37,15 @@ def retention_lines(report: Report) -> list[str]:
     if worst:
         few = ", few rows" if worst["few"] else ""
         label = " ".join(worst["label"].split())
-        line += f"; worst class {label} {_percent(worst['share'])} ({worst['rows']} test rows{few})"
+        line += f"; worst class {label} {_percent(worst['share'])} ({_test_rows(worst['rows'])}{few})"
     line += f"; {_agreement_words(student['agreement'])}"
-    line += "".join(f"; {other} keeps {_percent(facts['score']['value'])}" for other, facts in others)
+    known = {other: facts["score"]["value"] for other, facts in others}
+    line += "".join(f"; {other} keeps {_percent(share)}" for other, share in known.items() if share is not None)
     return [line, *_latency_lines(report.arms)]
+
+
+def _test_rows(number: int) -> str:
+    return f"{number} test row{'' if number == 1 else 's'}"
 
 
 def _score_words(score: Mapping[str, Any]) -> str:
@@ -91,7 +96,7 @@ def retention_section(report: Report) -> str:
         lines += [
             "",
             f"Worst class: {escape_markdown(worst['label'])}, with {_percent(worst['share'])} of the teacher's F1 "
-            f"({worst['student']:.3f} of {worst['teacher']:.3f}, {worst['rows']} test rows{few}).",
+            f"({worst['student']:.3f} of {worst['teacher']:.3f}, {_test_rows(worst['rows'])}{few}).",
         ]
     return "\n".join(lines)
 
