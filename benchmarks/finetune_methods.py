@@ -53,7 +53,7 @@ TEACHERS = ("lp-ft", "r-drop", "lora")
 BASIC = tuple(method for method in METHODS if method not in ("r-drop", "lora-r-drop", "taught"))
 DEFAULTS = {
     **measuring.DEFAULTS,
-    "adapters": {name: kind.learning_rate for name, kind in KINDS.items() if name in METHODS},
+    "adapters": {name: kind.learning_rate_for(384, gently=False) for name, kind in KINDS.items() if name in METHODS},
 }
 """Of the recipes; cells that were measured with others are not taken over."""
 HEADLINE = {"debian-tags": "micro_f1", "unfair_tos": "macro_f1", "scicite": "macro_f1", "pubmedqa": "macro_f1"}

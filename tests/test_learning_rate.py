@@ -85,9 +85,13 @@ def test_a_large_head_wants_a_low_rate(given, problem_type, head_kept, rate):
     assert run.start_of_training(start)["learning_rate"] == run.options.learning_rate_or(0.01)
 
 
-@pytest.mark.parametrize(("width", "gently", "rate"), [(384, False, 1e-3), (768, True, 3e-4), (2048, True, 9e-5)])
+@pytest.mark.parametrize(
+    ("width", "gently", "rate"),
+    [(384, False, 2e-3), (384, True, 6e-4), (513, False, 1e-3), (768, True, 3e-4), (2048, True, 9e-5)],
+)
 def test_rates_of_adapters(width, gently, rate):
     assert KINDS["lora"].learning_rate_for(width, gently=gently) == rate
+    assert KINDS["bitfit"].learning_rate_for(width, gently=gently) == min(rate, 3e-4 if gently else 1e-3)
 
 
 @pytest.fixture
@@ -107,7 +111,7 @@ def rates(monkeypatch):
     ("recipe", "own", "expected"),
     [
         ("finetune", [], {"fine-tuned": 3e-4}),
-        ("adapters", ["--adapter", "lora", "--full_arm", "true"], {"adapter": 1e-3, "full": 3e-4}),
+        ("adapters", ["--adapter", "lora", "--full_arm", "true"], {"adapter": 2e-3, "full": 3e-4}),
         ("distill", ["--student_num_layers", "1"], {"teacher": 3e-4, "distilled": 3e-4, "control": 3e-4}),
         ("distill", ["--student", "static"], {"teacher": 3e-4, "distilled": 0.01, "control": 0.01}),
         ("distill", ["--self_distillation", "ema"], {"distilled": 3e-4, "control": 3e-4}),

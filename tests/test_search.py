@@ -337,7 +337,7 @@ def test_adapters_search_from_the_defaults_of_their_kind(words, tmp_path):
     run = finished("adapters", tmp_path / "out", *words(**ONE_EPOCH, **own, adapter_dropout="{low: 0, high: 0.5}"))
     first, second = run.report["search"]["trials"]
     assert first["options"] == {
-        "learning_rate": 1e-3, "adapter_rank": 8, "adapter_alpha": 16, "adapter_dropout": 0
+        "learning_rate": 2e-3, "adapter_rank": 8, "adapter_alpha": 16, "adapter_dropout": 0
     }, "LoRA's own"  # fmt: skip
     assert second["options"]["adapter_rank"] in (2, 4, 8)
     config = json.loads((run.folder / "adapter" / "adapter_config.json").read_text())

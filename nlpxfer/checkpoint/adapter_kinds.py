@@ -20,6 +20,7 @@ TARGETS: Final = "adapter_target_modules"
 BLOCK: Final = "adapter_block_size"
 NUM_WEIGHTS: Final = "adapter_num_weights"
 VIRTUAL_TOKENS: Final = "num_virtual_tokens"
+NARROW: Final = 512
 WIDE: Final = 768
 NO_TARGETS: Final = "dummy-target-modules"
 """What peft calls a LoRA that targets nothing."""
@@ -44,7 +45,8 @@ class AdapterKind:
         fixed: Further fields of `config`.
         defaults: Option -> its default.
         alpha_per_rank: Default of alpha over the rank.
-        learning_rate: Default of the peak learning rate up to a hidden size of 768; see `learning_rate_for`.
+        learning_rate: Default of the peak learning rate for a hidden size of 768; see `learning_rate_for`.
+        narrow_rate: The same up to 512; None: `learning_rate` too.
         default_targets: Pattern of the linear layers that it is for where none is named; None: all.
         block_divides: Which sizes of a layer the block size must divide, of "inputs" and "outputs".
         needs_bias: Whether the layers must have a bias.
@@ -63,6 +65,7 @@ class AdapterKind:
     defaults: Mapping[str, int | float] = field(default_factory=dict)
     alpha_per_rank: float = 2.0
     learning_rate: float = 1e-3
+    narrow_rate: float | None = None
     default_targets: str | None = None
     block_divides: tuple[str, ...] = ()
     needs_bias: bool = False
@@ -79,12 +82,15 @@ class AdapterKind:
             hidden_size: Numbers per token between the layers; beyond 768 the rate is 0.3 times as high.
             gently: Whether the head is large from the start, so that a small step changes the answers: 0.3 times too.
         """
+        rate = self.narrow_rate if self.narrow_rate and hidden_size <= NARROW else self.learning_rate
         share = (0.3 if hidden_size > WIDE else 1.0) * (0.3 if gently else 1.0)
-        return float(f"{self.learning_rate * share:.3g}")
+        return float(f"{rate * share:.3g}")
 
 
 _LORA_OPTIONS = {RANK: "r", ALPHA: "lora_alpha", DROPOUT: "lora_dropout", TARGETS: "target_modules"}
 _LORA_DEFAULTS = {RANK: 8, DROPOUT: 0.0}
+_LORA_NARROW_RATE = 2e-3
+"""Chosen on validation rows of banking77, clinc150, scicite, unfair_tos and debian-sections with MiniLM, 384 wide."""
 _LINEAR_ONLY: dict[str, Any] = {"wraps_conv1d": False, "transposes": False}
 _PROMPT: dict[str, Any] = {
     "options": {VIRTUAL_TOKENS: "num_virtual_tokens"},
@@ -99,6 +105,7 @@ _ROWS: Final = (
         config="LoraConfig",
         peft_type="LORA",
         options=_LORA_OPTIONS,
+        narrow_rate=_LORA_NARROW_RATE,
         defaults=_LORA_DEFAULTS,
         quantised=True,
         source="Hu et al. 2021, arXiv:2106.09685",
@@ -108,6 +115,7 @@ _ROWS: Final = (
         config="LoraConfig",
         peft_type="LORA",
         options=_LORA_OPTIONS,
+        narrow_rate=_LORA_NARROW_RATE,
         fixed={"use_rslora": True},
         defaults=_LORA_DEFAULTS,
         alpha_per_rank=1.0,  # times rank / sqrt(rank): about the size of LoRA's default at rank 8
@@ -119,6 +127,7 @@ _ROWS: Final = (
         config="LoraConfig",
         peft_type="LORA",
         options=_LORA_OPTIONS,
+        narrow_rate=_LORA_NARROW_RATE,
         fixed={"use_dora": True},
         defaults=_LORA_DEFAULTS,
         quantised=True,
