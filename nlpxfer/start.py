@@ -24,7 +24,14 @@ from nlpxfer.hub import check_push_request
 from nlpxfer.problem import BEST, METRICS, REGRESSION, SINGLE_LABEL, ProblemType
 from nlpxfer.report.report import REPORT_FILE
 from nlpxfer.run import Run
-from nlpxfer.train.launch import check_process_count, from_main, is_main_process, use_threads, wait_for_everyone
+from nlpxfer.train.launch import (
+    check_process_count,
+    from_main,
+    is_main_process,
+    leave_at_exit,
+    use_threads,
+    wait_for_everyone,
+)
 from nlpxfer.train.precision import Precision, choose_precision
 from nlpxfer.train.reporters import check_reporters
 from nlpxfer.train.study import check_search_installed
@@ -67,7 +74,8 @@ def start_run(
         raise ConfigError("num_folds: edited copies of a held-out row would be learnt from; leave augmentation out.")
     gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
     _show_progress(options)
-    device = options.device  # starts the process group
+    device = options.device  # starts the process group, or takes that of the run before
+    leave_at_exit()
     check_process_count()
     threads = use_threads(options.num_threads)
     folder = Path(options.chosen_output_dir or f"runs/{recipe}")
@@ -109,12 +117,8 @@ def start_run(
         count, seed = options.num_folds, data_options.data_split_seed
         rows, kind = (*run.texts("train"), run.labels("train"), data.schema.names), data.schema.problem_type
         run.folds = make_folds(*rows, count=count, seed=seed, problem_type=kind)
-    try:
-        with run.held:
-            yield run
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    with run.held:
+        yield run
 
 
 def _inputs(config: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import textwrap
 
 import pytest
 from processes import accelerate_launch, python, run, torchrun
@@ -113,3 +114,31 @@ def test_accelerate_with_fewer_processes_than_asked_for_is_refused(words, tmp_pa
     assert "2 processes were asked for, but 1 is running." in done.stderr
     assert "torchrun --nproc_per_node 2" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_two_recipes_in_one_program_share_the_processes(tiny_data, tiny_checkpoint, tmp_path):
+    program = """
+        import os, time
+        from nlpxfer import run_recipe
+        from nlpxfer.cli import run_main
+
+        def main(argv=None):
+            shared = {shared}
+            run_recipe("finetune", **shared, model_name_or_path={model!r}, output_dir={first!r})
+            if os.environ["RANK"] == "1":
+                time.sleep(3)
+            teacher = dict(teacher_name_or_path={first!r}, student_num_layers=1)
+            run_recipe("distill", **shared, **teacher, output_dir={second!r})
+
+        run_main(main)
+    """
+    named = [*QUICK, *files(tiny_data), "--max_train_samples", "61", "--max_steps", "2", "--learning_rate", "1e-3"]
+    shared = dict(zip((name[2:] for name in named[::2]), named[1::2], strict=True)) | {"control_arm": False}
+    first, second = str(tmp_path / "first"), str(tmp_path / "second")
+    model = str(tiny_checkpoint("bert"))
+    text = textwrap.dedent(program).format(shared=shared, model=model, first=first, second=second)
+    (tmp_path / "twice.py").write_text(text)
+    done = run(torchrun(tmp_path / "twice.py"))
+    assert done.returncode == 0, done.stderr
+    for folder in (first, second):
+        assert json.loads((tmp_path / folder / "report.json").read_text())["checks"]["processes"] == 2

@@ -7,6 +7,7 @@ asked for and fails where fewer processes came up.
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import contextvars
 import io
@@ -67,6 +68,17 @@ def wait_for_everyone() -> None:
     """A barrier, if there are several processes."""
     if world()[1] > 1:
         torch.distributed.barrier()
+
+
+def leave_at_exit() -> None:
+    """End the process group with the program, not with a run: a second one cannot be started by the same launch."""
+    atexit.unregister(_leave)
+    atexit.register(_leave)
+
+
+def _leave() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def seed_everything(seed: int) -> None:
