@@ -619,7 +619,8 @@ class Run:
         models = [*(each.model for each in planned), *asked]
         for model in models:
             self.check_length(model)
-        for each in planned if checkpoints else ():
+        on_folds = [] if self.folds is None else [replace(each, rows=self.folds.fewest_learnt) for each in planned]
+        for each in [*planned, *on_folds] if checkpoints else ():
             self._check_training(each)
         weights = max(stored_bytes(checkpoint.model) for checkpoint in models)
         learning = [_trained_bytes(model.model) if is_adapted(model.model) else weights for model in models]

@@ -306,7 +306,8 @@ def teacher_on_the_spot(run: Run, plan: DistillOptions, method: FineTune) -> tup
 
     base, folds = build(run.seeds[0]), folds_of_teacher(run, plan)
     training = {"num_train_epochs": plan.teacher_num_train_epochs or run.options.num_train_epochs}
-    begin(run, plan, base, Planned(base, training), arms=3 + plan.teacher_folds)
+    on_folds = [Planned(base, training, folds.fewest_learnt)] if folds else []
+    begin(run, plan, base, Planned(base, training), *on_folds, arms=3 + plan.teacher_folds)
     training |= run.start_of_training(base, **training)
     training["learning_rate"] = plan.teacher_learning_rate or training["learning_rate"]
     trained = run.train("teacher", build, method, seeds=run.seeds[:1], **training)

@@ -548,6 +548,15 @@ def test_refusals_come_before_anything_is_written(tmp_path, tiny_data, tiny_chec
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(("key", "option"), [("finetune", "num_folds"), ("distill", "teacher_folds")])
+def test_a_fold_that_leaves_no_whole_batch_is_refused(key, option, tiny_data, tiny_checkpoint, tmp_path):
+    words = [*tiny_words(tiny_data, tiny_checkpoint("bert"), key=key), "--max_train_samples", "16"]
+    own = ["--per_device_train_batch_size", "16", "--dataloader_drop_last", "true", f"--{option}", "2"]
+    message = refused(key, tmp_path / "out", *words, *own)
+    assert "dataloader_drop_last: 8 training rows make no whole batch of 16" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_edited_copies_of_a_held_out_row_are_refused(tiny_data, tiny_checkpoint, tmp_path):
     words = [*tiny_words(tiny_data, tiny_checkpoint("bert")), "--num_folds", "3", "--augmentation", "swap"]
     assert "edited copies of a held-out row" in refused("finetune", tmp_path / "out", *words)

@@ -43,6 +43,11 @@ class Folds:
     unlearnt_N: NDArray[np.bool_]
     warnings: tuple[str, ...]
 
+    @property
+    def fewest_learnt(self) -> int:
+        """Rows that the model without the largest fold learns from."""
+        return len(self.fold_N) - int(np.bincount(self.fold_N).max())
+
 
 def make_folds(
     texts: Sequence[str],
