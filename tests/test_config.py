@@ -301,6 +301,15 @@ def test_data_options_out_of_range(values, fault):
             "metric_for_best_model: 'f1' is not one of accuracy, macro_f1, loss, micro_f1, sample_f1, "
             "mean_absolute_error, mean_squared_error, pearson, spearman",
         ),
+        (
+            {"accelerator_config": {"dispatch_batches": True}},
+            "accelerator_config: dispatch_batches is not supported: each process reads its own rows",
+        ),
+        (
+            {"accelerator_config": '{"split_batches": true}'},
+            "accelerator_config: split_batches is not supported: per_device_train_batch_size counts the rows of one "
+            "process",
+        ),
         ({"push_to_hub": True}, "push_to_hub: needs hub_model_id, such as --hub_model_id team/name"),
         (
             {"neftune_noise_alpha": 5.0},
@@ -320,6 +329,16 @@ def test_run_options_out_of_range(values, fault):
     with pytest.raises(ConfigError) as caught:
         RunOptions(**values)
     assert caught.value.faults == (fault,)
+
+
+def test_batches_of_an_accelerator_config_in_a_file_are_refused_too(tmp_path):
+    path = tmp_path / "accelerator.json"
+    path.write_text('{"split_batches": true, "even_batches": true}')
+    (fault,) = faults_of("--accelerator_config", str(path), types=(RunOptions,))
+    assert fault.startswith("accelerator_config: split_batches is not supported")
+    path.write_text('{"split_batches": false}')
+    (options,) = parse([RunOptions], ["--accelerator_config", str(path)])
+    assert options.accelerator_config.split_batches is False
 
 
 def test_early_stopping_needs_evaluations():

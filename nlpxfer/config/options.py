@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -100,6 +102,12 @@ ANY_VALUE = {
 
 SCHEDULES_BY_LOSS = ("reduce_lr_on_plateau", "greedy")
 """Those of transformers' schedules of the learning rate that are no function of the step."""
+
+REFUSED_BATCHES = {
+    "dispatch_batches": "each process reads its own rows",
+    "split_batches": "per_device_train_batch_size counts the rows of one process",
+}
+"""Parts of `accelerator_config` that would change how the rows are dealt out, each with the reason."""
 
 POOLINGS = ("auto", "own", "mean")
 """What a head may be asked to read."""
@@ -465,6 +473,9 @@ class RunOptions(TrainingArguments):
         require(
             faults, not (self.ddp_backend and alone), "ddp_backend: needs several processes, but this is the only one"
         )
+        parts = _parts(self.accelerator_config)
+        for name, reason in REFUSED_BATCHES.items():
+            require(faults, not parts.get(name), f"accelerator_config: {name} is not supported: {reason}")
         if self.push_to_hub:
             require(
                 faults, bool(self.hub_model_id), "push_to_hub: needs hub_model_id, such as --hub_model_id team/name"
@@ -480,6 +491,16 @@ class RunOptions(TrainingArguments):
     def resume(self) -> bool:
         """Whether to go on with the interrupted run in `output_dir`."""
         return str(self.resume_from_checkpoint).lower() == "true"
+
+
+def _parts(config: Any) -> Mapping[str, Any]:  # noqa: ANN401 - a mapping, JSON, a file of JSON, or what became of them
+    """The parts of an `accelerator_config`; none of one that transformers refuses."""
+    if isinstance(config, str):
+        try:
+            config = json.loads(config if config.startswith("{") else Path(config).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+    return config if isinstance(config, Mapping) else getattr(config, "__dict__", {})
 
 
 def _has_accelerator() -> bool:
