@@ -38,7 +38,7 @@ from nlpxfer.report.report import Arm
 from nlpxfer.result import int8_facts, int8_table_of, save_fitted
 from nlpxfer.run import Run
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.launch import by_itself, is_main_process, wait_for_everyone
+from nlpxfer.train.launch import by_itself, on_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,9 +106,7 @@ class Int8Maker:
         if isinstance(model, StaticForSequenceClassification):
             return static_int8(model)
         folder = self._next("together")
-        if is_main_process():
-            _write(model, tokenizer, folder)
-        wait_for_everyone()
+        on_main(lambda: _write(model, tokenizer, folder))
         return Int8Model(folder / INT8_FILE, model.config)
 
     def _next(self, kind: str) -> Path:
@@ -167,7 +165,8 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         return *_scored(run, student, int8_table_of(run, student), "the same student with an int8 table"), {}
     place = run.folder / "checkpoints" / "int8" / "student"
     out = place / FOLDER
-    if is_main_process():
+
+    def export() -> None:
         shutil.rmtree(place, ignore_errors=True)
         save_classifier(student.model, student.tokenizer, run.data.schema, place / "model")
         save_fitted(run, student, place / "model")
@@ -175,7 +174,8 @@ def int8_student(run: Run, student: TrainedArm) -> tuple[TrainedArm, Arm, Mappin
         with by_itself():
             threads = torch.get_num_threads()
             export_classifier(ExportRequest(model=str(place / "model"), out=out, int8=True, threads=threads))
-    wait_for_everyone()
+
+    on_main(export)
     model = Int8Model(out / INT8_FILE, student.model.config)
     return *_scored(run, student, model, "the same student with int8 weights, run by onnxruntime"), {FOLDER: out}
 

@@ -58,7 +58,7 @@ from nlpxfer.report.retention import retention_lines
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.run import Run
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import on_main, wait_for_everyone, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +114,8 @@ def finish(
         treated=treated[0].name,
         search=run.found,
     )
-    if is_main_process():
+
+    def leave() -> None:
         _write(run, treated[0], report, description, base_model, parents, tags, folders)
         if run.options.push_to_hub and not missed:
             pushed = push_folder(run.folder, str(run.options.hub_model_id), private=run.options.is_private)
@@ -123,6 +124,8 @@ def finish(
         table += "".join(f"{line}\n" for line in retention_lines(report))
         sys.stdout.write(f"\n{table}model:  {run.folder}\nreport: {run.folder / 'report.json'}\n")
         sys.stdout.flush()
+
+    on_main(leave)
     wait_for_everyone()
     if missed:
         pushed_not = " Nothing was pushed." if run.options.push_to_hub else ""

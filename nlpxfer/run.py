@@ -61,7 +61,7 @@ from nlpxfer.report.report import (
 )
 from nlpxfer.report.run import write_run
 from nlpxfer.train.checkpoints import RunIdentity
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
+from nlpxfer.train.launch import is_main_process, on_main
 from nlpxfer.train.precision import Precision
 from nlpxfer.train.predict import predict
 from nlpxfer.train.search import Search
@@ -632,12 +632,13 @@ class Run:
             raise ResumeError(f"{self.folder} holds an unfinished run of {begun}, not of {self.recipe}.")
         if self.options.resume and not is_unfinished(self.folder):
             logger.warning("there is nothing to resume in %s: training from the start", self.folder)
-        if is_main_process():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.held.enter_context(held(self.folder))
-            ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
-            mark_unfinished(self.folder, self.recipe)
-        wait_for_everyone()
+        on_main(self._take_folder)
+
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held.enter_context(held(self.folder))
+        ensure_output_folder(self.folder, overwrite=self.options.overwrite, resume=self.options.resume)
+        mark_unfinished(self.folder, self.recipe)
 
     def _check_training(self, planned: Planned) -> None:
         """Refuse a training that cannot be done with any of the values that are searched; a trial looks for itself."""
@@ -718,7 +719,8 @@ class Run:
             recipe: What would train it alone.
             options: In which that differs from this run.
         """
-        if is_main_process():
+
+        def save() -> None:
             save_classifier(arm.model, arm.tokenizer, self.data.schema, self.folder / name)
             known = {each.name for kind in (DataOptions, RunOptions) for each in fields(kind)}
             write_run(
@@ -729,7 +731,8 @@ class Run:
                 data_fingerprint=self.data.fingerprint,
                 parents={"model": self.parent_facts(parent)},
             )
-        wait_for_everyone()
+
+        on_main(save)
         arm.model.requires_grad_(False)
         return Checkpoint(
             model=arm.model, tokenizer=arm.tokenizer, name=as_name, folder=self.folder / name, fresh=(), head_kept=True

@@ -45,7 +45,7 @@ from nlpxfer.strict_json import write_json_whole
 from nlpxfer.students import refuse_unused, whole_training
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.ladder import Candidate, LadderResult, Target, climb, least_steps, rung_count
-from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone
+from nlpxfer.train.launch import on_main
 from nlpxfer.verdict import stages_of
 
 if TYPE_CHECKING:
@@ -303,7 +303,8 @@ def _search(
 def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None], identity: RunIdentity) -> None:
     """Write and print the ladder, and keep it for a resumed run if a student was chosen."""
     run.checks["search"] = ladder_facts(result, measured)
-    if is_main_process():
+
+    def tell() -> None:
         write_ladder(run.folder, result, measured, teacher=TEACHER)
         sys.stdout.write(f"\n{ladder_table(result, measured, teacher=TEACHER)}\n")
         sys.stdout.flush()
@@ -311,7 +312,8 @@ def _tell(run: Run, result: LadderResult, measured: Mapping[str, Measured | None
         if result.chosen is not None:
             write_json_whole(_kept(run) / LADDER_FILE, run.checks["search"])
             seal(_kept(run), identity, result.steps)
-    wait_for_everyone()
+
+    on_main(tell)
 
 
 def _measured(
@@ -325,10 +327,10 @@ def _measured(
 
     Measured by the first process alone; all get the same. Int8 forms that the family cannot have are missing.
     """
-    measured: dict[str, Measured | None] = {}
     # by all processes: what students are built from is computed together
     students = {name: _as_trained(run, arm["build"](run.seeds[0])) for name, arm in arms.items()}
-    if is_main_process():
+
+    def measure() -> dict[str, Measured | None]:
         models: dict[str, Checkpoint] = {} if teacher is None else {TEACHER: teacher}
         for choice in choices:
             student = students[choice.trained_as]
@@ -342,11 +344,13 @@ def _measured(
         times = latency_facts(
             {name: stages_of(run, model) for name, model in models.items()}, *run.texts("validation")
         )
-        measured[TEACHER] = None
+        measured: dict[str, Measured | None] = {TEACHER: None}
         for name, model in models.items():
             size = int(getattr(model.model, "file_bytes", None) or stored_bytes(model.model))
             measured[name] = Measured(latency=times[name], bytes=size)
-    return from_main(measured)
+        return measured
+
+    return on_main(measure)
 
 
 def _as_trained(run: Run, student: Checkpoint) -> Checkpoint:

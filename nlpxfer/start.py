@@ -27,8 +27,8 @@ from nlpxfer.run import Run
 from nlpxfer.train.launch import (
     check_process_count,
     from_main,
-    is_main_process,
     leave_at_exit,
+    on_main,
     use_threads,
     wait_for_everyone,
 )
@@ -89,8 +89,8 @@ def start_run(
     resumable = "resume_from_checkpoint" not in options.without_effect
     check_output_folder(folder, overwrite=options.overwrite, resume=options.resume, resumable=resumable)
     refuse_inputs_below(folder, _inputs(config))
-    if is_main_process() and options.push_to_hub:
-        check_push_request(str(options.hub_model_id), private=options.is_private)
+    if options.push_to_hub:
+        on_main(lambda: check_push_request(str(options.hub_model_id), private=options.is_private))
     check_reporters(options.report_to or ())
     _check_search(recipe, options, searches)
     wait_for_everyone()

@@ -35,7 +35,7 @@ from nlpxfer.report.disagreements import TwoAnswers, disagreements, write_disagr
 from nlpxfer.report.report import Arm
 from nlpxfer.report.retention import size_facts
 from nlpxfer.run import Run
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
+from nlpxfer.train.launch import is_main_process, on_main
 
 Array = np.ndarray[Any, Any]
 
@@ -183,11 +183,13 @@ def _write_disagreements(run: Run, student: TrainedArm, theirs: Mapping[str, Arr
         if len(rows):
             student_NC = ours[split] if split in ours else run.predict(student.model, student.tokenizer, split)
             asked.append(_two_answers(run, split, rows, teacher_NC, student_NC))
-    if is_main_process():
+
+    def write() -> None:
         both = Answers(theirs["validation"], theirs["test"]), Answers(ours["validation"], ours["test"])
         temperatures = fitted_temperature(both[0], gold), fitted_temperature(both[1], gold)
         write_disagreements(run.folder, disagreements(asked, gold.names, gold.problem_type, temperatures))
-    wait_for_everyone()
+
+    on_main(write)
 
 
 def _two_answers(run: Run, split: str, rows: Array, teacher_NC: Array, student_NC: Array) -> TwoAnswers:

@@ -2,9 +2,11 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +42,17 @@ def environment(**changes):
         "ACCELERATE_USE_CPU": "true",
         **changes,
     }
+
+
+def together(command, processes=2, **changes):
+    """The processes of one run without a launcher, which would end the others once one has failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    meeting |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    with ThreadPoolExecutor(processes) as pool:
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        return list(pool.map(lambda rank: run(command, **meeting, **rank, **changes), ranks))
 
 
 def run(command, *, interrupt_if=None, **changes):

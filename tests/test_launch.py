@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import random
 
 import numpy as np
@@ -10,12 +11,13 @@ import pytest
 import torch
 import yaml
 
-from nlpxfer.errors import LaunchError
+from nlpxfer.errors import ConfigError, LaunchError, NoSpaceError, OutputExistsError
 from nlpxfer.train import launch
 from nlpxfer.train.launch import (
     by_itself,
     check_process_count,
     is_main_process,
+    on_main,
     processes_asked_for,
     seed_everything,
     use_threads,
@@ -201,3 +203,36 @@ def test_a_process_by_itself_shares_no_work(monkeypatch):
         assert world() == (0, 1)
         wait_for_everyone()
     assert world() == (1, 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NoSpaceError("no room", why="the disk is full", fix="free some"),
+        OutputExistsError("in use"),
+        ConfigError.from_faults(["a: is wrong", "b: too"]),
+        PermissionError(13, "Permission denied", "/out"),
+    ],
+)
+def test_an_error_of_the_first_process_is_raised_in_all_as_it_is(error, monkeypatch):
+    sent = []
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(launch, "from_main", lambda value: pickle.loads(sent[0]) if sent else value)
+    with pytest.raises(type(error)) as caught:
+        on_main(fail)
+    assert caught.value is error
+    sent.append(pickle.dumps((None, error)))
+    monkeypatch.setattr(launch, "world", lambda: (1, 2))
+    with pytest.raises(type(error)) as caught:
+        on_main(lambda: pytest.fail("not the first process"))
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def test_what_is_no_fault_of_the_user_is_not_carried_over():
+    with pytest.raises(ZeroDivisionError):
+        on_main(lambda: 1 // 0)
+    assert on_main(lambda: 3) == 3

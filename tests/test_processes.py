@@ -6,9 +6,11 @@ import re
 import textwrap
 
 import pytest
-from processes import accelerate_launch, python, run, torchrun
+from processes import accelerate_launch, python, run, together, torchrun
 from recipe_runs import QUICK, call, files, finished
 from safetensors.torch import load_file
+
+from nlpxfer.checkpoint.save import held
 
 pytestmark = pytest.mark.processes
 
@@ -142,3 +144,20 @@ def test_two_recipes_in_one_program_share_the_processes(tiny_data, tiny_checkpoi
     assert done.returncode == 0, done.stderr
     for folder in (first, second):
         assert json.loads((tmp_path / folder / "report.json").read_text())["checks"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
+        (["--push_to_hub", "true", "--hub_model_id", "bad name/x y"], "'bad name/x y'"),
+        (["--overwrite", "true"], "Another run is writing to the output folder"),
+    ],
+)
+def test_what_only_the_first_process_finds_wrong_ends_all_alike(own, told, words, tmp_path):
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out"):
+        ended = together(python("recipes/finetune.py", *words, "--output_dir", tmp_path / "out", *own))
+    assert [one.returncode for one in ended] == [2, 2], ended
+    for one in ended:
+        assert told in one.stderr
+        assert "Traceback" not in one.stderr

@@ -44,7 +44,7 @@ from nlpxfer.methods.base import Batch, Method, model_inputs
 from nlpxfer.problem import ProblemType
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
-from nlpxfer.train.launch import is_main_process, seed_everything, wait_for_everyone, world
+from nlpxfer.train.launch import on_main, seed_everything, wait_for_everyone, world
 from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
 from nlpxfer.train.predict import predict
@@ -359,24 +359,25 @@ def _finish(
     Of an adapter both are kept: the bundle and, where it can be, the model that it is folded into.
     """
     model, tokenizer = unwrapped(trainer), checkpoint.tokenizer
-    if base is not None:
-        if is_main_process():
+
+    def save() -> None:
+        if base is not None:
             bundle = save_adapter(cast("Any", model), tokenizer, schema, folder / BUNDLE_FOLDER, base=base)
             loaded = load_adapter(bundle, base=str(checkpoint.folder))
             if loaded.merges:
                 save_classifier(merged(loaded), tokenizer, schema, folder)
-    elif trainer.is_fsdp_enabled:
-        trainer.save_model(str(folder))
-    elif is_main_process():
-        refuse_not_finite(model)
-        save_classifier(model, tokenizer, schema, folder)
-    wait_for_everyone()
-    if is_main_process():
+        elif not trainer.is_fsdp_enabled:
+            refuse_not_finite(model)
+            save_classifier(model, tokenizer, schema, folder)
         write_json_whole(folder / "arm.json", dict(record))
         seal(folder, identity, int(record["steps"]))
         for old in folder.parent.glob("checkpoint-*"):  # three times the model's size each
             shutil.rmtree(old, ignore_errors=True)
+
+    if base is None and trainer.is_fsdp_enabled:
+        trainer.save_model(str(folder))
     wait_for_everyone()
+    on_main(save)
 
 
 def unwrapped(trainer: TransferTrainer) -> PreTrainedModel:

@@ -13,8 +13,9 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from nlpxfer.checkpoint.load import Checkpoint
 from nlpxfer.checkpoint.save import refuse_not_finite
 from nlpxfer.config import RunOptions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
-from nlpxfer.errors import CheckpointError, NlpxferError
+from nlpxfer.errors import CheckpointError
 from nlpxfer.evaluate.arms import Splits, TrainedArm
 from nlpxfer.evaluate.feature_depth import read_at_best_depth
 from nlpxfer.evaluate.task import task_metrics
@@ -32,7 +33,7 @@ from nlpxfer.methods.features import FeatureBased
 from nlpxfer.problem import REGRESSION
 from nlpxfer.train.feature_cache import Features, pooled_features
 from nlpxfer.train.feature_head import MlpPlan, fit_logistic_head_, fit_mlp_head_, logits_of_features
-from nlpxfer.train.launch import from_main, is_main_process, seed_everything, world
+from nlpxfer.train.launch import on_main, seed_everything, world
 from nlpxfer.train.linear_probe import Probe
 from nlpxfer.train.predict import mean_of_windows, predict
 
@@ -191,21 +192,14 @@ def _fit_(
     quiet: bool,
 ) -> _Fitted:
     """Fit the head on the first process, and give its weights to all."""
-    fitted: _Fitted | NlpxferError | None = None
-    if is_main_process():
-        arrays = [values for part in ("train", "validation") for values in (found[part].states_NH, labels[part])]
-        try:
-            fitted = _fit_here_(model, method, arrays, plan, linear_probe=linear_probe, windows=windows, quiet=quiet)
-        except NlpxferError as error:  # the others wait
-            fitted = error
-    fitted = from_main(fitted)
-    if isinstance(fitted, NlpxferError):
-        raise fitted
+    arrays = [values for part in ("train", "validation") for values in (found[part].states_NH, labels[part])]
+    fit = partial(_fit_here_, model, method, arrays, plan, linear_probe=linear_probe, windows=windows, quiet=quiet)
+    fitted = on_main(fit)
     if world()[1] > 1:
         for parameter in head_parameters(model).values():
             torch.distributed.broadcast(parameter.data, src=0)
     refuse_not_finite(model)
-    return cast("_Fitted", fitted)
+    return fitted
 
 
 def _fit_here_(

@@ -29,7 +29,7 @@ from nlpxfer.evaluate.transferability import logme
 from nlpxfer.losses.classification import labelled
 from nlpxfer.problem import SINGLE_LABEL, ProblemType
 from nlpxfer.train.feature_cache import pooled_features, row_keys
-from nlpxfer.train.launch import from_main, is_main_process
+from nlpxfer.train.launch import on_main
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -132,10 +132,7 @@ def read_at_best_depth(
     except CheckpointError as error:
         logger.info("features are read at the last layer: %s", error.what)
         return model, None
-    scores: list[float] = []
-    if is_main_process():
-        scores = [logme(states_NH, targets_NC) for states_NH in np.split(found.states_NH, total, axis=1)]
-    scores = from_main(scores)
+    scores = on_main(lambda: [logme(part_NH, targets_NC) for part_NH in np.split(found.states_NH, total, axis=1)])
     cut, layer = _cut(model, scores)
     seconds = time.perf_counter() - start
     shown = ", ".join(f"{score:.3f}" for score in scores)

@@ -17,7 +17,7 @@ from nlpxfer.evaluate.arms import TrainedArm
 from nlpxfer.report.report import Arm
 from nlpxfer.report.transfer_curve import TRANSFER_CURVE_FILE, CurvePoint, draw_curve
 from nlpxfer.teachers.rows import TransferRows
-from nlpxfer.train.launch import is_main_process, wait_for_everyone
+from nlpxfer.train.launch import on_main
 
 if TYPE_CHECKING:
     from nlpxfer.run import Run
@@ -77,7 +77,5 @@ def transfer_curve(
         points.append(CurvePoint.of(size, trained[0].steps, arms[-1]))
     points.append(CurvePoint.of(rows.unlabelled, distilled[0].steps, whole))
     run.checks["transfer_curve"] = [vars(point) for point in points]
-    if is_main_process():
-        draw_curve(points, run.folder / TRANSFER_CURVE_FILE)
-    wait_for_everyone()
+    on_main(lambda: draw_curve(points, run.folder / TRANSFER_CURVE_FILE))
     return arms

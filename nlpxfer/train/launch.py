@@ -14,15 +14,15 @@ import io
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
 import yaml
 
-from nlpxfer.errors import LaunchError
+from nlpxfer.errors import LaunchError, NlpxferError
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,25 @@ def from_main(value: T) -> T:
         torch.distributed.broadcast_object_list(box, src=0)
         return box[0]
     return value
+
+
+def on_main(do: Callable[[], T]) -> T:
+    """What a call gives that the first process alone makes, in all processes; pickled, so small.
+
+    Raises:
+        NlpxferError, OSError: What the call raises, in all processes: else the others would wait for the first.
+    """
+    found: T | None = None
+    fault: NlpxferError | OSError | None = None
+    if is_main_process():
+        try:
+            found = do()
+        except (NlpxferError, OSError) as error:
+            fault = error
+    found, fault = from_main((found, fault))
+    if fault is not None:
+        raise fault
+    return cast("T", found)
 
 
 def wait_for_everyone() -> None:

@@ -44,7 +44,7 @@ from tqdm.auto import tqdm
 from nlpxfer.checkpoint.save import check_free_space
 from nlpxfer.errors import NotFiniteError, StaleCacheError
 from nlpxfer.strict_json import write_json_whole
-from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import is_main_process, on_main, wait_for_everyone, world
 
 logger = logging.getLogger(__name__)
 
@@ -118,8 +118,7 @@ class RowCache:
         missing = _of_all_processes(np.sort(wanted.first_K[~wanted.known_K]))
         if lengths is not None:
             missing = missing[np.argsort(-lengths[missing], kind="stable")]
-        if is_main_process():
-            self._begin(damaged, len(missing))
+        on_main(lambda: self._begin(damaged, len(missing)))
         computed = [np.zeros(0, dtype=np.int64)]
         told_K = np.zeros_like(wanted.known_K)  # what each process knows from its own folder may differ
         bar = tqdm(total=len(missing), desc=description, disable=quiet or not is_main_process(), leave=False)
@@ -163,19 +162,20 @@ class RowCache:
 
         The first process reads and writes, and tells all others.
         """
-        news: list[Any] = []
-        if is_main_process():
+
+        def read_and_write() -> list[tuple[Array, Array]]:
             if write is None:
+                return self._new_parts(wanted)
+            with FileLock(self.folder / LOCK):
                 news = self._new_parts(wanted)
-            else:
-                with FileLock(self.folder / LOCK):
-                    news = self._new_parts(wanted)
-                    keys, values = write
-                    theirs = np.isin(keys, np.concatenate([found for found, _ in news])) if news else False
-                    own = ~np.broadcast_to(theirs, keys.shape)
-                    if own.any():
-                        wanted.seen.add(self._write_part(keys[own], values[own]))
-        return from_main(news)
+                keys, values = write
+                theirs = np.isin(keys, np.concatenate([found for found, _ in news])) if news else False
+                own = ~np.broadcast_to(theirs, keys.shape)
+                if own.any():
+                    wanted.seen.add(self._write_part(keys[own], values[own]))
+            return news
+
+        return on_main(read_and_write)
 
     def _new_parts(self, wanted: _Wanted) -> list[tuple[Array, Array]]:
         """Parts that have not been read yet, as far as they hold wanted rows."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from nlpxfer.train.checkpoints import MANIFEST, RunIdentity, require_same_run, seal
-from nlpxfer.train.launch import from_main, is_main_process, wait_for_everyone
+from nlpxfer.train.launch import is_main_process, on_main
 from nlpxfer.train.study import Curve, Outcome, SearchPlan, Study
 
 T = TypeVar("T")
@@ -42,19 +42,21 @@ class Search:
     ) -> None:
         self.plan = plan
         self.folder = folder
-        if is_main_process():
+
+        def open_study() -> None:
             if resume and (folder / MANIFEST).is_file():
                 require_same_run(folder, identity, allow_topology_change)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 seal(folder, identity, 0)
             self.study = Study(plan, folder)
-        wait_for_everyone()
+
+        on_main(open_study)
         self.done, self.seconds_before = self._from_main(lambda study: (len(study.trials), study.seconds))
 
     def _from_main(self, make: Callable[[Study], T]) -> T:
         """What the first process makes of its study, in all processes."""
-        return cast("T", from_main(make(self.study) if is_main_process() else None))
+        return on_main(lambda: make(self.study))
 
     def wants_more(self) -> bool:
         """As `Study.wants_more`."""
