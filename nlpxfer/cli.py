@@ -24,10 +24,12 @@ import argparse
 import contextlib
 import errno
 import io
+import os
 import runpy
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +52,8 @@ _REFUSALS = (
     errno.EROFS,
 )
 """What the system says of a path that cannot be used, or of a full disk: that is the user's to mend."""
+PATIENCE = 10.0
+"""Seconds in which the first process of a machine comes to an error that the others have too."""
 _AS_IN_TRAINING = "default: as in training where the file has it, else"
 
 
@@ -71,17 +75,30 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
         with _stopping_on_signals():
             main(argv)
     except NlpxferError as error:
-        sys.stderr.write(f"{error}\n")
+        _tell(f"{error}\n", stopped=error.exit_code == INTERRUPTED_EXIT_CODE)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
-        sys.stderr.write(f"{error.filename or 'A file'}: {error.strerror}.\n")
+        _tell(f"{error.filename or 'A file'}: {error.strerror}.\n")
         sys.exit(USER_FAULT_EXIT_CODE)
     except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
+        _tell("Interrupted.\n", stopped=True)
         sys.exit(INTERRUPTED_EXIT_CODE)
     sys.exit(0)
+
+
+def _tell(message: str, *, stopped: bool = False) -> None:
+    """Write the message that a program ends with: once, where several processes of a launcher end with it.
+
+    The first process of each machine writes at once and leaves; its launcher then ends the others, which meanwhile
+    wait. One that is still there after that has a message of its own, and writes it. A stop is for all of them.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        if stopped:
+            return
+        time.sleep(PATIENCE)
+    sys.stderr.write(message)
 
 
 @contextlib.contextmanager

@@ -82,6 +82,20 @@ def test_exit_codes(main, code, said, capsys):
     assert capsys.readouterr().err == said
 
 
+def test_another_process_gives_the_first_time_to_tell_an_error_and_tells_no_stop(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert exit_code(cli.run_main, raises(ConfigError("no such file")), []) == 2
+    assert (waited, capsys.readouterr().err) == ([], "no such file\n")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert exit_code(cli.run_main, raises(ConfigError("no such file")), []) == 2
+    assert (waited, capsys.readouterr().err) == ([cli.PATIENCE], "no such file\n")
+    for stop in (Interrupted("stopped at step 7"), KeyboardInterrupt()):
+        assert exit_code(cli.run_main, raises(stop), []) == 75
+    assert (waited, capsys.readouterr().err) == ([cli.PATIENCE], "")
+
+
 def test_a_fault_of_nlpxfer_keeps_its_traceback():
     with pytest.raises(ZeroDivisionError):
         cli.run_main(lambda argv: 1 / 0, [])

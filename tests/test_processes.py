@@ -149,6 +149,21 @@ def test_two_recipes_in_one_program_share_the_processes(tiny_data, tiny_checkpoi
 @pytest.mark.parametrize(
     ("own", "told"),
     [
+        (["--num_train_epoch", "3"], "num_train_epoch: unknown option; did you mean num_train_epochs?"),
+        (["--model_name_or_path", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_an_error_of_all_processes_is_told_once(own, told, words, tmp_path):
+    given = words.index("--model_name_or_path") if own[0] in words else len(words)
+    own = [*words[:given], *words[given + 2 :], *own]
+    done = run(torchrun("recipes/finetune.py", *own, "--output_dir", tmp_path / "out"))
+    assert done.returncode != 0
+    assert sum(told in line for line in done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("own", "told"),
+    [
         (["--push_to_hub", "true", "--hub_model_id", "bad name/x y"], "'bad name/x y'"),
         (["--overwrite", "true"], "Another run is writing to the output folder"),
     ],
