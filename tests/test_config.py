@@ -6,6 +6,8 @@ import sys
 from typing import Literal
 
 import pytest
+import torch
+from recipe_runs import option_classes
 from transformers import TrainingArguments
 
 from nlpxfer.config import NEEDED_SWITCHES, REFUSED_OPTIONS, DataOptions, RunOptions, option, parse, resolved
@@ -353,6 +355,19 @@ def test_early_stopping_needs_evaluations():
 def test_faults_that_transformers_finds_are_told_too():
     (fault,) = faults_of("--save_strategy", "no", types=(RunOptions,))
     assert "load_best_model_at_end" in fault
+
+
+def test_faults_are_told_before_the_processes_meet(monkeypatch):
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *args, **kwargs: pytest.fail("they met"))
+    types = option_classes("adapters")
+    of_adapter, of_run = ["--adapter_rank", "0"], ["--seed", "-1", "--num_trials", "2"]
+    searched = ["--learning_rate", "{low: 0, high: 1e-3}"]
+    assert len(faults_of(*of_adapter, types=types)) == 1
+    assert len(faults_of(*of_run, *searched, types=types)) == 2
+    assert len(faults_of("--eval_steps", "5", types=types)) == 1
+    assert len(faults_of(*of_adapter, *of_run, *searched, "--max_length", "2", types=types)) == 4
 
 
 def test_defaults_of_a_run():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -145,6 +147,19 @@ def default_learning_rate(hidden_size: int, *, gently: bool = False, static: boo
         return STATIC_LEARNING_RATE
     known = (rates for widest, *rates in LEARNING_RATES if hidden_size <= widest)
     return next(known, [*WIDEST_LEARNING_RATES])[gently]
+
+
+_UNSTARTED: ContextVar[bool] = ContextVar("unstarted", default=False)
+
+
+@contextlib.contextmanager
+def unstarted() -> Iterator[None]:
+    """Inside, `RunOptions` leave out what transformers makes of them: that waits for the other processes."""
+    token = _UNSTARTED.set(True)
+    try:
+        yield
+    finally:
+        _UNSTARTED.reset(token)
 
 
 def option(default: Any = dataclasses.MISSING, help: str = "", **kwargs: Any) -> Any:  # noqa: A002, ANN401
@@ -334,6 +349,8 @@ class RunOptions(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if not _has_accelerator() and not self.use_cpu:
             self.use_cpu = True
+        if _UNSTARTED.get():
+            return
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except OSError as error:  # a file that an option names

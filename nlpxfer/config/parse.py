@@ -14,7 +14,7 @@ from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 
-from nlpxfer.config.options import ANY_VALUE, REFUSED_OPTIONS
+from nlpxfer.config.options import ANY_VALUE, REFUSED_OPTIONS, unstarted
 from nlpxfer.config.ranges import (
     Range,
     as_converted,
@@ -79,7 +79,9 @@ def parse(types: Sequence[type], argv: Sequence[str] | None = None) -> tuple[Any
             faults.append(f"{key}: {error.message}{value.where}")
         except ConfigError as error:
             faults += [f"{key}: {fault}{value.where}" for fault in error.faults]
-    return _build(types, parsed, ranges, given, faults)
+    with unstarted():  # what nlpxfer finds is told before the processes meet
+        _build(types, parsed, ranges, given, faults)
+    return _build(types, parsed, ranges, given, [])
 
 
 def _refusals(types: Sequence[type]) -> dict[str, str]:
