@@ -14,6 +14,27 @@ from nlpxfer.checkpoint.save import held
 
 pytestmark = pytest.mark.processes
 
+SPOILT = """
+import os, sys
+from nlpxfer.cli import run_main
+from nlpxfer.recipes import load_recipe
+from nlpxfer.train.trainer import TransferTrainer
+
+where, recipe, *words = sys.argv[1:]
+compute, calls = TransferTrainer.compute_loss, []
+
+def spoilt(self, *args, **kwargs):
+    loss = compute(self, *args, **kwargs)
+    if where in str(self.args.output_dir):
+        calls.append(where)
+    return loss * float("nan") if calls == [where] and os.environ["RANK"] == "1" else loss
+
+TransferTrainer.compute_loss = spoilt
+load_recipe("distill").has_onnx = lambda: False
+run_main(load_recipe(recipe).main, words)
+"""
+"""Runs a recipe in which the second process's first micro-batch of a training has no finite loss."""
+
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
@@ -176,3 +197,29 @@ def test_what_only_the_first_process_finds_wrong_ends_all_alike(own, told, words
     for one in ended:
         assert told in one.stderr
         assert "Traceback" not in one.stderr
+
+
+def test_a_loss_that_one_process_has_fails_the_trial_of_all(words, tmp_path):
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    own = [*words[:-1], "1", "--control_arm", "false", "--learning_rate", "{choices: [1e-3, 2e-3]}"]
+    own += ["--num_trials", "2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    command = python(tmp_path / "spoilt.py", "trial-1", "finetune", "--output_dir", tmp_path / "out", *own)
+    for one in together(command):
+        assert one.returncode == 2, one.stderr
+        assert "Trial 1 failed: The loss became nan after step 0" in one.stderr
+    for one in together([*command, "--resume_from_checkpoint", "true"]):
+        assert one.returncode == 0, one.stderr
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [trial["state"] for trial in report["search"]["trials"]] == ["failed", "complete"]
+
+
+def test_a_loss_that_one_process_has_fails_the_student_of_all(words, tiny_checkpoint, tmp_path):
+    (tmp_path / "spoilt.py").write_text(SPOILT)
+    own = [*words[:-1], "2", "--control_arm", "false", "--learning_rate", "1e-3", "--search", "true", "--keep", "0.5"]
+    own += ["--teacher_name_or_path", tiny_checkpoint("bert", "classifier"), "--search_budget", "8"]
+    own += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    command = python(tmp_path / "spoilt.py", "ladder", "distill", "--output_dir", tmp_path / "out", *own)
+    for one in together(command):
+        assert one.returncode == 0, one.stderr
+    students = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["search"]["tried"]
+    assert sum(each["outcome"].startswith("failed: The loss became nan") for each in students) == 1

@@ -227,6 +227,7 @@ class TransferTrainer(Trainer):
         self.identity = identity
         self.score = metrics
         self.tokens_seen = 0
+        self.step_loss = torch.zeros((), device=options.device)
         self.seconds_before = 0.0
         self.losses_before: dict[str, Any] = {}
         self.preflight: dict[str, Any] | None = None
@@ -443,18 +444,28 @@ class TransferTrainer(Trainer):
         """
         self._look_at_loss(model, inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            raise NotFiniteError(
-                f"The loss became {loss.item()} after step {self.state.global_step}; nothing of it was saved.",
-                why="the learning rate is too high for this model",
-                fix=f"--learning_rate {self.args.learning_rate / 10:g}",
-            )
+        self._require_finite(loss)
         if self.accelerator.sync_gradients:
             if self.penalty is not None:
                 self.penalty.add_gradient_(self.network)
             if self.ranks is not None:
                 self.ranks.add_gradient_()
         return loss
+
+    def _require_finite(self, loss: Tensor) -> None:
+        """Refuse a loss that is not finite; with several processes by all together, at the step's last micro-batch."""
+        if world()[1] > 1:
+            self.step_loss = self.step_loss + loss
+            if not self.accelerator.sync_gradients:
+                return
+            loss, self.step_loss = self.step_loss, torch.zeros_like(loss)
+            torch.distributed.all_reduce(loss)
+        if not torch.isfinite(loss):
+            raise NotFiniteError(
+                f"The loss became {loss.item()} after step {self.state.global_step}; nothing of it was saved.",
+                why="the learning rate is too high for this model",
+                fix=f"--learning_rate {self.args.learning_rate / 10:g}",
+            )
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:  # noqa: ANN401 - a number or a tensor
         """The gradient norm, before the optimizer takes the step; with fp16 the scaler deals with overflows itself."""
