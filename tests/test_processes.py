@@ -223,3 +223,27 @@ def test_a_loss_that_one_process_has_fails_the_student_of_all(words, tiny_checkp
         assert one.returncode == 0, one.stderr
     students = json.loads((tmp_path / "out" / "report.json").read_text())["checks"]["search"]["tried"]
     assert sum(each["outcome"].startswith("failed: The loss became nan") for each in students) == 1
+
+
+def test_a_loss_that_one_process_refuses_before_the_first_step_ends_all_alike(words, tiny_checkpoint, tmp_path):
+    refusal = """
+    import os
+    import nlpxfer.train.trainer as trainer
+    from nlpxfer.cli import run_main
+    from nlpxfer.errors import NotFiniteError
+    from nlpxfer.recipes import load_recipe
+
+    def refuse(*args, **kwargs):
+        if os.environ["RANK"] == "1":
+            raise NotFiniteError("the loss term kd is nan")
+        return {}
+
+    trainer.preflight = refuse
+    run_main(load_recipe("distill").main)
+    """
+    (tmp_path / "refusal.py").write_text(textwrap.dedent(refusal))
+    own = ["--teacher_name_or_path", tiny_checkpoint("bert", "classifier"), "--student_num_layers", "1"]
+    own += ["--learning_rate", "1e-3", "--output_dir", tmp_path / "out"]
+    for one in together(python(tmp_path / "refusal.py", *words, *own)):
+        assert one.returncode == 2, one.stderr
+        assert "the loss term kd is nan" in one.stderr

@@ -83,6 +83,26 @@ def on_main(do: Callable[[], T]) -> T:
     return cast("T", found)
 
 
+def on_all(do: Callable[[], T]) -> T:
+    """What a call gives that all processes make, each for itself.
+
+    Raises:
+        NlpxferError, OSError: What the call raises in any process, in all of them: else some would wait for others.
+    """
+    found: T | None = None
+    faults: list[NlpxferError | OSError | None] = [None] * world()[1]
+    try:
+        found = do()
+    except (NlpxferError, OSError) as error:
+        faults[world()[0]] = error
+    if world()[1] > 1:
+        torch.distributed.all_gather_object(faults, faults[world()[0]])
+    for fault in faults:
+        if fault is not None:
+            raise fault
+    return cast("T", found)
+
+
 def wait_for_everyone() -> None:
     """A barrier, if there are several processes."""
     if world()[1] > 1:

@@ -27,6 +27,7 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -60,7 +61,7 @@ from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.balanced import BalancedDraws
 from nlpxfer.train.checkpoints import RunIdentity, load_trained_, newest_verified, save_trained, seal
 from nlpxfer.train.even import COUNTS, EvenSampler, GapCollator, RowsWithGaps
-from nlpxfer.train.launch import is_main_process, wait_for_everyone, world
+from nlpxfer.train.launch import is_main_process, on_all, wait_for_everyone, world
 from nlpxfer.train.layerwise import (
     DEPTH,
     StartPenalty,
@@ -348,7 +349,8 @@ class TransferTrainer(Trainer):
         plain = self.accelerator.unwrap_model(model)
         plain.train()
         batch = self._taught(self._prepare_inputs(inputs))
-        self.preflight = preflight(self.method, plain, batch, pad_token_id=self.pad.pad_token_id)
+        look = partial(preflight, self.method, plain, batch, pad_token_id=self.pad.pad_token_id)
+        self.preflight = on_all(look)  # each has rows of its own
 
     def _start_penalty(self, model: PreTrainedModel) -> StartPenalty | None:
         weight, head_weight = self.options.l2_sp_weight, self.options.l2_sp_head_weight
