@@ -14,7 +14,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -91,10 +91,10 @@ class TrainedArm:
         tokens: Training tokens without padding, over all processes.
         trained_parameters: Parameters that were updated.
         probe: The linear probe it started from, if any.
-        seconds_before: Those of `train_seconds` that an earlier attempt at the run took.
         adapter: The bundle of a trained adapter, if it is one; gone when the run is finished.
         history: Loss and scores as logged.
         preflight: What was found before the first step; None if the method asks for nothing.
+        seconds_before: Those of `train_seconds` that an earlier attempt at the run took.
     """
 
     name: str
@@ -109,10 +109,10 @@ class TrainedArm:
     tokens: int
     trained_parameters: int
     probe: Probe | None
-    seconds_before: float
     adapter: Path | None = None
     history: list[dict[str, float]] = field(default_factory=list)
     preflight: dict[str, Any] | None = None
+    seconds_before: float = 0.0
 
 
 def train_arm(
@@ -188,8 +188,8 @@ def train_arm(
     if base is not None:
         model = _finished_adapter(finished, checkpoint, schema, options)
     splits, collator = prepared.splits, prepared.collator
-    parts = splits, collator, options, record, finished
-    return _scored(name, seed, model, checkpoint.tokenizer, *parts, before=trainer.seconds_before)
+    scored = _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
+    return replace(scored, seconds_before=trainer.seconds_before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,8 +442,8 @@ def _load_finished(
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
-    parts = splits, collator, options, record, folder
-    return _scored(name, seed, model, checkpoint.tokenizer, *parts, before=record["train_seconds"])
+    scored = _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, folder)
+    return replace(scored, seconds_before=record["train_seconds"])
 
 
 def _scored(
@@ -456,8 +456,6 @@ def _scored(
     options: RunOptions,
     record: Mapping[str, Any],
     finished: Path,
-    *,
-    before: float,
 ) -> TrainedArm:
     """The arm with its float32 predictions."""
     size, quiet = options.per_device_eval_batch_size, bool(options.disable_tqdm)
@@ -474,7 +472,6 @@ def _scored(
         tokenizer=tokenizer,
         validation_logits=validation,
         test_logits=test,
-        seconds_before=before,
         adapter=bundle if bundle.is_dir() else None,
         **{"planned_steps": record["steps"], **record, "probe": probe},  # 0.1 did not write it
     )

@@ -158,7 +158,6 @@ def feature_arm(
         steps=fitted.steps,
         planned_steps=fitted.steps,
         probe=fitted.probe,
-        seconds_before=0.0,
         history=fitted.history,
         details={
             "classifier": method.classifier,
