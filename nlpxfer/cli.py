@@ -21,6 +21,7 @@ Nothing heavy is imported before a command needs it: `nlpxfer --version` must no
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import io
@@ -76,16 +77,16 @@ def run_main(main: Callable[[Sequence[str] | None], object], argv: Sequence[str]
             main(argv)
     except NlpxferError as error:
         _tell(f"{error}\n", stopped=error.exit_code == INTERRUPTED_EXIT_CODE)
-        sys.exit(error.exit_code)
+        _leave(error.exit_code)
     except OSError as error:
         if error.errno not in _REFUSALS:
             raise
         _tell(f"{error.filename or 'A file'}: {error.strerror}.\n")
-        sys.exit(USER_FAULT_EXIT_CODE)
+        _leave(USER_FAULT_EXIT_CODE)
     except KeyboardInterrupt:
         _tell("Interrupted.\n", stopped=True)
-        sys.exit(INTERRUPTED_EXIT_CODE)
-    sys.exit(0)
+        _leave(INTERRUPTED_EXIT_CODE)
+    _leave(0)
 
 
 def _tell(message: str, *, stopped: bool = False) -> None:
@@ -99,6 +100,17 @@ def _tell(message: str, *, stopped: bool = False) -> None:
             return
         time.sleep(PATIENCE)
     sys.stderr.write(message)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the program; where processes have met, without Python's own last steps, in which threads of theirs abort."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 @contextlib.contextmanager
