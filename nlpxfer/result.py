@@ -58,7 +58,7 @@ from nlpxfer.report.retention import retention_lines
 from nlpxfer.report.run import write_run
 from nlpxfer.report.table import arms_text
 from nlpxfer.run import Run
-from nlpxfer.train.launch import on_main, wait_for_everyone, world
+from nlpxfer.train.launch import on_main, world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +126,6 @@ def finish(
         sys.stdout.flush()
 
     on_main(leave)
-    wait_for_everyone()
     if missed:
         pushed_not = " Nothing was pushed." if run.options.push_to_hub else ""
         listed = "".join(f"\n  - {fault}" for fault in missed)
@@ -176,7 +175,7 @@ def _all_checks(run: Run, treated: Sequence[TrainedArm]) -> dict[str, Any]:
     if kind == SINGLE_LABEL:
         checks |= _selective_checks(run, treated[0], found.temperature)
     if kind == MULTI_LABEL:
-        checks |= _threshold_checks(run, treated[0])
+        checks |= _threshold_checks(run, treated[0], found.temperature)
     return checks | run.checks
 
 
@@ -216,9 +215,13 @@ def save_fitted(run: Run, arm: TrainedArm, folder: Path) -> None:
 
 def _label_rule(run: Run, arm: TrainedArm) -> tuple[float, Array]:
     """Temperature and threshold of each label, of a multi-label arm, fitted on the validation rows."""
-    labels = run.labels("validation")
-    temperature = fit_temperature(arm.validation_logits, labels, MULTI_LABEL)
-    return temperature, fit_thresholds(probabilities(arm.validation_logits, temperature, MULTI_LABEL), labels)
+    temperature = fit_temperature(arm.validation_logits, run.labels("validation"), MULTI_LABEL)
+    return temperature, _thresholds(run, arm, temperature)
+
+
+def _thresholds(run: Run, arm: TrainedArm, temperature: float) -> Array:
+    shares = probabilities(arm.validation_logits, temperature, MULTI_LABEL)
+    return fit_thresholds(shares, run.labels("validation"))
 
 
 def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
@@ -231,9 +234,9 @@ def _selective_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str
     return {"risk_coverage": risks, **abstain_checks(answers, run.options.abstain_precision)}
 
 
-def _threshold_checks(run: Run, arm: TrainedArm) -> dict[str, Any]:
+def _threshold_checks(run: Run, arm: TrainedArm, temperature: float) -> dict[str, Any]:
     """A threshold per label, fitted on the validation rows, and the test scores with them; the rule for abstaining."""
-    temperature, thresholds_C = _label_rule(run, arm)
+    thresholds_C = _thresholds(run, arm, temperature)
     logits = {"validation": arm.validation_logits, "test": arm.test_logits}
     shares = {split: probabilities(found, temperature, MULTI_LABEL) for split, found in logits.items()}
     labels = {split: run.labels(split) > 0.5 for split in shares}

@@ -120,7 +120,7 @@ def _tried(number: int, arm: Callable[[], TrialArm], search: Search) -> tuple[Ou
             raise SearchError(
                 f"Trial {number} failed: {reason}",
                 why="with several processes the search cannot go on by itself: they may stand at unlike steps",
-                fix="the same command with --resume_from_checkpoint true goes on with the next trial",
+                fix=f"{GO_ON} goes on with the next trial",
             ) from error
     clear_device_cache(garbage_collection=True)
     wait_for_everyone()
