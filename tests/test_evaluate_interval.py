@@ -9,6 +9,7 @@ from sklearn.metrics import f1_score
 
 from nlpxfer.errors import ConfigError, DataError, NotFiniteError
 from nlpxfer.evaluate import bootstrap_interval, mean_and_spread, paired_gain
+from nlpxfer.evaluate.interval import rows_to_decide
 
 
 def _random_run(seed: int, rows: int = 120, classes: int = 4, skill: float = 0.6):
@@ -112,6 +113,27 @@ def test_calls():
     assert (negative.low, negative.high) == pytest.approx((-positive.high, -positive.low))
     nothing = paired_gain([(good, labels)], [(good, labels)])
     assert (nothing.gain, nothing.low, nothing.high, nothing.call) == (0.0, 0.0, 0.0, "unclear")
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1"])
+def test_a_handful_of_rows_decides_nothing_however_narrow_its_interval(metric):
+    def gain(differing, alike=30, **options):
+        labels = np.zeros(differing + alike, dtype=int)
+        wrong = (np.arange(len(labels)) < differing).astype(int)
+        return paired_gain([(labels, labels)], [(wrong, labels)], metric=metric, **options)
+
+    five, six = gain(5, resamples=4000), gain(6, resamples=4000)
+    assert min(five.low, six.low) > 0
+    assert (five.call, five.differing_rows, five.needed_rows) == ("unclear", 5, 6)
+    assert (six.call, six.differing_rows, six.needed_rows) == ("positive", 6, 6)
+    assert gain(4, alike=0).call == "unclear"  # its interval has no width
+    assert gain(5, level=0.9).call == "positive"
+
+
+@pytest.mark.parametrize("level", [0.5, 0.6827, 0.9, 0.95, 0.99])
+def test_rows_to_decide_is_the_first_number_that_a_sign_test_finds_significant(level):
+    needed = rows_to_decide(level)
+    assert stats.binomtest(needed, needed).pvalue <= 1 - level < stats.binomtest(needed - 1, needed - 1).pvalue
 
 
 def test_macro_f1_gain_by_hand():

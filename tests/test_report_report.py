@@ -186,6 +186,9 @@ def test_verdict_sentence():
         "negative: -1.2 points of macro-F1 over teacher (90 % interval -2.0 to -0.1, 1 seed)"
     )
     assert Verdict.unmeasured("no control").sentence() == "unclear: no control"
+    few = Verdict.of(paired_gain([[1, 1, 1]], [[0, 0, 1]]), treated="distilled", versus="control")
+    assert few.sentence().startswith("unclear: +66.7 points of accuracy over control (95 % interval ")
+    assert few.sentence().endswith(", 1 seed): they differ on 2 of the test rows, and fewer than 6 cannot tell")
 
 
 def test_the_sentence_of_an_error_says_which_way():

@@ -27,6 +27,8 @@ Call: TypeAlias = Literal["positive", "unclear", "negative"]
 Scored: TypeAlias = "ArrayLike | tuple[ArrayLike, ArrayLike]"
 """The outcome of one model on the test rows: what each row scores (B,), for accuracy 0 or 1; or (predictions (B,),
 labels (B,)). The score of an absolute error is its negative, so that more is better."""
+Scoring: TypeAlias = "Callable[[NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]"
+"""From K distinct rows of a table and how often each was drawn (R, K) to the scores of M models, shape (R, M)."""
 
 _MEANS = ("sample_f1", "mean_absolute_error")
 """Metrics that are means of any numbers over rows."""
@@ -50,8 +52,12 @@ class Gain:
     """What the treated arm has over the control arm, with an interval and a verdict.
 
     `gain`, `low`, `high` are differences of the metric (0.01 is one point). `call` is positive if the whole interval
-    lies above 0, negative if it lies below, else unclear. With one seed the interval knows the luck of the test rows
-    only, not that of training.
+    lies above 0, negative if it lies below, else unclear; and unclear on too few `differing_rows`. With one seed the
+    interval knows the luck of the test rows only, not that of training.
+
+    Attributes:
+        differing_rows: Test rows on which the arms score differently with any seed; for macro-F1, are answered so.
+        needed_rows: The fewest of these that can decide, see `rows_to_decide`.
     """
 
     gain: float
@@ -62,6 +68,8 @@ class Gain:
     level: float
     resamples: int
     seeds: int
+    differing_rows: int
+    needed_rows: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +105,7 @@ def bootstrap_interval(
     Source: Efron & Tibshirani 1993, chapter 13.
     """
     _check_options(metric, level, resamples)
-    scores_RS, observed_S = _resampled_scores([scored], metric, resamples, np.random.default_rng(seed))
+    scores_RS, observed_S = _resampled_scores(*_tabled([scored], metric), resamples, np.random.default_rng(seed))
     low, high = _percentiles(scores_RS[:, 0], level)
     return Interval(value=float(observed_S[0]), low=low, high=high, level=level, resamples=resamples)
 
@@ -118,6 +126,9 @@ def paired_gain(
     is a third at three seeds. With one seed there is nothing to draw, and the interval covers the test rows alone. In
     simulations with 1,000 rows, a 95 % interval held the truth in 88, 91 and 94 % of the cases for 2, 3 and 5 seeds
     where the luck of training was as large as that of the rows, and in 98 % or more where it was small.
+
+    A bootstrap knows no other rows than these: from a handful that all say the same its interval has no width. So the
+    call is unclear where the arms differ on fewer rows than a sign test could decide on, see `rows_to_decide`.
 
     Args:
         treated: One outcome per training seed: correctness (B,) or `(predictions, labels)`; see `Scored`.
@@ -142,13 +153,39 @@ def paired_gain(
             why="each arm needs one outcome per training seed, in the same order of seeds",
         )
     generator = np.random.default_rng(seed)
-    scores_RM, observed_M = _resampled_scores([*treated, *control], metric, resamples, generator)
+    table, score = _tabled([*treated, *control], metric)
+    scores_RM, observed_M = _resampled_scores(table, score, resamples, generator)
     gains_RS = scores_RM[:, :seeds] - scores_RM[:, seeds:]
     shares_RS = seed_shares(seeds, resamples, generator)
     low, high = _percentiles((gains_RS * shares_RS).sum(axis=1), level)
     gain = float((observed_M[:seeds] - observed_M[seeds:]).mean())
+    outcomes_BM = table[:, -2 * seeds :]  # without the labels that macro-F1 has in front
+    differing = int((outcomes_BM[:, :seeds] != outcomes_BM[:, seeds:]).any(axis=1).sum())
+    needed = rows_to_decide(level)
     call: Call = "positive" if low > 0 else "negative" if high < 0 else "unclear"
-    return Gain(gain=gain, low=low, high=high, call=call, metric=metric, level=level, resamples=resamples, seeds=seeds)
+    return Gain(
+        gain=gain,
+        low=low,
+        high=high,
+        call=call if differing >= needed else "unclear",
+        metric=metric,
+        level=level,
+        resamples=resamples,
+        seeds=seeds,
+        differing_rows=differing,
+        needed_rows=needed,
+    )
+
+
+def rows_to_decide(level: float) -> int:
+    """The fewest rows with a difference on which a two-sided sign test can decide, if all say the same: 2^(1 - n).
+
+    >>> rows_to_decide(0.95)
+    6
+
+    Source: Conover, Practical Nonparametric Statistics, 1999, section 3.4.
+    """
+    return math.ceil(1 - math.log2(1 - level))
 
 
 def seed_shares(seeds: int, resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
@@ -197,18 +234,19 @@ def _percentiles(values_R: NDArray[np.float64], level: float) -> tuple[float, fl
     return float(low), float(high)
 
 
+def _tabled(models: Sequence[Scored], metric: MetricName) -> tuple[NDArray[Any], Scoring]:
+    """What each row has of each of M models, shape (B, M), for macro-F1 with the labels before it; and its scoring."""
+    if metric in _MEANS:
+        return _row_scores(models), _row_means
+    if metric == "accuracy":
+        return _correctness(models), _row_means
+    return _labels_and_predictions(models), _macro_f1s
+
+
 def _resampled_scores(
-    models: Sequence[Scored], metric: MetricName, resamples: int, generator: np.random.Generator
+    table: NDArray[Any], score: Scoring, resamples: int, generator: np.random.Generator
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Scores of M models on the same resampled rows, shape (R, M), and on the rows as they are, shape (M,)."""
-    table: NDArray[Any]
-    score: Callable[[NDArray[Any], NDArray[np.float64]], NDArray[np.float64]]
-    if metric in _MEANS:
-        table, score = _row_scores(models), _row_means
-    elif metric == "accuracy":
-        table, score = _correctness(models), _row_means
-    else:
-        table, score = _labels_and_predictions(models), _macro_f1s
     patterns, counts_K = np.unique(table, axis=0, return_counts=True)
     rows = int(counts_K.sum())
     chunk = max(1, _CHUNK_CELLS // len(counts_K))

@@ -85,7 +85,10 @@ class Arm:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """Did the transfer help? `gain`, `low`, `high` are None, and `reason` says why, where nothing was compared."""
+    """Did the transfer help?
+
+    `gain`, `low`, `high` are None where nothing was compared; `reason` says why, or why an interval does not decide.
+    """
 
     call: str
     gain: float | None = None
@@ -101,6 +104,10 @@ class Verdict:
     @classmethod
     def of(cls, gain: Gain, *, treated: str, versus: str) -> Verdict:
         """The verdict from a measured gain of the arm `treated` over the arm `versus`."""
+        reason = ""
+        if gain.differing_rows < gain.needed_rows:
+            few, needed = gain.differing_rows, gain.needed_rows
+            reason = f"they differ on {few} of the test rows, and fewer than {needed} cannot tell"
         return cls(
             call=gain.call,
             gain=gain.gain,
@@ -111,6 +118,7 @@ class Verdict:
             versus=versus,
             level=gain.level,
             seeds=gain.seeds,
+            reason=reason,
         )
 
     @classmethod
@@ -129,17 +137,18 @@ class Verdict:
             return f"{self.call}: {self.reason}"
         metric = METRIC_WORDS.get(self.metric or "", self.metric)
         seeds = f"{self.seeds} seed" + ("" if self.seeds == 1 else "s")
+        why = f": {self.reason}" if self.reason else ""
         if self.metric in LOWER_IS_BETTER:  # in the unit of the numbers
             word, by, low, high = "smaller", self.gain, self.low, self.high
             if by < 0:
                 word, by, low, high = "larger", -by, -high, -low
             return (
                 f"{self.call}: {metric} {word} by {by:.4g} than that of {self.versus} "
-                f"({100 * self.level:g} % interval {low:.4g} to {high:.4g}, {seeds})"
+                f"({100 * self.level:g} % interval {low:.4g} to {high:.4g}, {seeds}){why}"
             )
         return (
             f"{self.call}: {100 * self.gain:+.1f} points of {metric} over {self.versus} "
-            f"({100 * self.level:g} % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}, {seeds})"
+            f"({100 * self.level:g} % interval {100 * self.low:+.1f} to {100 * self.high:+.1f}, {seeds}){why}"
         )
 
 
