@@ -7,6 +7,7 @@ the one of an interruption, and sends nothing to trackers: report.json holds all
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import shutil
@@ -149,7 +150,8 @@ def short_run(arm: TrialArm, folder: Path, *, steps: int, look: Look | None = No
     options.max_steps, options.eval_delay = steps, 0  # it is scored at its end, which may be before the first one
     prepared = _prepared(arm, options, folder.name)
     trainer = prepared.trainer
-    trainer.fit(resume=False)
+    with contextlib.suppress(Interrupted):  # its message promises a checkpoint, which nothing here goes on from
+        trainer.fit(resume=False)
     if trainer.stop.asked:
         ended = f"The run was asked to stop when {folder.name} was trained; nothing of it is kept."
         raise Interrupted(ended, fix=GO_ON)
