@@ -13,9 +13,10 @@ Shapes: N rows, W windows of all of them, C classes.
 from __future__ import annotations
 
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -32,7 +33,7 @@ from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.hub.folder import digest
 from nlpxfer.methods.base import MODEL_INPUTS
 from nlpxfer.report.run import recorded_options
-from nlpxfer.train.launch import use_threads
+from nlpxfer.train.launch import own_cores
 from nlpxfer.train.precision import choose_precision, padding_multiple
 from nlpxfer.train.predict import batches_by_length, mean_of_windows, predict
 
@@ -64,6 +65,8 @@ class Backend(ABC):
         max_positions: Most tokens that the model can read.
         trained: Options of the training, from run.json; empty where the folder does not say.
         default_batch_size: Rows of the longest length per batch.
+        alone: Held while texts are tokenised and answered: tokenizers keep how the last call cut texts, and the head's
+            precision is set for the time of a call, so threads take turns.
     """
 
     config: PreTrainedConfig
@@ -73,6 +76,7 @@ class Backend(ABC):
     max_positions: int
     trained: Mapping[str, Any]
     default_batch_size: int
+    alone: threading.RLock = field(default_factory=threading.RLock, init=False, repr=False)
 
     @property
     @abstractmethod
@@ -224,11 +228,8 @@ def onnx_file(model: str, *, int8: bool = False) -> Path | None:
     return folder / there[0]
 
 
-def open_torch(
-    model: str, *, base: str | None = None, bf16: bool | None = None, threads: int | None = None
-) -> TorchBackend:
+def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None) -> TorchBackend:
     """A folder, Hub id or bundle with torch, on the accelerator if there is one. Raises: see `open_backend`."""
-    use_threads(threads)
     schema, checkpoint, trained = _read(model, base)
     static = is_static(checkpoint.model)
     if static and bf16:
@@ -286,7 +287,7 @@ def onnx_session(file: Path, *, threads: int | None = None) -> Any:  # noqa: ANN
             f"{file} needs onnxruntime, which cannot be imported: {error}.", fix='pip install "nlpxfer[onnx]"'
         ) from error
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or use_threads(None)
+    options.intra_op_num_threads = threads or own_cores()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.enable_mem_pattern = False  # a plan is kept for each shape, and batches have hundreds
     options.log_severity_level = 3

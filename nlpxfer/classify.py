@@ -18,9 +18,10 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -91,7 +92,7 @@ class Classifier:
         int8: bool = False,
         batch_size: int | None = None,
     ) -> Classifier:
-        """Load a folder or Hub id.
+        """Load a folder or Hub id. Threads may share it and take turns; torch keeps the number of cores that it uses.
 
         Args:
             model: Output folder of a recipe or of `nlpxfer export`, any classifier, or an adapter bundle.
@@ -145,16 +146,10 @@ class Classifier:
             DataError: There is no list of texts, or something else than a text in it; or the model was trained on
                 pairs of texts and gets none, or the other way round; see also `tokenise`.
         """
-        for name, given in (("texts", texts), ("pairs", [] if pairs is None else pairs)):
-            if not isinstance(given, Sized) or isinstance(given, str):  # a text is a sequence of its characters
-                shown = "one text" if isinstance(given, str) else f"a {type(given).__name__}"
-                shown = "None" if given is None else shown
-                raise DataError(f"{name} is {shown}, a list of texts is needed.", fix=f"{name}=[text]")
-            for number, text in enumerate(given):
-                if not isinstance(text, str):
-                    raise DataError(f"{name}: number {number}, from 0, is a {type(text).__name__}, a text is needed.")
+        texts = _listed("texts", texts)
+        pairs = None if pairs is None else _listed("pairs", pairs)
         second = self.backend.trained.get("text_pair_column", "")
-        if second is None and pairs is not None and len(pairs):
+        if second is None and pairs:
             raise DataError("The model was trained to read one text for each row, not pairs.", fix="leave pairs out")
         if second and pairs is None:
             raise DataError(
@@ -168,8 +163,9 @@ class Classifier:
         Raises:
             NotFiniteError: The model gives a logit that is NaN or infinite.
         """
-        rows = self.rows(texts, pairs)
-        logits_NC = self.backend.logits(rows, max_length=self.max_length, batch_size=self.batch_size)
+        with self.backend.alone:
+            rows = self.rows(texts, pairs)
+            logits_NC = self.backend.logits(rows, max_length=self.max_length, batch_size=self.batch_size)
         bad = int((~np.isfinite(logits_NC).all(axis=1)).sum())
         if bad:
             raise NotFiniteError(
@@ -188,6 +184,26 @@ class Classifier:
         if self.schema.problem_type == REGRESSION:
             raise ConfigError("A regression has no probabilities.", fix="logits(texts)[:, 0] are its numbers")
         return probabilities(self.logits(texts, pairs), self.temperature, self.schema.problem_type)
+
+
+def _listed(name: str, given: object) -> list[str]:
+    """Texts as a list, whatever numbers its owner counts them by.
+
+    Raises:
+        DataError: It has no order or is one text; or something in it is no text, or half of a character.
+    """
+    unordered = isinstance(given, AbstractSet | Mapping)
+    if not isinstance(given, Sized) or isinstance(given, str) or unordered:  # a text is a sequence of its characters
+        shown = "one text" if isinstance(given, str) else f"a {type(given).__name__}"
+        shown = "None" if given is None else shown
+        raise DataError(f"{name} is {shown}, a list of texts is needed.", fix=f"{name}=[text]")
+    found = list(cast("Iterable[Any]", given))
+    for number, text in enumerate(found):
+        if not isinstance(text, str):
+            raise DataError(f"{name}: number {number}, from 0, is a {type(text).__name__}, a text is needed.")
+        if not encodable(text):
+            raise DataError(f"{name}: number {number}, from 0, {HALF_CHARACTER}.")
+    return found
 
 
 class AnswerColumns:

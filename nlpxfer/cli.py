@@ -266,6 +266,7 @@ def _cascade(asked: argparse.Namespace) -> None:
     from nlpxfer.backends import has_precision, is_static_folder
     from nlpxfer.cascade import evaluate_cascade, fit_cascade, load_cascade, predict_cascade
     from nlpxfer.classify import Classifier, is_quiet
+    from nlpxfer.train.launch import use_threads
 
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
     int8 = {"student": asked.int8, "teacher": False}
@@ -279,6 +280,7 @@ def _cascade(asked: argparse.Namespace) -> None:
     batched = [who for who in int8 if not is_static_folder(getattr(asked, who))]
     if asked.batch_size is not None and not batched:
         raise ConfigError("batch_size: both models are static, which have no batches.", fix="leave --batch_size out")
+    use_threads(None)
     student, teacher = (
         Classifier.load(
             getattr(asked, who),
@@ -342,7 +344,9 @@ def _classify(asked: argparse.Namespace) -> None:
 
     from nlpxfer.classify import Classifier, evaluate_file, is_quiet, predict_file
     from nlpxfer.problem import MULTI_LABEL
+    from nlpxfer.train.launch import use_threads
 
+    use_threads(None)
     bf16 = None if asked.bf16 is None else asked.bf16 == "true"
     classifier = Classifier.load(
         asked.model,

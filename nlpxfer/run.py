@@ -438,7 +438,7 @@ class Run:
         logger.info(
             "%s, seed %d: validation %s; %d steps, %.0f s", arm.name, arm.seed, shown, arm.steps, arm.train_seconds
         )
-        if arm.probe is None or self.problem_type == MULTI_LABEL:
+        if arm.probe is None or self.problem_type == MULTI_LABEL or self._trades_accuracy:
             return
         name, start = "loss", arm.probe.validation_loss
         if self.problem_type == SINGLE_LABEL:
@@ -451,6 +451,14 @@ class Run:
                 name,
                 start,
             )
+
+    @property
+    def _trades_accuracy(self) -> bool:
+        """Whether a lower accuracy may be what was asked for: rare classes count more, or another score is best."""
+        asked = self.config
+        rare = "balanced" in (asked.get("class_weights"), asked.get("sampling")) or asked.get("logit_adjustment")
+        best = str(self.options.metric_for_best_model).removeprefix("eval_")
+        return self.problem_type == SINGLE_LABEL and bool(rare or best != "accuracy")
 
     @property
     def problem_type(self) -> ProblemType:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -72,7 +74,7 @@ def start_run(
     started = time.perf_counter()
     if options.num_folds and data_options.augmentation:
         raise ConfigError("num_folds: edited copies of a held-out row would be learnt from; leave augmentation out.")
-    gc.freeze()  # the Trainer collects garbage several times a run, 0.4 s each if the imports' objects are looked at
+    _set_imports_aside()
     _show_progress(options)
     device = options.device  # starts the process group, or takes that of the run before
     leave_at_exit()
@@ -119,6 +121,16 @@ def start_run(
         run.folds = make_folds(*rows, count=count, seed=seed, problem_type=kind)
     with run.held:
         yield run
+
+
+@functools.cache
+def _set_imports_aside() -> None:
+    """Leave what is there out of later collections: the Trainer asks for several a run, 0.4 s each with the imports.
+
+    Once in a process: what a run leaves behind is garbage, which a second call would keep for ever.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _inputs(config: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -179,11 +191,28 @@ def _precision_for_all(options: RunOptions, device: torch.device) -> Precision:
     return from_main(choose_precision(wanted, device))
 
 
+class _Terminal(logging.StreamHandler[TextIO]):
+    """Writes to what is standard error at the time; nothing once the program has set up logging of its own."""
+
+    @property
+    def stream(self) -> TextIO:
+        """Where to."""
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: TextIO) -> None:
+        """The base class stores that of its making."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether to write a record."""
+        return not logging.getLogger().handlers and bool(super().filter(record))
+
+
 def _show_progress(options: RunOptions) -> None:
     """Show what nlpxfer reports, on the first process only, unless the program already set up logging."""
     package = logging.getLogger("nlpxfer")
     if not package.handlers and not logging.getLogger().handlers:
-        handler = logging.StreamHandler()
+        handler = _Terminal()
         handler.setFormatter(logging.Formatter("%(message)s"))
         package.addHandler(handler)
         package.setLevel(logging.INFO if options.process_index == 0 else logging.ERROR)

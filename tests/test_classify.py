@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import signal
+import time
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
@@ -18,6 +21,7 @@ from tiny import LABELS, make_rows, write_csv
 from transformers import pipeline
 
 from nlpxfer import classify
+from nlpxfer.backends import TorchBackend
 from nlpxfer.checkpoint import load_classifier, save_classifier
 from nlpxfer.classify import Classifier, evaluate_file, predict_file
 from nlpxfer.cli import main
@@ -100,6 +104,50 @@ def test_what_is_no_text_is_named(classifier):
     with pytest.raises(DataError, match="texts is None, a list of texts is needed"):
         classifier.logits(None)
     assert (classifier.logits(np.array(["a", "b c"])) == classifier.logits(["a", "b c"])).all()
+    for texts, kind in (({"a", "b"}, "a set"), ({"a": 1}, "a dict")):
+        with pytest.raises(DataError, match=f"texts is {kind}, a list of texts is needed"):
+            classifier.logits(texts)
+    with pytest.raises(DataError, match="texts: number 1, from 0, holds half of a character"):
+        classifier.logits(["a", "b\ud800"])
+
+
+def test_rows_of_a_table_that_was_filtered(classifier, of_pairs):
+    texts, pairs = pd.Series(["a", "b c"], index=[5, 7]), pd.Series(["c d", "e"], index=[3, 1])
+    assert (classifier.logits(texts) == classifier.logits(["a", "b c"])).all()
+    assert (of_pairs.logits(texts, pairs) == of_pairs.logits(["a", "b c"], ["c d", "e"])).all()
+
+
+def test_threads_take_turns(classifier, monkeypatch):
+    """The head's precision and how a tokenizer cuts texts are kept in the model and the tokenizer for the time."""
+    inside, most, plain, cut = [], [], TorchBackend.logits, classify.tokenise
+
+    def watched(work):
+        def call(*arguments, **options):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.05)
+            found = work(*arguments, **options)
+            inside.pop()
+            return found
+
+        return call
+
+    monkeypatch.setattr(TorchBackend, "logits", watched(plain))
+    monkeypatch.setattr(classify, "tokenise", watched(cut))
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(classifier.logits, [["a", "b c"]] * 8))
+    assert (len(most), max(most)) == (16, 1)
+    assert all((each == found[0]).all() for each in found)
+
+
+def test_loading_leaves_the_threads_of_torch_alone(folder):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        Classifier.load(str(folder), bf16=False)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_pairs_are_read_by_those_who_were_trained_on_pairs_alone(of_pairs, of_columns, classifier):

@@ -172,6 +172,21 @@ def test_faults_of_the_command_line(words, fault):
     assert faults_of(*words) == [fault]
 
 
+def test_the_home_folder_is_written_out(monkeypatch, config):
+    monkeypatch.setenv("HOME", "/home/alice")
+    both = [DataOptions, RunOptions]
+    data, run = parse(both, ["--train_file=~/a.csv", "--output_dir", "~/out", "--text_column", "~"])
+    assert (data.train_file, run.chosen_output_dir, data.text_column) == ("/home/alice/a.csv", "/home/alice/out", "~")
+    assert parse(both, [config('dataset_name: "~/set"\n')])[0].dataset_name == "/home/alice/set"
+
+
+@pytest.mark.parametrize("name", ["dataset_name", "train_file", "text_column", "output_dir", "hub_model_id"])
+def test_the_name_of_nothing_is_no_name(name, config):
+    told = f"{name}: it is empty; leave it out"
+    assert faults_of(f"--{name}", "", types=(DataOptions, RunOptions)) == [told]
+    assert faults_of(config(f'{name}: ""\n'), types=(DataOptions, RunOptions))[0].startswith(told)
+
+
 def test_other_faults_of_the_command_line():
     assert "Truthy value expected: got perhaps" in faults_of("--overwrite", "perhaps")[0]
     (fault,) = faults_of("--pooling", "maen")

@@ -9,6 +9,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, List, Value
 
 from nlpxfer.data.files import read_table
+from nlpxfer.data.formats import csv_rows
 from nlpxfer.errors import DataError, DataNotFoundError
 
 COLUMNS = ["text", "label"]
@@ -83,11 +84,13 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     assert read_table(path, COLUMNS).columns["text"] == ["x"]
 
 
-def test_long_field_is_read_and_the_limit_of_csv_is_put_back(tmp_path):
-    before = csv.field_size_limit()
-    path = write(tmp_path, "a.csv", "text,label\n" + "x" * 200_000 + ",a\n")
+def test_long_fields_of_two_files_at_once(tmp_path):
+    lines = ["text,label\n", "x" * 200_000 + ",a\n", "x" * 300_000 + ",a\n"]
+    path = write(tmp_path, "a.csv", "".join(lines))
     assert len(read_table(path, COLUMNS).columns["text"][0]) == 200_000
-    assert csv.field_size_limit() == before
+    one, other = csv_rows(path, lines, ","), csv_rows(path, lines, ",")
+    next(one), next(other), other.close()
+    assert [len(fields[0]) for _, fields in one] == [200_000, 300_000]
 
 
 def test_class_names_in_parquet_are_found(tmp_path):

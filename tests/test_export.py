@@ -290,7 +290,7 @@ def open_backend_file(folder, **options):
 
 
 def test_onnxruntime_uses_the_cores_and_does_not_spin(exported, monkeypatch):
-    monkeypatch.setattr(backends, "use_threads", lambda _: 3)
+    monkeypatch.setattr(backends, "own_cores", lambda: 3)
     options = onnx_session(exported[0] / "model.onnx").get_session_options()
     assert options.intra_op_num_threads == 3
     assert options.get_session_config_entry("session.intra_op.allow_spinning") == "0"

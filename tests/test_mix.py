@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny import make_rows, write_csv
 from transformers import AutoTokenizer
 
 from nlpxfer.classify import Classifier
+from nlpxfer.config.augmentation import Augmentation
 from nlpxfer.data import DataRequest, load_data
 from nlpxfer.data.mix import SPANS, mix
 from nlpxfer.data.rows import Rows, normalise_text
@@ -103,6 +105,17 @@ def test_no_mixture_repeats_a_text_that_is_there():
 def test_texts_without_blanks_are_joined_whole():
     mixed, _ = mix(rows_of(["日本語", "中文"]), [], count=20, seed=0)
     assert sorted(mixed.texts) == ["中文 日本語", "日本語 中文"]
+
+
+def test_no_mixture_repeats_an_edited_copy(tmp_path):
+    rows = [{"text": f"{a} {b}", "label": "xy"[i % 2]} for i, (a, b) in enumerate(combinations("abcdefgh", 2))]
+    given = {f"{split}_file": str(write_csv(tmp_path / f"{split}.csv", part))
+             for split, part in (("train", rows[:16]), ("validation", rows[16:22]), ("test", rows[22:]))}  # fmt: skip
+    data = load_data(DataRequest(**given, augmentation=Augmentation(edits=("swap",)), mixed_texts=5))
+    assert data.augmented["added"]
+    train, mixed = ({normalise_text(text) for text in rows["text"]} for rows in (data.train, data.mixed))
+    assert len(mixed) > 1
+    assert not train & mixed
 
 
 def test_what_cannot_be_mixed_is_refused():

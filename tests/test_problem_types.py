@@ -376,6 +376,21 @@ def test_numbers_beyond_all_doubles_are_named(tmp_path):
     path.write_text("".join(f'{{"text": "text {i}", "label": {10**i}}}\n' for i in (0, 1, 400)))
     with pytest.raises(DataError, match="row 3 .*is NaN or infinite"):
         load_data(DataRequest(train_file=str(path), problem_type=REGRESSION))
+    path.write_text("".join(f'{{"text": "text {i}", "label": {i}e38}}\n' for i in range(5)))
+    with pytest.raises(DataError, match=r"row 5 .*'label' is 4e\+38, which is beyond the numbers of a model"):
+        load_data(DataRequest(train_file=str(path), problem_type=REGRESSION))
+
+
+@pytest.mark.parametrize("kind", [int, bool, float])
+def test_vectors_of_zeros_and_ones_are_no_lists_of_names(kind, tmp_path):
+    path = tmp_path / "train.jsonl"
+    rows = [{"text": f"text {i}", "label": [kind(i >> bit & 1) for bit in range(3)]} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(DataError, match=r"(?s)row 1 .*holds a vector of zeros and ones.*of \[0, 0, 0\], write"):
+        load_data(DataRequest(train_file=str(path)))
+    rows = [{"text": f"text {i}", "label": [[0, 1], [1], [0]][i % 3]} for i in range(40)]  # numbers of labels
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert load_data(DataRequest(train_file=str(path))).schema.names == ("0", "1")
 
 
 def test_lists_mean_multi_label(tmp_path):

@@ -1,8 +1,12 @@
 """Recipes from end to end on tiny models: each option does what it says, and the folder keeps its contract."""
 
+import gc
 import hashlib
 import json
+import logging
 import shutil
+import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -11,10 +15,11 @@ from processes import python
 from processes import run as run_program
 from recipe_runs import KEYS, RANDOM, call, finished, refused, tiny_words
 from tiny import LABELS, build_checkpoint, make_rows, write_csv
-from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from nlpxfer.checkpoint.save import held
 from nlpxfer.config import RunOptions
+from nlpxfer.start import _show_progress, _Terminal
 from nlpxfer.train.trainer import TransferTrainer
 
 PLAIN_FILES = {
@@ -574,3 +579,52 @@ def test_mean_pooling_of_teacher_and_student(tiny_data, bert, tmp_path, caplog):
     assert run.arm("control")["parameters"] == run.arm("distilled")["parameters"]
     again = finished("finetune", tmp_path / "again", *tiny_words(tiny_data, run.folder), "--pooling", "mean")
     assert AutoConfig.from_pretrained(again.folder).num_hidden_layers == 3
+
+
+def test_nothing_of_a_run_stays_in_memory(tiny_data, tiny_checkpoint, tmp_path, monkeypatch):
+    """Their Trainers and models hold each other: the next run's start must not keep what it finds of the last."""
+    made, plain = [], PreTrainedModel.__init__
+
+    def init(self, *arguments, **options):
+        plain(self, *arguments, **options)
+        made.append(weakref.ref(self))
+
+    monkeypatch.setattr(PreTrainedModel, "__init__", init)
+    for name in ("one", "two", "three"):
+        finished("finetune", tmp_path / name, *tiny_words(tiny_data, tiny_checkpoint("bert"), steps=1))
+    gc.collect()
+    assert len(made) > 2
+    assert [model() for model in made if model() is not None] == []
+
+
+@pytest.mark.parametrize(
+    ("own", "warned"),
+    [([], True), (["--sampling", "balanced"], False), (["--metric_for_best_model", "macro_f1"], False)],
+    ids=lambda value: value if isinstance(value, bool) else "-".join(value),
+)
+def test_a_lower_accuracy_is_told_unless_it_may_be_wanted(own, warned, tiny_data, tiny_checkpoint, tmp_path, caplog):
+    words = tiny_words(tiny_data, tiny_checkpoint("bert"), rate="1", steps=3)
+    run = finished("finetune", tmp_path / "out", *words, "--control_arm", "false", *own)
+    arm = run.arm("fine-tuned")
+    assert arm["metrics"]["validation"]["accuracy"] < arm["details"]["linear_probe"]["validation_accuracy"]
+    assert ("worse accuracy than the linear probe" in caplog.text) is warned
+
+
+def test_progress_is_written_once_and_to_the_stream_of_the_time(monkeypatch, capsys):
+    package, root = logging.getLogger("nlpxfer"), logging.getLogger()
+    monkeypatch.setattr(package, "handlers", [])
+    monkeypatch.setattr(root, "handlers", [])
+    before = package.level
+    try:
+        _show_progress(RunOptions(use_cpu=True))
+        (handler,) = package.handlers
+        assert isinstance(handler, _Terminal)
+        package.info("one")
+        own = logging.StreamHandler(sys.stdout)
+        monkeypatch.setattr(root, "handlers", [own])
+        package.info("two")
+        monkeypatch.setattr(root, "handlers", [])
+        package.info("three")
+    finally:
+        package.setLevel(before)
+    assert capsys.readouterr() == ("two\n", "one\nthree\n")

@@ -482,6 +482,16 @@ def test_edited_copies_are_taught_by_what_they_say(tiny_data, tiny_checkpoint, t
     assert "teacher_folds: cannot be combined with augmentation" in message
 
 
+def test_a_file_has_no_answers_to_edited_copies(tiny_data, tiny_checkpoint, tmp_path):
+    known = [row["text"] for row in rows_of(tiny_data.train)]
+    own = ["--teacher_file", write_answers(tmp_path / "llm.csv", known), "--augmentation", "swap"]
+    own += ["--student_name_or_path", tiny_checkpoint("bert")]
+    message = refused("distill", tmp_path / "no", *words(tiny_data, *own))
+    assert "augmentation: teacher_file cannot hold answers to edited copies" in message
+    assert "--teacher_file_partial true" in message
+    finished("distill", tmp_path / "out", *words(tiny_data, *own, "--teacher_file_partial", "true"))
+
+
 @pytest.mark.parametrize("kind", [MULTI_LABEL, REGRESSION])
 def test_other_tasks(kind, tiny_checkpoint, taught, tmp_path):
     """Multi-label: the mean of each label's probability; numbers: the weighted mean."""

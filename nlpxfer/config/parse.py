@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -27,6 +28,10 @@ from nlpxfer.config.ranges import (
 )
 from nlpxfer.config.yaml_file import Given, Parts, read_yaml, written_parts
 from nlpxfer.errors import ConfigError, nearest
+
+_PATHS = ("_name_or_path", "_file", "_dir", "_cache", "dataset_name")
+_NAMES = ("_column", "_name", "_model_id", "_teacher")
+"""How options end that name a place, or something else that has to be there."""
 
 
 class _Parser(HfArgumentParser):
@@ -163,7 +168,7 @@ def _value_of(
         raise argparse.ArgumentError(None, "unknown option" + (f"; did you mean {close}?" if close else ""))
     if key in refused:
         raise argparse.ArgumentError(None, refused[key])
-    words, kinds = value.words, get_args(hint) or (hint,)
+    words, kinds = _places(key, value.words), get_args(hint) or (hint,)
     if words is None:
         if type(None) not in kinds:
             raise argparse.ArgumentError(None, "it has no value; write one, or leave the key out")
@@ -181,6 +186,19 @@ def _value_of(
     if isinstance(typed, float) and not math.isfinite(typed):
         raise argparse.ArgumentError(None, f"{typed} is not a finite number")
     return typed
+
+
+def _places(key: str, words: Sequence[str] | None) -> list[str] | None:
+    """The words of an option; of one that names a place the home folder is written out.
+
+    Raises:
+        argparse.ArgumentError: It names nothing, as the variable of a shell that was never set.
+    """
+    if words is not None and "" in words and key.endswith((*_PATHS, *_NAMES)):
+        raise argparse.ArgumentError(None, "it is empty; leave it out")
+    if words is None or not key.endswith(_PATHS):
+        return None if words is None else [*words]
+    return [os.path.expanduser(word) for word in words]  # noqa: PTH111 - a Hub id or a list of names is no path
 
 
 def _nested(text: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
     Raises:
         DataError: A quote is not doubled or not closed; names the row and its line.
     """
-    usual = csv.field_size_limit(MAX_FIELD)  # the default refuses fields over 128 KiB
+    csv.field_size_limit(MAX_FIELD)  # fields over 128 KiB; of the whole process, where other files may be read as well
     line, row = 1, -1
     one_column, header = False, [""]
     blank_lines: list[int] = []
@@ -138,8 +138,6 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
             or "a quote that is part of the text is not doubled, or a quoted field is not closed",
             fix="" if other_separator(header) else 'write such a field as "...", with quotes inside it doubled',
         ) from error
-    finally:
-        csv.field_size_limit(usual)
 
 
 def repeated_names(names: Sequence[str]) -> str:

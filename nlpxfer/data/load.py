@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final, Literal
@@ -235,8 +235,9 @@ def load_data(request: DataRequest) -> TextData:
     for line in warnings:
         LOGGER.warning(line)
     leaks, contradictions = compare(splits, unlabelled), count_contradictions(splits["train"])
-    mixed, unmixed = _mix(splits, unlabelled, request)
+    written = splits["train"]
     splits["train"], augmented = _augment(splits, request.augmentation)
+    mixed, unmixed = _mix(written, [*splits.values(), *([] if unlabelled is None else [unlabelled])], request)
     return TextData(
         schema=schema,
         train=to_dataset(splits["train"], schema),
@@ -316,12 +317,11 @@ def _augment(splits: Mapping[str, Rows], plan: Augmentation | None) -> tuple[Row
     return rows, {"edits": list(plan.edits), "added": added, "not_made": not_made}
 
 
-def _mix(splits: Mapping[str, Rows], unlabelled: Rows | None, request: DataRequest) -> tuple[Rows | None, int]:
+def _mix(train: Rows, others: Sequence[Rows], request: DataRequest) -> tuple[Rows | None, int]:
     """Mixtures of training texts, if they are asked for, and how many could not be made."""
     if not request.mixed_texts:
         return None, 0
-    others = [splits["validation"], splits["test"], *([] if unlabelled is None else [unlabelled])]
-    mixed, not_made = mix(splits["train"], others, count=request.mixed_texts, seed=request.seed)
+    mixed, not_made = mix(train, others, count=request.mixed_texts, seed=request.seed)
     LOGGER.info("mixed texts: %d made, %d would have been texts that are there", len(mixed), not_made)
     return mixed, not_made
 

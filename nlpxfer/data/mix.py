@@ -29,7 +29,7 @@ def mix(train: Rows, others: Iterable[Rows], *, count: int, seed: int) -> tuple[
 
     Args:
         train: N rows.
-        others: Rows that no mixture may repeat: validation, test and unlabelled ones.
+        others: Rows that no mixture may repeat: validation, test, unlabelled and edited ones.
         count: Mixtures that start from each row.
         seed: Draws the other rows and the spans.
 

@@ -7,6 +7,7 @@ one text that `label_separator` splits; both may be empty. Texts stay as they ar
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import unicodedata
@@ -14,6 +15,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any, Final
+
+import numpy as np
 
 from nlpxfer.data.files import Table
 from nlpxfer.data.formats import SHOWN_FAULTS, list_faults
@@ -23,6 +26,7 @@ from nlpxfer.problem import MULTI_LABEL, REGRESSION, SINGLE_LABEL, ProblemType
 LOGGER = logging.getLogger(__name__)
 PAIR_MARK: Final = "\x1f"  # counts as white space, so that no normalised text holds it
 HALF_CHARACTER: Final = "holds half of a character (a lone surrogate)"
+LARGEST: Final = float(np.finfo(np.float32).max)
 NO_LABEL: Final = -1  # the Hub's mark for rows whose label is kept secret
 
 
@@ -200,7 +204,7 @@ def read_labels(
         known: Names that are classes, whatever they look like: a column of such texts holds no numbers.
 
     Raises:
-        DataError: Lists or fractions where each row has one class.
+        DataError: Lists or fractions where each row has one class, vectors of zeros and ones where it has several.
     """
     names = table.class_names.get(column)
     if problem_type == SINGLE_LABEL:
@@ -212,6 +216,8 @@ def read_labels(
         MULTI_LABEL: lambda value: label_names(value, names, separator),
         REGRESSION: _number_of,
     }
+    if problem_type == MULTI_LABEL:
+        _refuse_vectors(table, column)
     for index, value in enumerate(table.columns[column]):
         label, fault = read[problem_type](value)
         labels.append(label)
@@ -249,6 +255,8 @@ def _number_of(value: object) -> tuple[float, str]:
         number = float(number)
     except (OverflowError, ValueError):  # beyond all doubles; a Decimal that signals NaN
         number = math.inf
+    if math.isfinite(number) and abs(number) > LARGEST:
+        return 0.0, f"is {number:g}, which is beyond the numbers of a model (float32)"
     return number, "" if math.isfinite(number) else "is NaN or infinite"
 
 
@@ -294,6 +302,21 @@ def _refuse_other_tasks(table: Table, column: str, known: Container[str]) -> Non
         raise DataError(
             f"{table.source}, {table.place(fraction)}: {column!r} is the number {values[fraction]}, not a class.",
             fix="--problem_type regression, or name the classes with words, such as 'low' and 'high'",
+        )
+
+
+def _refuse_vectors(table: Table, column: str) -> None:
+    """Refuse lists that have a zero or a one for each label: as names, nearly every row would have the same two."""
+    values = table.columns[column]
+    lengths = {len(value) if isinstance(value, list | tuple) else 0 for value in values}
+    if len(lengths) != 1 or max(lengths) < 2 or any(each not in (0, 1) for value in values for each in value):
+        return
+    index = next((index for index, value in enumerate(values) if len(set(value)) < len(value)), None)
+    if index is not None:
+        raise DataError(
+            f"{table.source}, {table.place(index)}: {column!r} holds a vector of zeros and ones, a list of the names "
+            "of the row's labels is needed.",
+            fix=f"of {json.dumps([int(each) for each in values[index]])}, write the names that the ones stand for",
         )
 
 

@@ -34,6 +34,7 @@ from nlpxfer.export.texts import Texts, texts_to_compare
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.report.run import recorded_run
 from nlpxfer.strict_json import plain, write_json_whole
+from nlpxfer.train.launch import use_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -126,7 +127,8 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
         NotFiniteError: The model answers with NaN.
     """
     request.check()
-    backend = open_torch(request.model, base=request.base, bf16=False, threads=request.threads)
+    use_threads(request.threads)  # the same for all that are compared
+    backend = open_torch(request.model, base=request.base, bf16=False)
     _refuse_unmerged(backend)
     _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self

@@ -154,13 +154,14 @@ def positive_weights(labels_NC: Array, *, most: float = 100.0) -> tuple[float, .
 
     Args:
         labels_NC: Zeros and ones.
-        most: Limit of a weight; also that of a label without a row.
+        most: Limit of a weight; also that of a label without a row. One that all rows have is not weighted: with
+            nothing to balance it against, 0 would be its weight, and it would never be learnt.
 
-    >>> positive_weights(np.array([[1, 0], [0, 0], [0, 0]]))
-    (2.0, 100.0)
+    >>> positive_weights(np.array([[1, 0, 1], [0, 0, 1], [0, 0, 1]]))
+    (2.0, 100.0, 1.0)
     """
-    having_C = np.asarray(labels_NC).sum(axis=0)
-    return tuple(float(min(most, (len(labels_NC) - n) / n)) if n else most for n in having_C)
+    having_C, rows = np.asarray(labels_NC).sum(axis=0), len(labels_NC)
+    return tuple(most if n == 0 else 1.0 if n == rows else float(min(most, (rows - n) / n)) for n in having_C)
 
 
 def log_shares(labels: Sequence[int], classes: int) -> tuple[float, ...]:

@@ -258,6 +258,11 @@ def open_teachers(run: Run, options: TeacherOptions) -> list[Teacher]:
 
 
 def _read_file(run: Run, options: TeacherOptions) -> TeacherFile:
+    if run.data_options.augmentation and not options.teacher_file_partial:
+        raise ConfigError(
+            "augmentation: teacher_file cannot hold answers to edited copies, which the run makes.",
+            fix="--teacher_file_partial true, with which their labels teach them, or leave augmentation out",
+        )
     source, columns = str(options.teacher_file), run.data_options
     file = read_teacher_file(
         source,

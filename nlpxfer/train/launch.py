@@ -193,13 +193,18 @@ def _launcher_options(words: Sequence[str]) -> argparse.Namespace | None:
     return options
 
 
+def own_cores() -> int:
+    """This process's even share of the cores that it may use."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def use_threads(wanted: int | None) -> int:
-    """Set the CPU threads of this process: those wanted, or an even share of the cores it may use.
+    """Set the CPU threads of this process's torch: those wanted, or `own_cores`.
 
     `accelerate launch` sets OMP_NUM_THREADS=1 where no GPU is found, which leaves the other cores idle.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = wanted or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    threads = wanted or own_cores()
     if threads != torch.get_num_threads():
         logger.info("using %d CPU threads instead of %d", threads, torch.get_num_threads())
         torch.set_num_threads(threads)
