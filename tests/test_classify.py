@@ -1,8 +1,10 @@
 """`nlpxfer predict` and `nlpxfer evaluate`: what they answer is what the model says, row by row and in order."""
 
+import copy
 import csv
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
@@ -138,6 +140,11 @@ def test_threads_take_turns(classifier, monkeypatch):
         found = list(pool.map(classifier.logits, [["a", "b c"]] * 8))
     assert (len(most), max(most)) == (16, 1)
     assert all((each == found[0]).all() for each in found)
+
+
+def test_copies_answer_alike(classifier):
+    for other in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
+        np.testing.assert_allclose(other.logits(["a", "b c"]), classifier.logits(["a", "b c"]), atol=1e-5)
 
 
 def test_loading_leaves_the_threads_of_torch_alone(folder):
