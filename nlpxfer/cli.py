@@ -172,6 +172,11 @@ def _dispatch(argv: Sequence[str] | None) -> None:
         _methods()
 
 
+def _path(word: str) -> Path:
+    """A path, its home folder written out: no shell does so behind an equals sign."""
+    return Path(word).expanduser()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nlpxfer", description="Measured knowledge transfer between language models."
@@ -186,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (predict, evaluate):
         command.add_argument("model", metavar="MODEL", help="output folder of a recipe or of export, or a Hub id")
         command.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
-        command.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
+        command.add_argument("file", metavar="FILE", type=_path, help="csv, tsv, jsonl or parquet")
         command.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         command.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
@@ -196,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--bf16", choices=("true", "false"), help="default: where it was measured to be faster")
         command.add_argument("--label_separator", metavar="S", help="between labels; default: as in training, else |")
         command.add_argument("--int8", action="store_true", help="take the int8 weights of an exported model")
-    predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
+    predict.add_argument("--output_file", required=True, type=_path, metavar="OUT", help="csv, tsv, jsonl or parquet")
     abstain = "mark rows or labels below it as abstained from; default: the model's own, if it has one"
     predict.add_argument("--min_probability", type=float, metavar="P", help=abstain)
     predict.add_argument("--all_probabilities", action="store_true", help="a column per label")
@@ -205,22 +210,22 @@ def _parser() -> argparse.ArgumentParser:
     _add_cascade(commands.add_parser("cascade", help="a small model where it is sure, else a large one"))
     merge = commands.add_parser("merge", help="fold an adapter into its base")
     merge.add_argument("bundle", metavar="BUNDLE", help="adapter folder, such as runs/adapters/adapter")
-    merge.add_argument("out", metavar="OUT", type=Path, help="new folder for the whole model")
+    merge.add_argument("out", metavar="OUT", type=_path, help="new folder for the whole model")
     merge.add_argument("--base", metavar="FOLDER", help="base of the adapter, where it was a local folder")
     export = commands.add_parser("export", help="write a classifier as an ONNX folder")
     export.add_argument("model", metavar="MODEL", help="output folder of a recipe, or any classifier on the Hub")
-    export.add_argument("out", metavar="OUT", type=Path, help="folder to write; it must not exist")
+    export.add_argument("out", metavar="OUT", type=_path, help="folder to write; it must not exist")
     export.add_argument("--base", metavar="FOLDER", help="base of an adapter, where it was a local folder")
     export.add_argument("--int8", action="store_true", help="also write int8 weights")
     export.add_argument("--opset", type=int, metavar="N", help="ONNX operator set; default: the exporter's choice")
-    export.add_argument("--texts", type=Path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
+    export.add_argument("--texts", type=_path, metavar="FILE", help="csv, tsv, jsonl or parquet to compare on")
     first = f"column of FILE with the text; {_AS_IN_TRAINING} text"
     export.add_argument("--text_column", metavar="NAME", help=first)
     second = "column of FILE with a second text; default: as in training"
     export.add_argument("--text_pair_column", metavar="NAME", help=second)
     export.add_argument("--max_changed", type=float, metavar="SHARE", help="fail if int8 changes more predictions")
     push = commands.add_parser("push", help="push a finished output folder to the Hub")
-    push.add_argument("folder", metavar="FOLDER", type=Path, help="output folder of a recipe")
+    push.add_argument("folder", metavar="FOLDER", type=_path, help="output folder of a recipe")
     push.add_argument("--hub_model_id", required=True, metavar="ID", help="repository on the Hub, as me/my-classifier")
     push.add_argument("--public", action="store_true", help="make a new repository public; default: private")
     return parser
@@ -234,7 +239,7 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
     for step in (fit, evaluate, predict):
         step.add_argument("student", metavar="STUDENT", help="small model: output folder of a recipe or of export")
         step.add_argument("teacher", metavar="TEACHER", help="large model")
-        step.add_argument("file", metavar="FILE", type=Path, help="csv, tsv, jsonl or parquet")
+        step.add_argument("file", metavar="FILE", type=_path, help="csv, tsv, jsonl or parquet")
         step.add_argument("--text_column", metavar="NAME", help=f"column with the text; {_AS_IN_TRAINING} text")
         step.add_argument(
             "--text_pair_column", metavar="NAME", help="column with a second text; default: as in training"
@@ -250,14 +255,14 @@ def _add_cascade(parser: argparse.ArgumentParser) -> None:
     for step in (fit, evaluate):
         step.add_argument("--label_column", metavar="NAME", help=gold)
     for step in (evaluate, predict):
-        step.add_argument("--cascade", required=True, type=Path, metavar="JSON", help="what fit has written")
-    fit.add_argument("--output_file", required=True, type=Path, metavar="JSON", help="file to write")
+        step.add_argument("--cascade", required=True, type=_path, metavar="JSON", help="what fit has written")
+    fit.add_argument("--output_file", required=True, type=_path, metavar="JSON", help="file to write")
     rule = fit.add_mutually_exclusive_group()
     within = "fewest rows sent on whose score is at most this below the teacher's; default: 0.005"
     rule.add_argument("--tolerance", type=float, default=0.005, metavar="A", help=within)
     rule.add_argument("--highest_accuracy", action="store_true", help="the threshold with the highest score")
-    evaluate.add_argument("--plot", type=Path, metavar="PNG", help="draw the score against the rows sent on")
-    predict.add_argument("--output_file", required=True, type=Path, metavar="OUT", help="csv, tsv, jsonl or parquet")
+    evaluate.add_argument("--plot", type=_path, metavar="PNG", help="draw the score against the rows sent on")
+    predict.add_argument("--output_file", required=True, type=_path, metavar="OUT", help="csv, tsv, jsonl or parquet")
 
 
 def _cascade(asked: argparse.Namespace) -> None:

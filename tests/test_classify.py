@@ -142,6 +142,20 @@ def test_threads_take_turns(classifier, monkeypatch):
     assert all((each == found[0]).all() for each in found)
 
 
+def test_files_in_the_home_folder(classifier, folder, rows, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "home").mkdir()
+    write_csv(tmp_path / "home" / "in.csv", rows[:3])
+    predict_file(classifier, "~/in.csv", "~/out.csv")
+    with pytest.raises(SystemExit) as left:
+        main(["predict", str(folder), "~/in.csv", "--output_file=~/other.csv", "--bf16", "false"])
+    assert left.value.code == 0
+    assert (tmp_path / "home" / "out.csv").read_text() == (tmp_path / "home" / "other.csv").read_text()
+    assert evaluate_file(classifier, "~/in.csv")["rows"] == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
 def test_copies_answer_alike(classifier):
     for other in (pickle.loads(pickle.dumps(classifier)), copy.deepcopy(classifier)):
         np.testing.assert_allclose(other.logits(["a", "b c"]), classifier.logits(["a", "b c"]), atol=1e-5)
