@@ -41,9 +41,12 @@ class TinyData:
     labels: tuple[str, ...] = LABELS
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def _quick_collection() -> None:
-    """The Trainer collects garbage several times a run: leave out the million objects of the imports (0.4 s each)."""
+    """The Trainer collects garbage several times a run: leave out the million objects of the imports (0.4 s each).
+
+    Of later imports as well, before each file.
+    """
     gc.collect()
     gc.freeze()
 
