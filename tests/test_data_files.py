@@ -84,13 +84,23 @@ def test_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
     assert read_table(path, COLUMNS).columns["text"] == ["x"]
 
 
-def test_long_fields_of_two_files_at_once(tmp_path):
-    lines = ["text,label\n", "x" * 200_000 + ",a\n", "x" * 300_000 + ",a\n"]
-    path = write(tmp_path, "a.csv", "".join(lines))
+def test_long_field_is_read_and_the_limit_of_csv_is_put_back(tmp_path):
+    before = csv.field_size_limit()
+    path = write(tmp_path, "a.csv", "text,label\n" + "x" * 200_000 + ",a\n")
     assert len(read_table(path, COLUMNS).columns["text"][0]) == 200_000
-    one, other = csv_rows(path, lines, ","), csv_rows(path, lines, ",")
-    next(one), next(other), other.close()
-    assert [len(fields[0]) for _, fields in one] == [200_000, 300_000]
+    assert csv.field_size_limit() == before
+
+
+@pytest.mark.parametrize("first_ends", [True, False])
+def test_long_fields_of_two_files_at_once(first_ends, tmp_path):
+    before = csv.field_size_limit()
+    lines = ["text,label\n", "x" * 200_000 + ",a\n", "x" * 300_000 + ",a\n"]
+    both = [csv_rows(tmp_path / "a.csv", lines, ","), csv_rows(tmp_path / "b.csv", lines, ",")]
+    for rows in both:
+        next(rows)
+    both[not first_ends].close()
+    assert [len(fields[0]) for _, fields in both[first_ends]] == [200_000, 300_000]
+    assert csv.field_size_limit() == before
 
 
 def test_class_names_in_parquet_are_found(tmp_path):

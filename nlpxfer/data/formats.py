@@ -13,7 +13,9 @@ import csv
 import io
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 SHOWN_FAULTS: Final = 5
 MAX_FIELD: Final = 2**31 - 1
+_FIELD_LIMITS: Final[list[int]] = []
+"""csv's limit as each reader found it that is reading now."""
+_FIELD_LIMITS_LOCK: Final = threading.RLock()  # a reader may be dropped while another begins
 
 
 @dataclass
@@ -102,6 +107,21 @@ def _read_csv(path: Path, columns: Sequence[str]) -> Raw:
     return Raw(header, {name: [row[place] for row in rows] for name, place in places.items()}, lines)
 
 
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let csv read fields over 128 KiB: a limit of the process, put back after the last file that is being read."""
+    with _FIELD_LIMITS_LOCK:
+        _FIELD_LIMITS.append(csv.field_size_limit(MAX_FIELD))
+    try:
+        yield
+    finally:
+        with _FIELD_LIMITS_LOCK:
+            if len(_FIELD_LIMITS) > 1:
+                _FIELD_LIMITS.pop()  # never the first, which is the limit that others know
+            else:
+                csv.field_size_limit(_FIELD_LIMITS.pop())
+
+
 def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """Yield (line on which it starts, fields) for each row, the header included.
 
@@ -115,29 +135,29 @@ def csv_rows(path: Path, lines: Iterable[str], delimiter: str) -> Iterator[tuple
     Raises:
         DataError: A quote is not doubled or not closed; names the row and its line.
     """
-    csv.field_size_limit(MAX_FIELD)  # fields over 128 KiB; of the whole process, where other files may be read as well
-    line, row = 1, -1
-    one_column, header = False, [""]
-    blank_lines: list[int] = []
-    try:
-        reader = csv.reader(lines, delimiter=delimiter, strict=True)
-        for fields in reader:
-            if fields:
-                row += 1 + len(blank_lines)
-                yield from ((blank, [""]) for blank in blank_lines)
-                yield line, fields
-                header, blank_lines = (fields if row == 0 else header), []
-                one_column = len(header) == 1
-            elif one_column:
-                blank_lines.append(line)
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise DataError(
-            f"{path}, {f'row {row + 1}' if row >= 0 else 'the header'} (line {line}) cannot be read: {error}.",
-            why=other_separator(header)
-            or "a quote that is part of the text is not doubled, or a quoted field is not closed",
-            fix="" if other_separator(header) else 'write such a field as "...", with quotes inside it doubled',
-        ) from error
+    with _long_fields():
+        line, row = 1, -1
+        one_column, header = False, [""]
+        blank_lines: list[int] = []
+        try:
+            reader = csv.reader(lines, delimiter=delimiter, strict=True)
+            for fields in reader:
+                if fields:
+                    row += 1 + len(blank_lines)
+                    yield from ((blank, [""]) for blank in blank_lines)
+                    yield line, fields
+                    header, blank_lines = (fields if row == 0 else header), []
+                    one_column = len(header) == 1
+                elif one_column:
+                    blank_lines.append(line)
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise DataError(
+                f"{path}, {f'row {row + 1}' if row >= 0 else 'the header'} (line {line}) cannot be read: {error}.",
+                why=other_separator(header)
+                or "a quote that is part of the text is not doubled, or a quoted field is not closed",
+                fix="" if other_separator(header) else 'write such a field as "...", with quotes inside it doubled',
+            ) from error
 
 
 def repeated_names(names: Sequence[str]) -> str:
