@@ -11,7 +11,7 @@ evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and w
 - `sweep-trainer/<rate>`, `sweep-textbrewer/<rate>`: their learning rates, chosen on validation rows
 - `speed`: rows per second of student and teacher, in turns, float32
 - `cost/<student>/cached`, `cost/<student>/each step`: distilling over 5 epochs with one pass of the teacher over all
-  rows, and the same in nlpxfer's own engine with the teacher run on each batch
+  rows, and the same in nlpxfer's own engine with the teacher run on each batch; also with a teacher of BERT-base's size
 
 nlpxfer's seconds hold the teacher's pass with tokenising and an empty cache, probe, training, validation after each
 epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rates.
@@ -19,6 +19,7 @@ epoch and checkpoints. Those of the others hold the training call alone. nlpxfer
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +66,10 @@ COST_STUDENTS: dict[str, dict[str, Any]] = {
     "3 layers": {"student_num_layers": 3},
     "2 layers": {"student_num_layers": 2},
     "static": {"student": "static", "student_num_layers": None, "static_num_train_epochs": COST_EPOCHS},
+    "3 layers, larger teacher": {"student_num_layers": 3},
 }
-"""Student -> options of the recipe."""
+"""Student -> options of the recipe. The larger teacher has twice the layers and width of the model, as BERT-base has those
+of MiniLM; it is untrained, since only its seconds count, and the student is made of the model's layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,26 +215,44 @@ class Bench:
         """Seconds of a distillation over five epochs, from an empty cache of teacher logits or without one."""
         plan = replace(self.plan, **COST_STUDENTS[student])
         method = Distill(temperature=plan.temperature, kd_weight=plan.share_of_teacher)
+        is_larger = student.endswith("larger teacher")
+        taught = self.larger_teacher() if is_larger else self.taught
+        source = load_classifier(self.model, schema=self.run.data.schema) if is_larger else taught
         shutil.rmtree(self.cache, ignore_errors=True)
         start = time.perf_counter()
         if cached:
-            rows = TransferRows(self.run, Panel([ModelTeacher(self.taught, str(self.cache))]))
+            rows = TransferRows(self.run, Panel([ModelTeacher(taught, str(self.cache))]))
             training: dict[str, Any] = {"method": method, "split": rows.split(plan)}
         else:
             training = {
                 "method": TaughtEachStep(
                     distill=method,
-                    teacher=self.taught.model.to(self.run.options.device),
+                    teacher=taught.model.to(self.run.options.device),
                     autocast=autocast_type(self.run.options),
                 )
             }
         teacher_seconds = time.perf_counter() - start
-        training |= {"num_train_epochs": COST_EPOCHS} | training_of(self.run, plan, self.taught)
-        build = student_of(self.run, plan, self.taught)
+        training |= {"num_train_epochs": COST_EPOCHS} | training_of(self.run, plan, source)
+        build = student_of(self.run, plan, source)
         arm = self.run.train("cost", build, seeds=[42], facts={"cached": cached}, **training)[0]
         shutil.rmtree(self.scratch, ignore_errors=True)
-        accuracy = measuring.scores(self.run, arm.validation_logits, arm.test_logits)["validation_accuracy"]
-        return {"seconds": teacher_seconds + arm.train_seconds, "steps": arm.steps, "validation_accuracy": accuracy}
+        found = {"seconds": teacher_seconds + arm.train_seconds, "steps": arm.steps}
+        if is_larger:
+            return found | {"teacher_parameters": sum(p.numel() for p in taught.model.parameters())}
+        scores = measuring.scores(self.run, arm.validation_logits, arm.test_logits)
+        return found | {"validation_accuracy": scores["validation_accuracy"]}
+
+    def larger_teacher(self) -> Checkpoint:
+        """An untrained classifier of twice the layers and width of the model, with its tokenizer."""
+        base = load_classifier(self.model, schema=self.run.data.schema)
+        config = copy.deepcopy(base.model.config)
+        for size in ("num_hidden_layers", "hidden_size", "intermediate_size"):
+            setattr(config, size, 2 * getattr(config, size))
+        seed_everything(42)
+        folder = self.teacher_folder.with_name(f"larger-{self.teacher_folder.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+        save_classifier(type(base.model)(config), base.tokenizer, self.run.data.schema, folder)
+        return load_teacher(str(folder), schema=self.run.data.schema)
 
     def control(self, seed: int) -> dict[str, Any]:
         """The same layers of the pretrained checkpoint and the same steps, without a teacher."""

@@ -25,11 +25,12 @@ from nlpxfer.checkpoint.adapters import (
     save_adapter,
     trained_names,
 )
+from nlpxfer.checkpoint.linear_layers import linear_layers
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, NotFiniteError, ResumeError, UnsafeCheckpointError
-from nlpxfer.methods.adapters import Adapters, linear_layers
+from nlpxfer.methods.adapters import Adapters
 from nlpxfer.train.checkpoints import load_trained_, save_trained
 
 SCHEMA = LabelSchema(tuple(sorted(LABELS)))
@@ -357,7 +358,7 @@ def test_without_gpu_and_bitsandbytes_bits_are_refused(tiny_checkpoint, monkeypa
     with pytest.raises(ConfigError) as refused:
         load_classifier(str(tiny_checkpoint("bert", layers=2)), schema=SCHEMA, quantised="4bit")
     assert "load_in_4bit: needs an NVIDIA GPU" in str(refused.value)
-    assert "pip install bitsandbytes" in str(refused.value)
+    assert "pip install 'nlpxfer[bits]'" in str(refused.value)
 
 
 # -- bundles

@@ -230,7 +230,7 @@ def test_distill_measures_all_cells(load, sets, words):
     assert {key.split("/")[1] for key in found["cells"]} == {
         "teacher", "sweep-trainer", "nlpxfer", "trainer", "control", "speed", "cost",
     }  # fmt: skip
-    for student in ("3 layers", "2 layers", "static"):
+    for student in ("3 layers", "2 layers", "static", "3 layers, larger teacher"):
         cached, each_step = (found["cells"][f"tiny/cost/{student}/{kind}"] for kind in ("cached", "each step"))
         assert cached["steps"] == each_step["steps"] == 15
         assert found["summary"]["tiny"]["cost"][student]["value"] == pytest.approx(

@@ -12,6 +12,7 @@ from tiny import LABELS
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from nlpxfer.checkpoint.head import embedding_parameters, head_parameters
+from nlpxfer.checkpoint.linear_layers import linear_layers
 from nlpxfer.checkpoint.load import load_classifier
 from nlpxfer.checkpoint.save import save_classifier
 from nlpxfer.config import RunOptions
@@ -21,7 +22,6 @@ from nlpxfer.errors import ConfigError
 from nlpxfer.evaluate.arms import Splits, train_arm
 from nlpxfer.evaluate.feature_arm import feature_arm
 from nlpxfer.methods import REGISTRY, Method, method_row
-from nlpxfer.methods.adapters import linear_layers
 from nlpxfer.methods.base import model_inputs
 from nlpxfer.train.predict import predict
 

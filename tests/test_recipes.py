@@ -397,7 +397,7 @@ def modified(folder):
 
 LATE = {
     "layers": (["--num_trained_layers", "9"], "num_trained_layers: 9 is more than the"),
-    "optimizer": (["--optim", "lion_8bit"], "optim: "),
+    "optimizer": (["--optim", "lomo"], "optim: "),
     "schedule": (["--lr_scheduler_kwargs", '{"nonsense": 1}'], "lr_scheduler_type, lr_scheduler_kwargs: "),
     "batches": (["--dataloader_drop_last", "true", "--per_device_train_batch_size", "500"], "dataloader_drop_last: "),
     "value of the optimizer": (["--adam_epsilon", "-1"], "optim: "),

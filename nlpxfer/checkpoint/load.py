@@ -23,7 +23,7 @@ from nlpxfer.checkpoint.fingerprint import model_fingerprint, tokenizer_fingerpr
 from nlpxfer.checkpoint.head import head_of, replace_final_
 from nlpxfer.checkpoint.narrow import Kept, narrow_model
 from nlpxfer.checkpoint.pooling import compute_mean_once_, is_mean_encoder
-from nlpxfer.checkpoint.quantised import Bits, quantised_loading
+from nlpxfer.checkpoint.quantised import Bits, check_quantised, quantised_loading
 from nlpxfer.checkpoint.quiet import quiet_transformers
 from nlpxfer.checkpoint.resolve import ResolvedCheckpoint, resolve_checkpoint
 from nlpxfer.checkpoint.safety import check_folder
@@ -126,8 +126,12 @@ def load_classifier(
     if head not in ("auto", "new"):
         raise ConfigError(f"head={head!r} is not known.", available=("auto", "new"))
     resolved, config = _open(name, revision)
-    how = quantised_loading(quantised) if quantised else {}
-    model, missing = _load_model(resolved, config, dtype=dtype, seed=seed, how=how)
+    if quantised:
+        check_quantised(quantised)
+    model, missing = _load_model(resolved, config, dtype=dtype, seed=seed)
+    if quantised:
+        how = quantised_loading(quantised, model)
+        model, missing = _load_model(resolved, config, dtype=dtype, seed=seed, how=how)
     tokenizer = load_tokenizer(resolved.folder, name=name)
     align_pad_token_(model, tokenizer, name=name)
     kept = head == "auto" and _keeps_head(config, schema, name=name)
@@ -333,7 +337,12 @@ def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[Res
 
 
 def _load_model(
-    resolved: ResolvedCheckpoint, config: PreTrainedConfig, *, dtype: torch.dtype, seed: int, how: Mapping[str, Any]
+    resolved: ResolvedCheckpoint,
+    config: PreTrainedConfig,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    how: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, frozenset[str]]:
     """The model in the checkpoint's own label space, and the names of its missing parameters."""
     from transformers import AutoModelForSequenceClassification
@@ -347,7 +356,7 @@ def _load_model(
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                **how,
+                **(how or {}),
             )
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(

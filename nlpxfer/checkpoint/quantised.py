@@ -9,48 +9,68 @@ Sources: Dettmers et al. 2022, arXiv:2208.07339 (8 bits); Dettmers et al. 2023, 
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, Final, Literal
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from nlpxfer.checkpoint.linear_layers import other_linear_layers
 from nlpxfer.errors import ConfigError
 
-Bits = Literal["8bit", "4bit"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-HEAD_MODULES: Final = ("classifier", "score", "pooler", "pre_classifier", "head", "classification_head", "logits_proj")
-"""Never quantised: heads are trained, and a new final layer takes the place of the old one."""
+Bits = Literal["8bit", "4bit"]
 
 
 def check_quantised(bits: Bits) -> None:
     """Raise ConfigError unless this machine can load a model in 8 or 4 bits; all that is missing is listed."""
     option = f"load_in_{bits}"
     faults = []
-    if not torch.cuda.is_available():
+    if _gpu() is None:
         faults.append(f"{option}: needs an NVIDIA GPU, and torch sees none here; leave it out")
     if importlib.util.find_spec("bitsandbytes") is None:
-        faults.append(f"{option}: needs the package bitsandbytes; pip install bitsandbytes")
+        faults.append(f"{option}: needs bitsandbytes; pip install 'nlpxfer[bits]'")
     if faults:
         raise ConfigError.from_faults(faults)
 
 
-def quantised_loading(bits: Bits) -> dict[str, Any]:
-    """What `from_pretrained` needs to load a model in 8 or 4 bits on the current GPU.
+def quantised_loading(bits: Bits, plain: PreTrainedModel) -> dict[str, Any]:
+    """What `from_pretrained` needs to load a model in 8 or 4 bits on the current GPU; see `check_quantised` first.
+
+    The layers outside of the blocks stay as they are: heads are trained, a new final layer takes the place of the old
+    one, and BERT's pooler (`bert.pooler.dense`) is new where a language model is the start.
+
+    Args:
+        bits: How many.
+        plain: The same model in float32; its layers are looked up, nothing is changed.
 
     Raises:
-        ConfigError: See `check_quantised`.
+        CheckpointError: See `linear_layers`.
     """
     from transformers import BitsAndBytesConfig
 
-    check_quantised(bits)
-    skipped = list(HEAD_MODULES)
+    logging.getLogger("bitsandbytes.autograd._functions").addFilter(_is_news)
+    outside = [f"{re.escape(name)}$" for name in other_linear_layers(plain)]
     if bits == "8bit":
-        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)  # type: ignore[no-untyped-call]
+        config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=outside)  # type: ignore[no-untyped-call]
     else:
         config = BitsAndBytesConfig(  # type: ignore[no-untyped-call]
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
-            llm_int8_skip_modules=skipped,
+            llm_int8_skip_modules=outside,
         )
-    return {"quantization_config": config, "device_map": {"": torch.cuda.current_device()}}
+    return {"quantization_config": config, "device_map": {"": _gpu()}}
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not that 8 bits compute in float16, which bitsandbytes says of each layer in each step (2026-11, 0.50)."""
+    return "inputs will be cast" not in str(record.msg)
+
+
+def _gpu() -> int | None:
+    """The GPU of this process, or None."""
+    return torch.cuda.current_device() if torch.cuda.is_available() else None

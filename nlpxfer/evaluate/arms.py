@@ -184,8 +184,9 @@ def train_arm(
         raise Interrupted(
             f"The run was asked to stop when {name}, seed {seed}, was trained; its model is kept.", fix=GO_ON
         )
-    model = _plain_model(trainer, finished, schema, options)
-    if base is not None:
+    model = _plain_model(trainer, finished, schema, options) if base is None else None
+    _release(trainer)
+    if model is None:
         model = _finished_adapter(finished, checkpoint, schema, options)
     splits, collator = prepared.splits, prepared.collator
     scored = _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
@@ -392,19 +393,22 @@ def unwrapped(trainer: TransferTrainer) -> PreTrainedModel:
 def _plain_model(
     trainer: TransferTrainer, finished: Path, schema: LabelSchema, options: RunOptions
 ) -> PreTrainedModel:
-    if trainer.is_fsdp_enabled:  # never with an adapter
+    if trainer.is_fsdp_enabled:
         model = load_classifier(str(finished), schema=schema).model
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     else:
         model = unwrapped(trainer)
-    # a DDP wrapper that outlives the process group can hang at exit
-    trainer.model_wrapped = trainer.network
-    trainer.accelerator.free_memory()
     for mark in ACCELERATE_MARKS:
         vars(model).pop(mark, None)
     model.requires_grad_(True)
     model.eval()  # type: ignore[no-untyped-call]
     return model
+
+
+def _release(trainer: TransferTrainer) -> None:
+    # a DDP wrapper that outlives the process group can hang at exit
+    trainer.model_wrapped = trainer.network
+    trainer.accelerator.free_memory()
 
 
 def _finished_adapter(

@@ -35,7 +35,8 @@ from nlpxfer.checkpoint.adapter_kinds import (
     AdapterKind,
 )
 from nlpxfer.checkpoint.adapters import head_modules, refuse_frozen_fresh, trained_names, wrap
-from nlpxfer.errors import CheckpointError, ConfigError, nearest
+from nlpxfer.checkpoint.linear_layers import is_transposed, linear_layers, names_in_blocks
+from nlpxfer.errors import ConfigError, nearest
 from nlpxfer.methods.base import Batch, LossTerm, Method, is_sharded
 from nlpxfer.methods.finetune import FineTune
 
@@ -49,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 FIRST_RANKS: Final = 1.5
 """Ranks that AdaLoRA starts with over those that it keeps: the paper's, section 4.1."""
-_IN_A_BLOCK: Final = re.compile(r"\.\d+\.")
 UNFIT_OPTIONS: Final[dict[str, Any]] = {
     "freeze_embeddings": True,
     "num_trained_layers": None,
@@ -195,7 +195,7 @@ class Adapters(Method):
                 feedforward = {name: module for name, module in linear.items() if re.search(IA3_FEEDFORWARD, name)}
                 values["feedforward_modules"] = _short(feedforward, model)
             if kind.transposes:
-                values["fan_in_fan_out"] = any(_is_transposed(module) for module in linear.values())
+                values["fan_in_fan_out"] = any(is_transposed(module) for module in linear.values())
         if self.adapter == "layernorm":
             values["target_modules"] = _norms(model)
         if VIRTUAL_TOKENS in kind.options:
@@ -217,7 +217,7 @@ class Adapters(Method):
             if unknown:
                 raise ConfigError(
                     f"{TARGETS}: no linear layer of the body is named {', '.join(unknown)}.",
-                    available=_endings(linear),
+                    available=names_in_blocks(linear),
                 )
             chosen = {full: linear[full] for full in linear if any(full in found for found in endings.values())}
         elif self.kind.default_targets:
@@ -226,9 +226,9 @@ class Adapters(Method):
             raise ConfigError(
                 f"adapter: it is not known which layers of {type(model).__name__} the adapter {self.adapter} is for.",
                 fix=f"--{TARGETS} NAME ...",
-                available=_endings(linear),
+                available=names_in_blocks(linear),
             )
-        if not self.kind.wraps_conv1d and any(_is_transposed(module) for module in chosen.values()):
+        if not self.kind.wraps_conv1d and any(is_transposed(module) for module in chosen.values()):
             raise ConfigError(
                 f"adapter: {self.adapter} wraps nn.Linear, and {type(model).__name__} has Conv1D layers instead.",
                 available=[name for name, kind in KINDS.items() if kind.wraps_conv1d],
@@ -286,38 +286,9 @@ def _unknown(name: str) -> str:
     return f"adapter: {name!r} is not one of {', '.join(KINDS)}" + (f"; did you mean {close}?" if close else "")
 
 
-def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The linear layers of the transformer blocks by name; poolers, heads and projections of embeddings are outside.
-
-    A layer whose weights are all 0 is left out: it is the query or key of the layer that computes a mean, which must
-    stay 0 (`nlpxfer.checkpoint.pooling`), and DoRA would divide by its norm.
-    """
-    prefix = f"{model.base_model_prefix}."
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        wrapped = isinstance(module, nn.Linear) or _is_transposed(module)
-        if wrapped and name.startswith(prefix) and _IN_A_BLOCK.search(name):
-            weight = cast("Tensor", module.weight)
-            if bool(weight.any()):
-                found[name] = module
-    if not found:
-        raise CheckpointError(f"{type(model).__name__} has no linear layers in numbered blocks.")
-    return found
-
-
-def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is GPT-2's linear layer, whose weight is stored as (inputs, outputs)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-def _endings(names: Sequence[str] | dict[str, nn.Module]) -> list[str]:
-    """Names below their block: bert.encoder.layer.3.output.dense -> output.dense."""
-    return sorted({_IN_A_BLOCK.split(name)[-1] for name in names})
-
-
 def _short(chosen: dict[str, nn.Module], model: PreTrainedModel) -> list[str]:
     """The layers by the ends of their names where these mean the same layers, else by their whole names."""
-    ends = _endings(chosen)
+    ends = names_in_blocks(chosen)
     meant = {n for n, m in model.named_modules() if any(f".{n}".endswith(f".{end}") for end in ends)}
     return ends if meant == set(chosen) else sorted(chosen)
 
