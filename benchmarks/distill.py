@@ -11,7 +11,7 @@ evenly spaced layers with a new head; 3 epochs, batches of 32, temperature and w
 - `sweep-trainer/<rate>`, `sweep-textbrewer/<rate>`: their learning rates, chosen on validation rows
 - `speed`: rows per second of student and teacher, in turns, float32
 - `cost/<student>/cached`, `cost/<student>/each step`: distilling over 5 epochs with one pass of the teacher over all
-  rows, and the same in nlpxfer's own engine with the teacher run on each batch; also with a teacher of BERT-base's size
+  rows, and the same in nlpxfer's own engine with the teacher run on each batch; also with a larger teacher
 
 nlpxfer's seconds hold the teacher's pass with tokenising and an empty cache, probe, training, validation after each
 epoch and checkpoints. Those of the others hold the training call alone. nlpxfer runs at its default learning rates.
@@ -68,8 +68,8 @@ COST_STUDENTS: dict[str, dict[str, Any]] = {
     "static": {"student": "static", "student_num_layers": None, "static_num_train_epochs": COST_EPOCHS},
     "3 layers, larger teacher": {"student_num_layers": 3},
 }
-"""Student -> options of the recipe. The larger teacher has twice the layers and width of the model, as BERT-base has those
-of MiniLM; it is untrained, since only its seconds count, and the student is made of the model's layers."""
+"""Student -> options of the recipe. The larger teacher has twice the layers and width of the model: with MiniLM those
+of BERT-base. It is untrained, since only its seconds count, and the student is made of the model's layers."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -384,6 +384,7 @@ class Bench:
 
     def _texts(self) -> str:
         """The training texts without their labels, one a line; of bundled data its own unlabelled ones."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         file: Path = self.folder / "unlabelled.txt"
         source = self.few.get("train_file")
         if source is None:

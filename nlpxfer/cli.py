@@ -37,6 +37,7 @@ from typing import NoReturn
 
 from nlpxfer import __version__
 from nlpxfer.errors import INTERRUPTED_EXIT_CODE, USER_FAULT_EXIT_CODE, ConfigError, NlpxferError
+from nlpxfer.problem import REGRESSION
 from nlpxfer.recipes import recipe_file
 
 __all__ = ["main", "run_main"]
@@ -397,9 +398,12 @@ def _export(asked: argparse.Namespace) -> None:
     done = export_classifier(ExportRequest(**options), quiet=is_quiet())
     for name, parity in done["parity"].items():
         ratio = done["speed"]["ratios_to_torch"][name]["median"]
+        found = f"{parity['changed']} of {parity['rows']} predictions changed, logits differ"
+        if done["problem_type"] == REGRESSION:
+            found = f"{parity['rows']} numbers differ by {parity['mean_difference']:.2g} on average,"
         sys.stdout.write(
-            f"{asked.out}, {name}: {parity['changed']} of {parity['rows']} predictions changed, logits differ by up "
-            f"to {parity['max_difference']:.2g}, {ratio:.2f} times the rows per second of torch in float32\n"
+            f"{asked.out}, {name}: {found} by up to {parity['max_difference']:.2g}, "
+            f"{ratio:.2f} times the rows per second of torch in float32\n"
         )
 
 

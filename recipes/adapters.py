@@ -42,8 +42,8 @@ class AdapterOptions(LabelLossOptions):
 
     NOT_SEARCHED: ClassVar[Mapping[str, str]] = {
         "adapter": "each kind has options of its own",
-        "load_in_8bit": "it does not change what is learnt",
-        "load_in_4bit": "it does not change what is learnt",
+        "load_in_8bit": "it is there to save memory",
+        "load_in_4bit": "it is there to save memory",
         "full_arm": "it is no part of the adapter",
     }
 
@@ -152,10 +152,7 @@ def prepare(plan: AdapterOptions, options: RunOptions) -> None:
     method = plan.method()
     method.check(options)
     if plan.bits:
-        if options.pooling == "mean":
-            raise ConfigError("pooling: mean adds a layer, which cannot be made in 8 or 4 bits; leave out load_in_...")
-        check_quantised(plan.bits)
-        options.pooling = "own"  # also of the full arm, so that the two differ in the adapter alone
+        check_quantised(plan.bits, device=options.device)
 
 
 def start_of_training(run: Run, plan: AdapterOptions, start: Checkpoint) -> dict[str, Any]:

@@ -234,10 +234,10 @@ def test_a_family_that_cannot_take_the_adapter_is_refused_before_any_work(tiny_c
 
 def test_bits_are_refused_without_a_gpu(bert, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    message = refused("adapters", tmp_path / "out", *tiny_words(tiny_data, bert), "--load_in_8bit", "true")
-    assert "load_in_8bit: needs an NVIDIA GPU" in message
-    words = [*tiny_words(tiny_data, bert), "--load_in_4bit", "true", "--pooling", "mean"]
-    assert "pooling: mean adds a layer" in refused("adapters", tmp_path / "out", *words)
+    words = [*tiny_words(tiny_data, bert), "--load_in_8bit", "true"]
+    assert "load_in_8bit: needs an NVIDIA GPU" in refused("adapters", tmp_path / "out", *words)
+    monkeypatch.setattr("nlpxfer.checkpoint.quantised._gpu", lambda: torch.device("cuda", 0))
+    assert "load_in_8bit: needs the GPU, and use_cpu" in refused("adapters", tmp_path / "out", *words)
 
 
 # -- training

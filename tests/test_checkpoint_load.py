@@ -16,6 +16,7 @@ from nlpxfer.checkpoint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from nlpxfer.checkpoint.tokenizer import save_tokenizer
 from nlpxfer.data.schema import LabelSchema
 from nlpxfer.errors import CheckpointError, ConfigError, LabelError
 
@@ -321,3 +322,29 @@ def test_tokenizer_fingerprint_depends_on_the_tokenizer_only(tiny_checkpoint):
     tokenizer.padding_side = "left"
     assert tokenizer_fingerprint(tokenizer) != first
     assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tiny_checkpoint("electra"))) != first
+
+
+def test_the_fingerprint_of_a_tokenizer_in_python_holds_its_files_and_options(tmp_path):
+    from transformers import AutoTokenizer, BertweetTokenizer
+
+    words = ("hello", "@USER", "w@@", "o@@", "r@@", "l@@", "d", "wor@@", "ld")
+    (tmp_path / "vocab.txt").write_text("".join(f"{word} 1\n" for word in words))
+    (tmp_path / "all.codes").write_text("w o 1\nwo r 1\nl d</w> 1\n")
+    (tmp_path / "few.codes").write_text("l d</w> 1\n")
+    asked = [("all", False), ("all", True), ("few", False)]
+    made = [
+        BertweetTokenizer(str(tmp_path / "vocab.txt"), str(tmp_path / f"{codes}.codes"), normalization=changed)
+        for codes, changed in asked
+    ]
+    assert getattr(made[0], "backend_tokenizer", None) is None
+    assert len({tuple(each("hello @someone world").input_ids) for each in made}) == 3
+    assert len({tokenizer_fingerprint(each) for each in made}) == 3
+    save_tokenizer(made[1], tmp_path / "saved")
+    again = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert again("hello world").input_ids == made[1]("hello world").input_ids
+    assert tokenizer_fingerprint(again) == tokenizer_fingerprint(made[1])
+    (tmp_path / "all.codes").unlink()  # without what it came from only the class itself can save it, and does not
+    with pytest.raises(CheckpointError, match="BertweetTokenizer does not save itself whole"):
+        save_tokenizer(made[1], tmp_path / "alone")
+    save_tokenizer(again, tmp_path / "next")
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path / "next")) == tokenizer_fingerprint(again)

@@ -249,8 +249,6 @@ def test_auto_is_the_mean_where_the_folder_says_so_and_the_family_can(load, enco
     assert wants_mean(checkpoint, "mean")
     assert not wants_mean(checkpoint, "own")
     assert not wants_mean(load(family), "auto")
-    checkpoint.model.is_quantized = True
-    assert not wants_mean(checkpoint, "auto")
     with pytest.raises(ConfigError, match=r"pooling='max' is not known(?s:.*)auto"):
         wants_mean(checkpoint, "max")
 

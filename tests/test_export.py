@@ -347,6 +347,9 @@ def test_other_kinds_of_task(family, kind, rows, tiny_checkpoint, tmp_path):
             assert [float(p) for p in one if p] == pytest.approx([float(p) for p in other if p], rel=0, abs=1.5e-6)
         assert len({row["predicted_labels"] for row in ours}) > 3
     else:
+        with pytest.raises(ConfigError, match="max_changed: a regression gives numbers"):
+            export_classifier(ExportRequest(model=str(source), out=tmp_path / "no", int8=True, max_changed=0.5))
+        assert not (tmp_path / "no").exists()
         numbers = [[float(row["predicted_number"]) for row in found] for found in (ours, theirs)]
         np.testing.assert_allclose(*numbers, rtol=0, atol=3e-6)
         assert np.ptp(numbers) > 0.1

@@ -3,6 +3,7 @@
 The package itself asks for a GPU, and this is the one thing that is set aside here.
 """
 
+import gc
 import json
 
 import pytest
@@ -17,7 +18,8 @@ from nlpxfer.checkpoint.adapter_kinds import KINDS
 from nlpxfer.checkpoint.adapters import base_facts, head_modules, load_adapter, merged, save_adapter
 from nlpxfer.checkpoint.linear_layers import linear_layers, other_linear_layers
 from nlpxfer.checkpoint.load import load_classifier
-from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling
+from nlpxfer.checkpoint.pooling import has_mean_layer, use_mean_pooling, with_pooling
+from nlpxfer.evaluate import arms
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install 'nlpxfer[bits]'")
 
@@ -25,6 +27,8 @@ QUANTISED = [kind for kind, row in KINDS.items() if row.quantised]
 LAYER = {"8bit": "Linear8bitLt", "4bit": "Linear4bit"}
 ROUNDING = {"8bit": 0.1, "4bit": 0.35}
 """How far logits on the rounded base may be from those on the float32 one, in parts of what was learnt."""
+NEAR = {"8bit": 0.03, "4bit": 0.4}
+"""How far logits of a base that learnt nothing may be."""
 # Without DoRA on 8 bits: peft 0.21 drops the scales of such weights where they lie on the processor, and only there.
 PAIRS = [(kind, bits) for kind in QUANTISED for bits in LAYER if (kind, bits) != ("dora", "8bit")]
 
@@ -32,9 +36,15 @@ PAIRS = [(kind, bits) for kind in QUANTISED for bits in LAYER if (kind, bits) !=
 @pytest.fixture(autouse=True)
 def _on_the_processor(monkeypatch):
     monkeypatch.setattr("nlpxfer.checkpoint.quantised._gpu", lambda: "cpu")
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     # bitsandbytes 0.50 packs 4-bit weights anew the first time a model predicts, and cannot train with these
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+def words_of(data, model, bits, *further, **options):
+    """A tiny run on 60 rows; None: with all bits."""
+    words = [*tiny_words(data, model, **options), "--max_train_samples", "60", "--control_arm", "false", *further]
+    return words if bits is None else [*words, f"--load_in_{bits}", "true"]
 
 
 def loaded(folder, bits, **options):
@@ -101,7 +111,7 @@ def test_the_layer_of_a_mean_stays_as_it_is(bits, tiny_checkpoint, tmp_path):
     assert has_mean_layer(again.model)
     plain = load_classifier(str(tmp_path / "mean"), schema=SCHEMA)
     inputs = batch(checkpoint.tokenizer)
-    torch.testing.assert_close(logits_of(again.model, inputs), logits_of(plain.model, inputs), atol=0.1, rtol=0)
+    torch.testing.assert_close(logits_of(again.model, inputs), logits_of(plain.model, inputs), atol=NEAR[bits], rtol=0)
     model = method_of("lora").adapt(again.model, again.fresh)
     trained(model, inputs)
     assert has_mean_layer(model.get_base_model())
@@ -111,10 +121,9 @@ def test_the_layer_of_a_mean_stays_as_it_is(bits, tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("bits", LAYER)
 def test_a_run_is_resumed_and_leaves_float32(bits, tiny_checkpoint, tiny_data, tmp_path, monkeypatch, caplog):
     bert = tiny_checkpoint("bert", layers=2)
-    words = [*tiny_words(tiny_data, bert, rate="3e-3", epochs=3), "--max_train_samples", "60"]
-    words += ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2", "--control_arm", "false"]
-    plain = finished("adapters", tmp_path / "plain", *words)
-    words += [f"--load_in_{bits}", "true"]
+    batches = ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]
+    plain, words = (words_of(tiny_data, bert, few, *batches, rate="3e-3", epochs=3) for few in (None, bits))
+    plain = finished("adapters", tmp_path / "plain", *plain)
     whole = finished("adapters", tmp_path / "whole", *words)
     loss = whole.report["metrics"]["validation"]["loss"]
     assert loss != plain.report["metrics"]["validation"]["loss"]
@@ -125,3 +134,63 @@ def test_a_run_is_resumed_and_leaves_float32(bits, tiny_checkpoint, tiny_data, t
     interrupted("adapters", tmp_path / "out", words, monkeypatch, 10, "adapter")
     assert_same(finished("adapters", tmp_path / "out", *words, *RESUME), whole)
     assert "will be cast" not in caplog.text, "one line per layer and step"
+
+
+@pytest.mark.parametrize("family", ["bert", "distilbert"])
+@pytest.mark.parametrize("bits", LAYER)
+def test_a_mean_over_tokens_is_added_in_float32(bits, family, tiny_checkpoint, tmp_path):
+    folder = tiny_checkpoint(family, layers=2)
+    checkpoint = loaded(folder, bits)
+    facts = base_facts(checkpoint, adapter="lora", pooling="mean")
+    pooled = with_pooling(checkpoint, "mean")
+    assert has_mean_layer(pooled)
+    inputs = batch(checkpoint.tokenizer)
+    plain = load_classifier(str(folder), schema=SCHEMA, seed=1)
+    expected = logits_of(with_pooling(plain, "mean"), inputs)
+    torch.testing.assert_close(logits_of(pooled, inputs), expected, atol=NEAR[bits], rtol=0)
+    model = method_of("lora").adapt(pooled, checkpoint.fresh)
+    trained(model, inputs)
+    few_bits = logits_of(model, inputs)
+    save_adapter(model, checkpoint.tokenizer, SCHEMA, tmp_path / "bundle", base=facts)
+    own = load_adapter(tmp_path / "bundle", base=str(folder))
+    torch.testing.assert_close(logits_of(own.model, inputs), few_bits, atol=NEAR[bits], rtol=0)
+
+
+def test_a_search_may_choose_what_the_head_reads(tiny_checkpoint, tiny_data, tmp_path):
+    ranges = ["--pooling={choices: [own, mean]}", "--num_trials=2"]
+    words = words_of(tiny_data, tiny_checkpoint("bert", layers=2), "4bit", *ranges)
+    found = finished("adapters", tmp_path / "out", *words)
+    assert [trial["state"] for trial in found.report["search"]["trials"]] == ["complete", "complete"]
+
+
+def test_the_quantised_base_is_gone_before_the_float32_one_is_scored(
+    tiny_checkpoint, tiny_data, tmp_path, monkeypatch
+):
+    def counting(*args):
+        layers.append(sum(type(item).__name__ == "Linear4bit" for item in gc.get_objects()))
+        return finished_adapter(*args)
+
+    layers, finished_adapter = [], arms._finished_adapter
+    monkeypatch.setattr(arms, "_finished_adapter", counting)
+    words = words_of(tiny_data, tiny_checkpoint("bert", layers=2), "4bit", "--num_seeds", "2")
+    finished("adapters", tmp_path / "out", *words)
+    assert layers == [0, 0]
+
+
+def test_where_float32_does_not_fit_the_processor_scores(tiny_checkpoint, tiny_data, tmp_path, monkeypatch, caplog):
+    def full(model, device):
+        if str(device) != "cpu" or not tried:
+            tried.append(device)
+            raise torch.OutOfMemoryError
+        return plain_to(model, device)
+
+    tried = []
+    words = words_of(tiny_data, tiny_checkpoint("bert", layers=2), "4bit")
+    whole = finished("adapters", tmp_path / "whole", *words)
+    kind = type(load_classifier(str(whole.folder), schema=SCHEMA).model)
+    plain_to = kind.to
+    monkeypatch.setattr(kind, "to", full)
+    found = finished("adapters", tmp_path / "out", *words)
+    assert len(tried) == 1
+    assert "the processor scores it" in caplog.text
+    assert found.report["metrics"] == whole.report["metrics"]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -21,6 +23,13 @@ _NOT_DECIDING: Final = frozenset(
     "num_labels output_attentions output_hidden_states problem_type quantization_config return_dict sep_token_id "
     "task_specific_params tokenizer_class torch_dtype torchscript transformers_version use_cache".split()
 )
+
+
+_NOT_READING: Final = frozenset(
+    "backend is_local local_files_only model_max_length name_or_path padding_side processor_class tokenizer_class "
+    "truncation_side use_fast".split()
+)
+"""Options of a tokenizer that say where it comes from or how it is called, or that are looked at otherwise."""
 
 
 def deciding_config(model: PreTrainedModel) -> dict[str, Any]:
@@ -85,9 +94,32 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase, *, inputs: bool = 
         content.pop("padding", None)
         content.pop("truncation", None)
     else:
-        content = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+        content = _python_facts(tokenizer)
     content["special"] = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     content["sides"] = [tokenizer.padding_side, tokenizer.truncation_side]
     if inputs:
         content["inputs"] = list(tokenizer.model_input_names)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _python_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokenizer in Python depends on: its class, vocabulary, options and the files that it would save.
+
+    The names of files and folders do not count.
+    """
+    options = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        if isinstance(value, (bool, int, float, str))
+        and not name.endswith(("_file", "_token"))
+        and name not in _NOT_READING
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_vocabulary(folder)
+        files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
+    return {
+        "class": type(tokenizer).__name__,
+        "vocabulary": tokenizer.get_vocab(),
+        "options": options,
+        "files": files,
+    }

@@ -131,6 +131,7 @@ def load_classifier(
     model, missing = _load_model(resolved, config, dtype=dtype, seed=seed)
     if quantised:
         how = quantised_loading(quantised, model)
+        del model  # which is large
         model, missing = _load_model(resolved, config, dtype=dtype, seed=seed, how=how)
     tokenizer = load_tokenizer(resolved.folder, name=name)
     align_pad_token_(model, tokenizer, name=name)

@@ -24,7 +24,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -78,8 +78,7 @@ def wants_mean(checkpoint: Checkpoint, pooling: str) -> bool:
     """Whether `pooling` means the mean for a checkpoint: "mean", or "auto" for one that was made to be read so.
 
     "auto" takes the mean for a sentence encoder whose folder says so and for a model that `use_mean_pooling` made;
-    but the model's own state where the family cannot hold a mean, and where the weights are in 8 or 4 bits, in which
-    a layer that computes it cannot be made.
+    but the model's own state where the family cannot hold a mean.
 
     Raises:
         ConfigError: `pooling` is not one of `POOLINGS`.
@@ -88,7 +87,7 @@ def wants_mean(checkpoint: Checkpoint, pooling: str) -> bool:
         raise ConfigError(f"pooling={pooling!r} is not known.", available=POOLINGS)
     if pooling != "auto":
         return pooling == "mean"
-    if getattr(checkpoint.model, "is_quantized", False) or not can_read_mean(checkpoint.model):
+    if not can_read_mean(checkpoint.model):
         return False
     made_so = getattr(checkpoint.model.config, "classifier_pooling", None) == "mean"
     return made_so or checkpoint.is_mean_encoder or has_mean_layer(checkpoint.model)
@@ -101,7 +100,7 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     one more layer, as the module says, which costs the memory of one layer, and its time outside of nlpxfer; its head
     reads LayerNorm(mean). The layer trains like any other, save that its queries and keys get no gradient at 0: it
     stays a mean. Cut layers (`slice_layers`) before, not after. The original is untouched, and nothing is added to a
-    model that has such a layer.
+    model that has such a layer. On a base in 8 or 4 bits the layer is in float32.
 
     Raises:
         CheckpointError: The family cannot express a mean; lists those that can.
@@ -126,10 +125,12 @@ def use_mean_pooling(model: PreTrainedModel) -> PreTrainedModel:
     # with the model's own config: a copy of it would not hear of another attention kernel
     extra = copy.deepcopy(layers[-1], {id(pooled.config): pooled.config})
     renumber_(extra, count - 1, count)
+    quantised = _unquantise_(extra)
     _compute_mean_(extra, _POST_NORM[family])
     layers.append(extra)
     pooled.config.num_hidden_layers = count + 1
-    check_reload(pooled, reason="adding a layer that computes the mean")
+    if not quantised:  # such a model is never saved
+        check_reload(pooled, reason="adding a layer that computes the mean")
     logger.info("Mean pooling: added layer %d, which computes the mean of the token states.", count)
     return compute_mean_once_(pooled)
 
@@ -235,6 +236,24 @@ def has_mean_layer(model: PreTrainedModel) -> bool:
     return not any(bool(weight.any()) for weight in queries_and_keys)
 
 
+def _unquantise_(layer: nn.Module) -> bool:
+    """Put new linear layers in the place of those in 8 or 4 bits; whether there were any.
+
+    `_compute_mean_` sets their weights, save those of the first of the two feed-forward ones: what it gives goes
+    through zeros.
+    """
+    found = [name for name, module in layer.named_modules() if isinstance(module, nn.Linear) and not _is_plain(module)]
+    for name in found:
+        old = cast("nn.Linear", layer.get_submodule(name))
+        new = nn.Linear(old.in_features, old.out_features, device=old.weight.device, dtype=torch.float32)
+        layer.set_submodule(name, new)
+    return bool(found)
+
+
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
+    return type(module) is nn.Linear
+
+
 def _compute_mean_(layer: nn.Module, names: Mapping[str, Sequence[str]]) -> None:
     with torch.no_grad():
         for name in names["zero"]:
@@ -250,10 +269,8 @@ def _compute_mean_(layer: nn.Module, names: Mapping[str, Sequence[str]]) -> None
 def _set_(layer: nn.Module, name: str, *, scale: float) -> None:
     """Weight = scale times identity (zero for scale 0, whatever its shape), bias = 0."""
     dense = layer.get_submodule(name)
-    if not isinstance(dense, nn.Linear):
-        raise CheckpointError(
-            f"{name} is a {type(dense).__name__}, not a linear layer.", why="It was wrapped or quantised."
-        )
+    if not _is_plain(dense):
+        raise CheckpointError(f"{name} is a {type(dense).__name__}, not a linear layer.", why="It was wrapped.")
     dense.weight.zero_()
     if scale:
         dense.weight.fill_diagonal_(scale)

@@ -24,12 +24,19 @@ if TYPE_CHECKING:
 Bits = Literal["8bit", "4bit"]
 
 
-def check_quantised(bits: Bits) -> None:
-    """Raise ConfigError unless this machine can load a model in 8 or 4 bits; all that is missing is listed."""
-    option = f"load_in_{bits}"
+def check_quantised(bits: Bits, *, device: torch.device | None = None) -> None:
+    """Raise ConfigError unless this machine can load a model in 8 or 4 bits; all that is missing is listed.
+
+    Args:
+        bits: How many.
+        device: Where the model is to be trained; None: on the GPU.
+    """
+    option, gpu = f"load_in_{bits}", _gpu()
     faults = []
-    if _gpu() is None:
+    if gpu is None:
         faults.append(f"{option}: needs an NVIDIA GPU, and torch sees none here; leave it out")
+    elif device is not None and device.type != torch.device(gpu).type:
+        faults.append(f"{option}: needs the GPU, and use_cpu leaves it out; leave out one of the two")
     if importlib.util.find_spec("bitsandbytes") is None:
         faults.append(f"{option}: needs bitsandbytes; pip install 'nlpxfer[bits]'")
     if faults:
@@ -60,7 +67,9 @@ def quantised_loading(bits: Bits, plain: PreTrainedModel) -> dict[str, Any]:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16,
+            bnb_4bit_compute_dtype=torch.bfloat16
+            if torch.cuda.is_bf16_supported(including_emulation=False)
+            else torch.float16,
             llm_int8_skip_modules=outside,
         )
     return {"quantization_config": config, "device_map": {"": _gpu()}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -32,6 +33,7 @@ WITHOUT_VOCABULARY: Final = ("ByT5Tokenizer", "CanineTokenizer", "PerceiverToken
 DEFAULT_LENGTH: Final = 512
 _NO_LIMIT: Final = 10**9
 _PROBE_TEXTS: Final = ("The quick brown fox jumps over the lazy dog.", "where is my card payment of 12.50", "hello")
+_PROBE_TOKENS: Final = 1000
 
 
 def load_tokenizer(folder: Path, *, name: str) -> PreTrainedTokenizerBase:
@@ -72,6 +74,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
     A call sets truncation and padding of the backend, and transformers saves them: the files would depend on what the
     tokenizer was last used for, and cut the texts of whoever reads tokenizer.json without transformers.
+
+    A tokenizer in Python writes what it read again, and is read anew to see that it tokenises alike: that of BERTweet
+    writes merges which it cannot read (2026-11, transformers 5.23), so the files that it came from are copied.
+
+    Raises:
+        CheckpointError: What was written tokenises otherwise.
     """
     plain = copy.deepcopy(tokenizer)
     backend = getattr(plain, "backend_tokenizer", None)
@@ -79,6 +87,29 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
         backend.no_truncation()
         backend.no_padding()
     plain.save_pretrained(folder)
+    if backend is None:
+        _copy_sources(plain, Path(folder))
+        _compare_with_saved(plain, Path(folder))
+
+
+def _copy_sources(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Copy the vocabulary files that a tokenizer says it was made from."""
+    for attribute, name in tokenizer.vocab_files_names.items():
+        source = getattr(tokenizer, attribute, None)
+        if isinstance(source, str) and Path(source).is_file() and Path(source).resolve() != (folder / name).resolve():
+            shutil.copyfile(source, folder / name)
+
+
+def _compare_with_saved(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    saved = type(tokenizer).from_pretrained(folder)
+    vocabulary = " ".join(token for token, _ in zip(tokenizer.get_vocab(), range(_PROBE_TOKENS), strict=False))
+    for text in (*_PROBE_TEXTS, vocabulary):
+        if saved(text)["input_ids"] != tokenizer(text)["input_ids"]:
+            raise CheckpointError(
+                f"{type(tokenizer).__name__} does not save itself whole: read anew, it tokenises otherwise.",
+                why="That is a fault of its class in transformers.",
+                fix="another version of transformers",
+            )
 
 
 def _compare_with_file(tokenizer: PreTrainedTokenizerBase, folder: Path, name: str) -> None:

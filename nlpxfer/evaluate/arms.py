@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 
 from nlpxfer.checkpoint.adapters import (
     BUNDLE_FOLDER,
@@ -184,13 +185,18 @@ def train_arm(
         raise Interrupted(
             f"The run was asked to stop when {name}, seed {seed}, was trained; its model is kept.", fix=GO_ON
         )
-    model = _plain_model(trainer, finished, schema, options) if base is None else None
-    _release(trainer)
-    if model is None:
-        model = _finished_adapter(finished, checkpoint, schema, options)
+    tokenizer, source, seconds_before = checkpoint.tokenizer, checkpoint.folder, trainer.seconds_before
     splits, collator = prepared.splits, prepared.collator
-    scored = _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, finished)
-    return replace(scored, seconds_before=trainer.seconds_before)
+    if base is None:
+        model = _plain_model(trainer, finished, schema, options)
+        _release(trainer)
+    else:
+        _release(trainer)
+        del prepared, trainer, checkpoint  # what was trained makes room for what is scored
+        clear_device_cache(garbage_collection=True)
+        model = _finished_adapter(finished, source, schema, options)
+    scored = _scored(name, seed, model, tokenizer, splits, collator, options, record, finished)
+    return replace(scored, seconds_before=seconds_before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -411,16 +417,24 @@ def _release(trainer: TransferTrainer) -> None:
     trainer.accelerator.free_memory()
 
 
-def _finished_adapter(
-    finished: Path, checkpoint: Checkpoint, schema: LabelSchema, options: RunOptions
-) -> PreTrainedModel:
-    """The model as it was saved: scores shall be those of what a user will load."""
+def _finished_adapter(finished: Path, base: Path | None, schema: LabelSchema, options: RunOptions) -> PreTrainedModel:
+    """The model as it was saved, on its float32 base: scores shall be those of what a user will load.
+
+    A base that was trained on in 8 or 4 bits may be too large for the GPU; then the processor scores.
+    """
     if (finished / "config.json").is_file():
         model = load_classifier(str(finished), schema=schema).model
     else:
-        loaded = load_adapter(finished / BUNDLE_FOLDER, base=str(checkpoint.folder))
+        loaded = load_adapter(finished / BUNDLE_FOLDER, base=str(base))
         model = cast("PreTrainedModel", loaded.model)
-    model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
+    try:
+        model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
+    except torch.OutOfMemoryError:
+        model.to("cpu")  # type: ignore[arg-type]
+        clear_device_cache(garbage_collection=True)
+        logger.warning(
+            "The float32 model does not fit on %s: the processor scores it, which takes long", options.device
+        )
     return model
 
 
@@ -439,14 +453,16 @@ def _load_finished(
     record = json.loads((folder / "arm.json").read_text(encoding="utf-8"))
     if (folder / BUNDLE_FOLDER).is_dir():
         checkpoint = build()
-        model = _finished_adapter(folder, checkpoint, schema, options)
+        tokenizer, base = checkpoint.tokenizer, checkpoint.folder
+        del checkpoint
+        model = _finished_adapter(folder, base, schema, options)
     else:
         checkpoint = load_classifier(str(folder), schema=schema)
-        model = checkpoint.model
+        tokenizer, model = checkpoint.tokenizer, checkpoint.model
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
-    splits = split(checkpoint.tokenizer)
-    collator = Collator.for_tokenizer(checkpoint.tokenizer)
-    scored = _scored(name, seed, model, checkpoint.tokenizer, splits, collator, options, record, folder)
+    splits = split(tokenizer)
+    collator = Collator.for_tokenizer(tokenizer)
+    scored = _scored(name, seed, model, tokenizer, splits, collator, options, record, folder)
     return replace(scored, seconds_before=record["train_seconds"])
 
 

@@ -32,6 +32,7 @@ from nlpxfer.evaluate.parity import Parity, parity
 from nlpxfer.export.graph import OPSETS, head_nodes, quantise, require_onnx, save_graph, to_graph
 from nlpxfer.export.texts import Texts, texts_to_compare
 from nlpxfer.methods.base import model_inputs
+from nlpxfer.problem import REGRESSION
 from nlpxfer.report.run import recorded_run
 from nlpxfer.strict_json import plain, write_json_whole
 from nlpxfer.train.launch import use_threads
@@ -121,7 +122,7 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
         The content of `export.json`.
 
     Raises:
-        OutputExistsError, ConfigError, DataError: See `ExportRequest.check`.
+        OutputExistsError, ConfigError, DataError: See `ExportRequest.check`; or `max_changed` for a regression.
         CheckpointError: `model` cannot be read as a classifier.
         ExportError: The family cannot be exported, or its answers differ from those of torch.
         NotFiniteError: The model answers with NaN.
@@ -133,6 +134,11 @@ def export_classifier(request: ExportRequest, *, quiet: bool = True) -> dict[str
     _refuse_static(backend)
     backend.checkpoint.model.to("cpu")  # type: ignore[arg-type]  # its decorator hides self
     classifier = Classifier.of(backend)
+    if request.max_changed is not None and backend.schema.problem_type == REGRESSION:
+        raise ConfigError(
+            "max_changed: a regression gives numbers, and int8 moves all of them.",
+            fix="leave it out; the command says how far they move",
+        )
     columns: tuple[str, str | None] = ("text", backend.trained.get("text_pair_column"))
     if request.texts is not None:
         columns = text_columns(request.text_column, request.text_pair_column, request.texts, classifier)
@@ -187,6 +193,7 @@ def _describe(classifier: Classifier, backend: TorchBackend) -> dict[str, Any]:
     return {
         "schema_version": SCHEMA_VERSION,
         "family": backend.config.model_type,
+        "problem_type": backend.schema.problem_type,
         "weights_sha256": backend.checkpoint.weights_sha256,
         "max_length": classifier.max_length,
         "max_positions": backend.max_positions,
