@@ -412,7 +412,6 @@ def predict_file(
             abstained += bool(answer.get(ABSTAINED) or answer.get(LABELS_ABSTAINED))
             yield answer
 
-    source, output = Path(source).expanduser(), Path(output).expanduser()
     texts_in = text_columns(text_column, text_pair_column, source, classifier)
     rows, blank = label_rows(source, output, answers, columns.types, texts_in, quiet=quiet)
     return Predicted(rows, blank, abstained)
@@ -506,7 +505,6 @@ def evaluate_file(
         LabelError: A label is none of the classifier's.
     """
     schema, logits, labels = classifier.schema, [], []
-    source = Path(source).expanduser()
     texts_in = text_columns(text_column, text_pair_column, source, classifier)
     columns = (*texts_in, trained_column("label_column", label_column, source, classifier))
     separator = separator_of(label_separator, classifier)

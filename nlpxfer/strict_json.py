@@ -104,7 +104,7 @@ def require_new(path: str | Path, option: str = "output_file") -> None:
     Raises:
         ConfigError: It exists.
     """
-    if os.path.lexists(path):
+    if os.path.lexists(Path(path).expanduser()):
         raise ConfigError(f"{option}: {path} exists.", fix=f"choose another --{option}, or remove it")
 
 

@@ -152,6 +152,8 @@ def test_files_in_the_home_folder(classifier, folder, rows, tmp_path, monkeypatc
         main(["predict", str(folder), "~/in.csv", "--output_file=~/other.csv", "--bf16", "false"])
     assert left.value.code == 0
     assert (tmp_path / "home" / "out.csv").read_text() == (tmp_path / "home" / "other.csv").read_text()
+    with pytest.raises(ConfigError, match="output_file: ~/out.csv exists"):
+        predict_file(classifier, "~/in.csv", "~/out.csv")
     assert evaluate_file(classifier, "~/in.csv")["rows"] == 3
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 

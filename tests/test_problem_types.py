@@ -381,13 +381,17 @@ def test_numbers_beyond_all_doubles_are_named(tmp_path):
         load_data(DataRequest(train_file=str(path), problem_type=REGRESSION))
 
 
-@pytest.mark.parametrize("kind", [int, bool, float])
+@pytest.mark.parametrize("kind", [int, bool, float, lambda bit: str(int(bit))])
 def test_vectors_of_zeros_and_ones_are_no_lists_of_names(kind, tmp_path):
     path = tmp_path / "train.jsonl"
     rows = [{"text": f"text {i}", "label": [kind(i >> bit & 1) for bit in range(3)]} for i in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"(?s)row 1 .*holds a vector of zeros and ones.*of \[0, 0, 0\], write"):
         load_data(DataRequest(train_file=str(path)))
+    joined = [{**row, "label": "|".join(str(int(bit)) for bit in row["label"])} for row in rows]
+    path.write_text("".join(json.dumps(row) + "\n" for row in joined))
+    with pytest.raises(DataError, match=r"(?s)row 1 .*holds a vector of zeros and ones"):
+        load_data(DataRequest(train_file=str(path), label_separator="|"))
     rows = [{"text": f"text {i}", "label": [[0, 1], [1], [0]][i % 3]} for i in range(40)]  # numbers of labels
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert load_data(DataRequest(train_file=str(path))).schema.names == ("0", "1")

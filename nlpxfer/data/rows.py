@@ -217,7 +217,7 @@ def read_labels(
         REGRESSION: _number_of,
     }
     if problem_type == MULTI_LABEL:
-        _refuse_vectors(table, column)
+        _refuse_vectors(table, column, separator)
     for index, value in enumerate(table.columns[column]):
         label, fault = read[problem_type](value)
         labels.append(label)
@@ -305,11 +305,15 @@ def _refuse_other_tasks(table: Table, column: str, known: Container[str]) -> Non
         )
 
 
-def _refuse_vectors(table: Table, column: str) -> None:
+def _refuse_vectors(table: Table, column: str, separator: str | None) -> None:
     """Refuse lists that have a zero or a one for each label: as names, nearly every row would have the same two."""
-    values = table.columns[column]
+    values = [
+        value.split(separator) if separator and isinstance(value, str) else value for value in table.columns[column]
+    ]
     lengths = {len(value) if isinstance(value, list | tuple) else 0 for value in values}
-    if len(lengths) != 1 or max(lengths) < 2 or any(each not in (0, 1) for value in values for each in value):
+    if len(lengths) != 1 or max(lengths) < 2:
+        return
+    if any(each not in (0, 1) and str(each).strip() not in ("0", "1") for value in values for each in value):
         return
     index = next((index for index, value in enumerate(values) if len(set(value)) < len(value)), None)
     if index is not None:

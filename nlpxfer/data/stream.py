@@ -70,7 +70,7 @@ class RowReader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         if not self.path.is_file():
             raise DataNotFoundError(f"{self.path} is no file.")
         self.kind = self.path.suffix.lower()
@@ -366,7 +366,7 @@ def row_writer(path: str | Path, reader: RowReader, new: Mapping[str, type]) -> 
         ConfigError: The format cannot hold the rows, or a new column has the name of an old one; or the file exists,
             perhaps only since the writing began.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     kind = path.suffix.lower()
     if kind not in STREAMED:
         raise ConfigError(f"output_file: {path} has no known ending.", available=STREAMED)
