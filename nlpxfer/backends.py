@@ -13,6 +13,7 @@ Shapes: N rows, W windows of all of them, C classes.
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -31,10 +32,10 @@ from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.hub.folder import digest
-from nlpxfer.methods.base import MODEL_INPUTS
+from nlpxfer.methods.base import MODEL_INPUTS, model_inputs
 from nlpxfer.report.run import recorded_options
 from nlpxfer.train.launch import own_cores
-from nlpxfer.train.precision import choose_precision, padding_multiple
+from nlpxfer.train.precision import choose_precision, computing_in, padding_multiple
 from nlpxfer.train.predict import batches_by_length, mean_of_windows, predict
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from nlpxfer.data.schema import LabelSchema
 
 Array = np.ndarray[Any, Any]
+
+logger = logging.getLogger(__name__)
 
 ONNX_FILE: Final = "model.onnx"
 INT8_FILE: Final = "model_int8.onnx"
@@ -254,6 +257,12 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() and not static else None
     device = device or torch.device("cpu")
     checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
+    in_bf16 = not static and choose_precision(bf16, device).bf16
+    if in_bf16 and not _computes_in_bf16(checkpoint):
+        if bf16:
+            raise ConfigError(f"bf16: {model} does not compute in bfloat16.", fix="leave --bf16 out")
+        in_bf16 = False
+        logger.info("%s does not compute in bfloat16: float32", model)
     return (StaticBackend if static else TorchBackend)(
         config=checkpoint.model.config,
         schema=schema,
@@ -263,8 +272,22 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
         trained=trained,
         default_batch_size=TORCH_BATCH,
         checkpoint=checkpoint,
-        bf16=not static and choose_precision(bf16, device).bf16,
+        bf16=in_bf16,
     )
+
+
+def _computes_in_bf16(checkpoint: Checkpoint) -> bool:
+    """Whether a short text goes through the model: DeBERTa's first version fails (2026-11, transformers 5.23)."""
+    inputs = model_inputs(checkpoint.tokenizer("a b c", return_tensors="pt"))
+    device = checkpoint.model.device
+    try:
+        with torch.no_grad(), computing_in(True, device):
+            checkpoint.model(**{name: value.to(device) for name, value in inputs.items()})
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return False
+    return True
 
 
 def open_onnx(file: Path, *, threads: int | None = None) -> OnnxBackend:

@@ -94,7 +94,7 @@ class Choice:
 
 def slices(teacher: PreTrainedModel) -> list[Choice]:
     """Students of fewer layers than the teacher, evenly chosen; up to `MOST_SLICES` different numbers of them."""
-    total = int(teacher.config.num_hidden_layers) - has_mean_layer(teacher)
+    total = int(teacher.config.get_text_config().num_hidden_layers) - has_mean_layer(teacher)
     counts = sorted({round(float(count)) for count in np.linspace(1, total - 1, MOST_SLICES)}) if total > 1 else []
     return [
         Choice(name=f"{count} layer{'s' if count > 1 else ''}", values={"student_num_layers": count})

@@ -8,6 +8,7 @@ A classifier is `logits = final(norm(act(dense(pooled))))`; some families lack `
 | ALBERT                  | albert.pooler           | tanh                  | -         | classifier          |
 | RoBERTa, XLM-R, MPNet   | classifier.dense        | tanh                  | -         | classifier.out_proj |
 | ELECTRA                 | classifier.dense        | gelu                  | -         | classifier.out_proj |
+| BigBird, ConvBERT, ..   | classifier.dense        | hidden_act            | -         | classifier.out_proj |
 | DistilBERT              | pre_classifier          | relu                  | -         | classifier          |
 | DeBERTa                 | pooler.dense            | pooler_hidden_act     | -         | classifier          |
 | ModernBERT              | head.dense (no bias)    | classifier_activation | head.norm | classifier          |
@@ -51,6 +52,8 @@ _TRANSFORM_NAMES: Final = (
     "pre_classifier",
     "head.dense",
 )
+_HIDDEN_ACT_HEADS: Final = frozenset(("big_bird", "convbert", "nystromformer", "roformer", "yoso"))
+"""Families whose heads have the activation of their layers."""
 # gelu''(z) = pdf(z) * (2 - z^2) is zero here: around this point gelu is a straight line up to third order.
 _GELU_INFLECTION: Final = math.sqrt(2.0)
 _RELU_SIGMAS: Final = 6.0
@@ -100,7 +103,8 @@ def head_of(model: PreTrainedModel) -> HeadParts:
             available=[name for name, module in modules.items() if isinstance(module, nn.Linear)][-8:],
         )
     transforms = {}
-    for pattern in _TRANSFORM_NAMES:
+    unread = 2 if "classifier.dense" in modules else 0  # BigBird has a pooler that its head does not read
+    for pattern in _TRANSFORM_NAMES[unread:]:
         name = pattern.format(base=model.base_model_prefix)
         module = modules.get(name)
         if isinstance(module, nn.Linear) and name != final_name:
@@ -154,6 +158,8 @@ def _activation_of(model: PreTrainedModel, transforms: Mapping[str, nn.Linear]) 
         return str(config.pooler_hidden_act)
     if name == "classifier.dense" and config.model_type == "electra":
         return "gelu"
+    if name == "classifier.dense" and config.model_type in _HIDDEN_ACT_HEADS:
+        return str(config.hidden_act)
     return "tanh"
 
 

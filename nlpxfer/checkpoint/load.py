@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
 from torch import nn
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PLACEHOLDER = re.compile(r"LABEL_\d+")
+
+READ_PADDING: Final = frozenset(("fnet", "funnel"))
+"""Families that mix padding into the text (2026-11, transformers 5.23)."""
+SEE_PADDING: Final = frozenset(("convbert", "nystromformer", "yoso"))
+"""Families in which a convolution or an approximation of attention reaches into the padding."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -327,6 +332,18 @@ def _open(name: str, revision: str | None, *, weights: bool = True) -> tuple[Res
             f"{name} is of the family {config.model_type!r}, which has no sequence classification class.",
             fix="use a checkpoint of a family with one",
             available=known,
+        )
+    if config.model_type in READ_PADDING:
+        raise CheckpointError(
+            f"{name} is of the family {config.model_type!r}, which reads padding like words.",
+            why="Its layers take no attention mask into account, so its answer would depend on the texts beside it.",
+            fix="use a checkpoint of another family",
+        )
+    if config.model_type in SEE_PADDING:
+        logger.warning(
+            "%s is of the family %r, in which padding shines through: answers depend a little on other texts",
+            name,
+            config.model_type,
         )
     if getattr(config, "summary_type", None) == "last":
         raise CheckpointError(

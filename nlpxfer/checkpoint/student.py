@@ -184,6 +184,8 @@ def check_reload(model: PreTrainedModel, *, reason: str) -> None:
             fix="keep layer 0",
         )
     rebuilt.load_state_dict(state, assign=True)
+    for (_, mine), (_, theirs) in zip(rebuilt.named_parameters(), model.named_parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)  # by which torch chooses how to multiply, and so how it rounds
     _copy_buffers_(rebuilt, model)
     _copy_forwards_(rebuilt, model)
     try:
@@ -218,9 +220,14 @@ def _copy_buffers_(rebuilt: nn.Module, model: nn.Module) -> None:
 
 def embedding_rows(model: PreTrainedModel) -> int:
     """Number of token ids that the model has an embedding for."""
-    weight = model.get_input_embeddings().weight
+    try:
+        weight = model.get_input_embeddings().weight
+    except (NotImplementedError, AttributeError):  # CANINE hashes characters
+        weight = None
     if not isinstance(weight, torch.Tensor):
-        raise CheckpointError(f"{type(model).__name__} has no plain token embeddings.")
+        raise CheckpointError(
+            f"{type(model).__name__} has no plain token embeddings.", fix="use a checkpoint of another family"
+        )
     return int(weight.shape[0])
 
 

@@ -189,7 +189,7 @@ def max_positions(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     of an adapter are taken off.
     """
     limits = [tokenizer.model_max_length] if tokenizer.model_max_length < _NO_LIMIT else []
-    configured = getattr(model.config, "max_position_embeddings", None)
+    configured = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(configured, int) and configured > 0:
         limits.append(configured)
     for _, module in _position_embeddings(model):

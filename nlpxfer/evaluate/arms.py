@@ -247,8 +247,8 @@ def prepare_arm(
         model.to(options.device)  # type: ignore[arg-type]  # its decorator hides self
     splits = split(checkpoint.tokenizer)
     collator = Collator.for_tokenizer(checkpoint.tokenizer)
-    if method.adapter and options.bf16:
-        _check_bfloat16(model, collator([splits.train[0]]), method.adapter)
+    if method.adapter or options.bf16:
+        _check_computes(model, collator([splits.train[0]]), bf16=bool(options.bf16), adapter=method.adapter)
     start = time.perf_counter()
     probe = _prepare_(
         model, checkpoint, splits, collator, options, schema.problem_type, whole_head=method.compares_sizes
@@ -277,21 +277,32 @@ def prepare_arm(
     )
 
 
-def _check_bfloat16(model: PreTrainedModel, batch: Batch, adapter: str) -> None:
-    """Refuse an adapter that does not compute in bfloat16 in this family: its layers answer in float32.
+def _check_computes(model: PreTrainedModel, batch: Batch, *, bf16: bool, adapter: str | None) -> None:
+    """Refuse a model that does not compute in bfloat16, or with its adapter not at all.
 
     Raises:
         ConfigError: Says so.
     """
+    if (fault := _fault_of(model, batch, bf16=bf16)) is None:
+        return
+    what, where = (f"adapter: {adapter}", " in this model") if adapter else (type(model).__name__, "")
+    if bf16 and _fault_of(model, batch, bf16=False) is None:
+        raise ConfigError(f"{what} does not compute in bfloat16{where}: {fault}.", fix="--bf16 false")
+    raise ConfigError(
+        f"{what} does not compute{where}: {fault}.", fix=f"another {'adapter' if adapter else 'checkpoint'}"
+    )
+
+
+def _fault_of(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> str | None:
     inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16):
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
             model(**inputs)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"adapter: {adapter} does not compute in bfloat16 in this model: {str(error).splitlines()[0]}.",
-            fix="--bf16 false",
-        ) from error
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - families fail in their own ways
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return None
 
 
 def _prepare_(
