@@ -235,7 +235,8 @@ def test_the_picture_marks_the_front(tmp_path, monkeypatch):
 
 def test_slices_are_few_and_smaller_than_the_teacher():
     def of(total):
-        model = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=total, model_type="other"))
+        config = SimpleNamespace(num_hidden_layers=total, model_type="other", get_text_config=lambda: config)
+        model = SimpleNamespace(config=config)
         return [choice.values["student_num_layers"] for choice in slices(model)]
 
     assert (of(1), of(2), of(6)) == ([], [1], [1, 2, 3, 4, 5])

@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -115,7 +116,8 @@ def _python_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         and name not in _NOT_READING
     }
     with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_vocabulary(folder)
+        with suppress(AttributeError, NotImplementedError):  # a class without such files
+            tokenizer.save_vocabulary(folder)
         files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in Path(folder).iterdir()}
     return {
         "class": type(tokenizer).__name__,

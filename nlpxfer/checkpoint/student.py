@@ -184,8 +184,9 @@ def check_reload(model: PreTrainedModel, *, reason: str) -> None:
             fix="keep layer 0",
         )
     rebuilt.load_state_dict(state, assign=True)
-    for (_, mine), (_, theirs) in zip(rebuilt.named_parameters(), model.named_parameters(), strict=True):
-        mine.requires_grad_(theirs.requires_grad)  # by which torch chooses how to multiply, and so how it rounds
+    trained = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter.requires_grad}
+    for name, parameter in rebuilt.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name in trained)  # by which torch chooses how to multiply, and so how it rounds
     _copy_buffers_(rebuilt, model)
     _copy_forwards_(rebuilt, model)
     try:

@@ -94,7 +94,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> No
 
 def _copy_sources(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Copy the vocabulary files that a tokenizer says it was made from."""
-    for attribute, name in tokenizer.vocab_files_names.items():
+    for attribute, name in getattr(tokenizer, "vocab_files_names", {}).items():
         source = getattr(tokenizer, attribute, None)
         if isinstance(source, str) and Path(source).is_file() and Path(source).resolve() != (folder / name).resolve():
             shutil.copyfile(source, folder / name)
