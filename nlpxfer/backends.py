@@ -32,10 +32,10 @@ from nlpxfer.checkpoint.tokenizer import max_positions
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError
 from nlpxfer.hub.folder import digest
-from nlpxfer.methods.base import MODEL_INPUTS, model_inputs
+from nlpxfer.methods.base import MODEL_INPUTS
 from nlpxfer.report.run import recorded_options
 from nlpxfer.train.launch import own_cores
-from nlpxfer.train.precision import choose_precision, computing_in, padding_multiple
+from nlpxfer.train.precision import choose_precision, fault_of, padding_multiple
 from nlpxfer.train.predict import batches_by_length, mean_of_windows, predict
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
     device = device or torch.device("cpu")
     checkpoint.model.to(device)  # type: ignore[arg-type]  # its decorator hides self
     in_bf16 = not static and choose_precision(bf16, device).bf16
-    if in_bf16 and not _computes_in_bf16(checkpoint):
+    if in_bf16 and fault_of(checkpoint.model, checkpoint.tokenizer("a b c", return_tensors="pt"), bf16=True):
         if bf16:
             raise ConfigError(f"bf16: {model} does not compute in bfloat16.", fix="leave --bf16 out")
         in_bf16 = False
@@ -274,20 +274,6 @@ def open_torch(model: str, *, base: str | None = None, bf16: bool | None = None)
         checkpoint=checkpoint,
         bf16=in_bf16,
     )
-
-
-def _computes_in_bf16(checkpoint: Checkpoint) -> bool:
-    """Whether a short text goes through the model: DeBERTa's first version fails (2026-11, transformers 5.23)."""
-    inputs = model_inputs(checkpoint.tokenizer("a b c", return_tensors="pt"))
-    device = checkpoint.model.device
-    try:
-        with torch.no_grad(), computing_in(True, device):
-            checkpoint.model(**{name: value.to(device) for name, value in inputs.items()})
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError:
-        return False
-    return True
 
 
 def open_onnx(file: Path, *, threads: int | None = None) -> OnnxBackend:

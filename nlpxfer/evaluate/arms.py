@@ -41,13 +41,14 @@ from nlpxfer.data.schema import LabelSchema
 from nlpxfer.data.tokenise import Collator, TokenisedRows
 from nlpxfer.errors import CheckpointError, ConfigError, Interrupted
 from nlpxfer.evaluate.task import task_metrics
-from nlpxfer.methods.base import Batch, Method, model_inputs
+from nlpxfer.methods.base import Batch, Method
 from nlpxfer.problem import ProblemType
 from nlpxfer.strict_json import write_json_whole
 from nlpxfer.train.checkpoints import RunIdentity, damage, require_same_run, seal
 from nlpxfer.train.launch import on_main, seed_everything, wait_for_everyone, world
 from nlpxfer.train.layerwise import freeze_below_
 from nlpxfer.train.linear_probe import Probe, start_from_linear_probe_
+from nlpxfer.train.precision import fault_of
 from nlpxfer.train.predict import predict
 from nlpxfer.train.regime import set_dropout_
 from nlpxfer.train.reporters import report_to_tensorboard
@@ -283,26 +284,14 @@ def _check_computes(model: PreTrainedModel, batch: Batch, *, bf16: bool, adapter
     Raises:
         ConfigError: Says so.
     """
-    if (fault := _fault_of(model, batch, bf16=bf16)) is None:
+    if (fault := fault_of(model, batch, bf16=bf16)) is None:
         return
     what, where = (f"adapter: {adapter}", " in this model") if adapter else (type(model).__name__, "")
-    if bf16 and _fault_of(model, batch, bf16=False) is None:
+    if bf16 and fault_of(model, batch, bf16=False) is None:
         raise ConfigError(f"{what} does not compute in bfloat16{where}: {fault}.", fix="--bf16 false")
     raise ConfigError(
         f"{what} does not compute{where}: {fault}.", fix=f"another {'adapter' if adapter else 'checkpoint'}"
     )
-
-
-def _fault_of(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> str | None:
-    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
-    try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
-            model(**inputs)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001 - families fail in their own ways
-        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-    return None
 
 
 def _prepare_(

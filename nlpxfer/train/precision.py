@@ -15,7 +15,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from nlpxfer.methods.base import Batch, model_inputs
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from nlpxfer.config import RunOptions
 
 logger = logging.getLogger(__name__)
@@ -104,3 +108,27 @@ def computing_in(bf16: bool, device: torch.device) -> Iterator[None]:
     """Inference without gradients, in bfloat16 where asked for."""
     with torch.inference_mode(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         yield
+
+
+def fault_of(model: PreTrainedModel, batch: Batch, *, bf16: bool) -> str | None:
+    """Why a batch does not go through the model, in one line; None if it does.
+
+    DeBERTa's first version, say, does not compute in bfloat16 (2026-11, transformers 5.23).
+
+    Args:
+        model: On its device, in eval mode.
+        batch: A few rows; see `model_inputs`.
+        bf16: Whether under autocast to bfloat16.
+
+    Raises:
+        OutOfMemoryError: There is no room for it.
+    """
+    inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=bf16):
+            model(**inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001 - families fail in their own ways
+        return (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    return None
